@@ -1,0 +1,36 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup check test test-faults test-demo demo bench
+
+setup: $(STAMP)
+
+# pip, not uv: uv cannot see a CPU-only build of the pinned torch.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_configs.py
+
+test: setup
+	$(BIN)/python -m pytest -m "not demo and not faults"
+
+test-faults: setup
+	$(BIN)/python -m pytest -m faults --timeout 5400
+
+test-demo: setup
+	$(BIN)/python -m pytest -m demo --timeout 5400
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+bench: setup
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

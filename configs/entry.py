@@ -1,0 +1,91 @@
+"""What every `python -m <part>` command does: compose YAML and overrides, parse, then validate, plan or run.
+
+The only module that uses Hydra: its compose API, so that one command has the same flags everywhere and no run folder.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configs.parse import ConfigError, parse, refuse
+
+Schema = TypeVar("Schema")
+
+OUR_PACKAGES = {"brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs"}
+FLAGS = {
+    "--help": "this page",
+    "--validate": "check everything that can be checked without starting, report all problems, exit 2 if any",
+    "--plan": "print what would happen (samples, steps, bytes, memory) and do nothing",
+    "--show": "print the composed configuration as YAML",
+}
+
+
+def compose(part: str, overrides: list[str]) -> dict[str, Any]:
+    """Returns the plain mapping composed from configs/<part>.yaml and Hydra overrides such as `model=tiny`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(config_dir=str(Path(__file__).parent.resolve()), version_base="1.3"):
+            composed = hydra_compose(config_name=part, overrides=overrides)
+            return OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        hint = f"see 'python -m {part} --show' for every key and --help for an example"
+        raise ConfigError(f"configs/{part}.yaml with overrides {overrides}: {error}{cause}; {hint}") from error
+
+
+def main(
+    *,
+    part: str,
+    schema: type[Schema],
+    help_text: str,
+    run: Callable[[Schema], object],
+    validate: Callable[[Schema], list[str]],
+    plan: Callable[[Schema], str],
+) -> None:
+    """Runs one command line of `python -m <part>`; exits 2 with the message for an error the user can mend."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(_help_page(help_text))
+        return
+    flags = {argument for argument in arguments if argument.startswith("--")}
+    try:
+        if unknown := flags - FLAGS.keys():
+            raise ConfigError(f"unknown flag {', '.join(sorted(unknown))}; known: {', '.join(FLAGS)}")
+        raw = compose(part, [argument for argument in arguments if argument not in flags])
+        if "--show" in flags:
+            import yaml
+
+            print(yaml.safe_dump(raw, sort_keys=False), end="")
+            return
+        config = parse(raw, schema)
+        refuse(validate(config))
+        if "--plan" in flags:
+            print(plan(config))
+        elif "--validate" in flags:
+            print(f"{part}: the configuration is valid")
+        else:
+            run(config)
+    except Exception as error:  # noqa: BLE001 - only to print our own errors without a traceback; others are re-raised
+        if not is_for_users(error):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_for_users(error: BaseException) -> bool:
+    """Returns True when the error's class is one of ours: its message says what to do, a traceback would bury it."""
+    return type(error).__module__.split(".")[0] in OUR_PACKAGES
+
+
+def _help_page(help_text: str) -> str:
+    width = max(map(len, FLAGS))
+    flags = "\n".join(f"  {flag:<{width}}  {meaning}" for flag, meaning in FLAGS.items())
+    return (
+        f"{help_text.strip()}\n\nFlags:\n{flags}\n\nEvery other argument is a Hydra override: key=value or group=name."
+    )
