@@ -1,0 +1,36 @@
+"""Where a run executes: the schema of configs/cluster/*.yaml. Knows no part of the pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ClusterConfig:
+    """`inline` runs in this process, `local` in an embedded Ray, `ray` on the Ray that RAY_ADDRESS or the job names."""
+
+    kind: Literal["inline", "local", "ray"]
+    num_workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+    max_failures: int  # restarts from the last commit; -1 means without limit
+    start_timeout_s: float  # how long to wait for all workers before giving up
+    collective_timeout_s: float  # how long a rank waits for the others inside one collective
+    scratch: str  # Ray Train's own bookkeeping; a folder every node can write; our checkpoints do not live there
+
+
+def validate_cluster(config: ClusterConfig, key: str) -> list[str]:
+    """All problems of a cluster configuration; `key` is its full name in the composed configuration."""
+    problems = []
+    if config.num_workers < 1:
+        problems.append(f"{key}.num_workers: {config.num_workers}; give at least 1")
+    if config.kind == "inline" and config.num_workers != 1:
+        problems.append(f"{key}.num_workers: {config.num_workers} with kind=inline; use 1, or cluster=local")
+    if config.cpus_per_worker < 1:
+        problems.append(f"{key}.cpus_per_worker: {config.cpus_per_worker}; give at least 1")
+    if config.max_failures < -1:
+        problems.append(f"{key}.max_failures: {config.max_failures}; use -1 (without limit), 0 or more")
+    if config.start_timeout_s <= 0 or config.collective_timeout_s <= 0:
+        problems.append(f"{key}: start_timeout_s and collective_timeout_s must be above 0")
+    return problems

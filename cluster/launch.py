@@ -1,0 +1,171 @@
+"""Run a function on the workers of a cluster: in this process, on an embedded Ray, or on a running one.
+
+Knows nothing about what the function does. The only module that asks where Ray is (RAY_ADDRESS).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cluster.config import ClusterConfig
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+
+OUR_PACKAGES = ("brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs")
+
+# Ray Train polls its workers every 2 s by default: a run would end up to 2 s late.
+RAY_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+@contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """A connected Ray for the length of the block: embedded for kind=local, attached for kind=ray or when RAY_ADDRESS is
+    set (as it is inside a Ray job), none for kind=inline. A Ray that is already connected is used and left running."""
+    if cluster.kind == "inline":
+        yield
+        return
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    attach = cluster.kind == "ray" or "RAY_ADDRESS" in os.environ
+    if attach:
+        ray.init(address="auto", logging_level="WARNING")
+    else:
+        _start_embedded_ray(cluster)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_embedded_ray(cluster: ClusterConfig) -> None:
+    import ray
+
+    num_cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
+    # No dashboard and no usage report: they cost seconds at start, and an embedded Ray lives as long as one command.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="WARNING")
+
+
+def run_on_workers(
+    function: Callable[[Config], Result], config: Config, *, cluster: ClusterConfig, name: str
+) -> Result:
+    """What `function(config)` returned on rank 0, after every worker finished.
+
+    Inside `function` a worker finds its place through torch.distributed (initialised when there are workers). An error
+    of one of our classes ends the run and is raised here as itself; any other failure restarts all workers up to
+    `max_failures` times, and `function` is expected to go on from its own last commit.
+    """
+    if cluster.kind == "inline":
+        return function(config)
+    with ray_session(cluster):
+        return _run_on_ray(function, config, cluster, name)
+
+
+def is_our_error(error: BaseException) -> bool:
+    """True for an error one of our packages defined: a message for the user, which a restart would not cure."""
+    return type(error).__module__.split(".")[0] in OUR_PACKAGES
+
+
+@dataclass
+class Outcome:
+    """Kept in one small actor: what rank 0 returned, or the first of our errors any worker raised."""
+
+    results: list[object] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+
+    def add_result(self, result: object) -> None:
+        self.results.append(result)
+
+    def add_error(self, error: BaseException) -> None:
+        self.errors.append(error)
+
+    def first_error(self) -> BaseException | None:
+        return self.errors[0] if self.errors else None
+
+    def last_result(self) -> object:
+        return self.results[-1]
+
+
+def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: ClusterConfig, name: str) -> Result:
+    import ray
+
+    for variable, value in RAY_TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from cluster.ray_backend import BoundTorchConfig
+
+    outcome = ray.remote(num_cpus=0)(Outcome).remote()
+    folder = os.getcwd() if cluster.kind == "local" and "RAY_ADDRESS" not in os.environ else None
+    trainer = TorchTrainer(
+        _on_worker,
+        train_loop_config={
+            "function": function,
+            "config": config,
+            "outcome": outcome,
+            "folder": folder,
+            "num_threads": cluster.cpus_per_worker,
+        },
+        torch_config=BoundTorchConfig(timeout_s=int(cluster.collective_timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{name}-{time.time_ns()}",  # a name that was used before would silently resume that run
+            storage_path=str(Path(cluster.scratch).absolute()),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError:
+        error = ray.get(outcome.first_error.remote())
+        if error is None:
+            raise
+        raise error from None
+    error = ray.get(outcome.first_error.remote())
+    if error is not None:
+        raise error
+    return ray.get(outcome.last_result.remote())
+
+
+def _on_worker(job: dict[str, Any]) -> None:
+    import ray
+    import ray.train
+    import torch
+
+    outcome = job["outcome"]
+    if ray.get(outcome.first_error.remote()) is not None:
+        return  # Ray Train restarts after every exception; a user's error would only come again
+    if job["folder"] is not None:
+        os.chdir(job["folder"])
+    torch.set_num_threads(job["num_threads"])
+    try:
+        result = job["function"](job["config"])
+    except ValueError as error:
+        if is_our_error(error):
+            ray.get(outcome.add_error.remote(error))
+        raise
+    if ray.train.get_context().get_world_rank() == 0:
+        ray.get(outcome.add_result.remote(result))

@@ -1,0 +1,50 @@
+"""Ray Train's torch process group, bound to an interface that reaches the other workers. Imports Ray Train: import late.
+
+Without a binding Gloo listens on whatever the host name resolves to, often 127.0.0.1, and fails across nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import cast
+
+import psutil
+import ray.util
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+
+def interface_of(address: str) -> str | None:
+    """The name of this machine's network interface that carries `address`, or None when no interface does."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.family in (socket.AF_INET, socket.AF_INET6) and entry.address == address for entry in entries):
+            return name
+    return None
+
+
+def bind_collectives(is_single_node: bool) -> None:
+    """Point Gloo and NCCL of this process at the node's own interface; loopback when no other node takes part."""
+    address = "127.0.0.1" if is_single_node else ray.util.get_node_ip_address()
+    interface = interface_of(address)
+    if interface is None:
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if not is_single_node:  # on one node NCCL finds shared memory and NVLink by itself
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+class BoundTorchBackend(_TorchBackend):
+    def on_start(self, worker_group: object, backend_config: TorchConfig) -> None:
+        group = cast("ray.train._internal.base_worker_group.BaseWorkerGroup", worker_group)
+        addresses = group.execute(ray.util.get_node_ip_address)
+        group.execute(bind_collectives, len(set(addresses)) == 1)
+        super().on_start(group, backend_config)
+
+
+class BoundTorchConfig(TorchConfig):
+    """Ray's TorchConfig, except that every worker first binds its collectives."""
+
+    @property
+    def backend_cls(self) -> type[BoundTorchBackend]:
+        return BoundTorchBackend
