@@ -1,0 +1,199 @@
+"""Which tokens a sample hides: every token gets a sort key, the lowest keys are hidden up to an exact budget.
+
+Pure functions of each sample's seed; knows layouts and atlases only as arrays, and nothing of models or data.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from pretrain.errors import MaskingError
+
+Arm = Literal["random", "tube", "future", "region"]
+Rule = Literal["majority", "any", "pure"]
+
+_NEVER = torch.iinfo(torch.int64).max
+_FULL_SHARE = 1 - 1e-4  # membership is float32; patches hold at most a few thousand voxels
+
+
+@dataclass
+class MaskingConfig:
+    kind: Arm
+    hidden_share: float  # of all patches; the token budget is this many patches in every tubelet
+    rule: Rule  # how a patch belongs to regions
+    groups: list[str]  # hide only patches of these atlas groups; empty = the whole brain
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """Token indices of each sample, ascending; token = tubelet * num_patches + patch."""
+
+    hidden: Int64[Tensor, "batch hidden"]
+    visible: Int64[Tensor, "batch visible"]
+
+
+def hidden_patches(hidden_share: float, num_patches: int) -> int:
+    """The budget in patches; every arm hides exactly this many tokens per tubelet on average."""
+    return round(hidden_share * num_patches)
+
+
+def random_bits(sample_seed: Int64[Tensor, "batch"], count: int, *, stream: int) -> Int64[Tensor, "batch count"]:
+    """Uniform integers in [0, 2^31), a hash of (seed, stream, position): no state, so no sample depends on another.
+
+    SplitMix64 (Steele, Lea, Flood 2014) in wrapping int64: the same numbers on CPU and GPU, without a host round trip.
+    """
+    position = torch.arange(count, device=sample_seed.device) + (stream << 40)
+    start = _mix(sample_seed)
+    return _mix(rearrange(start, "batch -> batch 1") + (position + 1) * -7046029254386353131) & 0x7FFFFFFF
+
+
+def _mix(state: Int64[Tensor, "*any"]) -> Int64[Tensor, "*any"]:
+    state = (state ^ _shift(state, 30)) * -4658895280553007687
+    state = (state ^ _shift(state, 27)) * -7723592293110705685
+    return state ^ _shift(state, 31)
+
+
+def _shift(state: Int64[Tensor, "*any"], bits: int) -> Int64[Tensor, "*any"]:
+    return (state >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts int64 arithmetically; the hash needs zeros
+
+
+def regions_of_patches(
+    membership: Float[Tensor, "patch region"], rule: Rule, allowed: Sequence[int] | None
+) -> Int64[Tensor, "patch choice"]:
+    """The regions whose random number a patch may inherit, padded with num_regions.
+
+    `allowed` are the region columns that may be hidden (None = all). majority: the patch's most frequent region (the
+    first of equals); any: each region it touches; pure: its region, for patches wholly inside one.
+    """
+    num_regions = membership.shape[1]
+    share, column = membership.max(dim=1)
+    belongs = membership > 0
+    if rule != "any":
+        keeps = share > (_FULL_SHARE if rule == "pure" else 0)
+        belongs = torch.zeros_like(belongs)
+        belongs[keeps, column[keeps]] = True
+    if allowed is not None:
+        is_allowed = torch.zeros(num_regions, dtype=torch.bool)
+        is_allowed[list(allowed)] = True
+        belongs = belongs & is_allowed
+    width = max(1, int(belongs.sum(dim=1).max()))
+    columns = torch.where(belongs, torch.arange(num_regions), num_regions)
+    return columns.sort(dim=1).values[:, :width]
+
+
+def reachable(
+    membership: Float[Tensor, "patch region"], rule: Rule, allowed: Sequence[int] | None
+) -> Bool[Tensor, "patch"]:
+    """True for the patches that a rule can hide, given the region columns it may hide."""
+    return (regions_of_patches(membership, rule, allowed) < membership.shape[1]).any(dim=1)
+
+
+def columns_of_groups(
+    groups: Sequence[str], *, atlas_groups: Mapping[str, Sequence[int]], region_ids: Sequence[int]
+) -> list[int] | None:
+    """The membership columns of the named groups' regions; None when no group is named."""
+    unknown = [name for name in groups if name not in atlas_groups]
+    if unknown:
+        raise MaskingError(f"masking.groups: no group {unknown} in this atlas; it has {sorted(atlas_groups)}")
+    wanted = {label for name in groups for label in atlas_groups[name]}
+    return [column for column, label in enumerate(region_ids) if label in wanted] if groups else None
+
+
+def masking_problems(
+    config: MaskingConfig,
+    membership: Float[Tensor, "patch region"],
+    *,
+    allowed: Sequence[int] | None,
+    num_tubelets: int,
+) -> list[str]:
+    """Why this arm cannot hide its budget on this layout, each with the number; empty when it can."""
+    num_patches = membership.shape[0]
+    budget = hidden_patches(config.hidden_share, num_patches)
+    problems = []
+    if not 0 < budget < num_patches:
+        problems.append(
+            f"masking.hidden_share: {config.hidden_share} hides {budget} of {num_patches} patches, but at least one "
+            "must be hidden and one visible"
+        )
+    if config.kind == "future" and num_tubelets < 2:
+        problems.append("masking.kind: 'future' needs windows of at least 2 tubelets; lengthen window_frames")
+    restricted = config.kind == "region" or config.groups
+    can_hide = int(reachable(membership, config.rule, allowed).sum()) if restricted else num_patches
+    if budget > can_hide:
+        only = f" of the groups {config.groups}" if config.groups else ""
+        problems.append(
+            f"masking.hidden_share: {config.hidden_share} asks for {budget} of {num_patches} patches, but "
+            f"'{config.kind}' with rule '{config.rule}'{only} reaches {can_hide} ({can_hide / num_patches:.3f}); "
+            f"lower it to at most {can_hide / num_patches:.3f} or choose another rule"
+        )
+    return problems
+
+
+class Masker:
+    """Chooses the hidden tokens of a batch; built once from a configuration and a membership matrix."""
+
+    def __init__(
+        self,
+        config: MaskingConfig,
+        membership: Float[Tensor, "patch region"],
+        *,
+        allowed: Sequence[int] | None,
+        num_tubelets: int,
+    ) -> None:
+        problems = masking_problems(config, membership, allowed=allowed, num_tubelets=num_tubelets)
+        if problems:
+            raise MaskingError("; ".join(problems))
+        self.kind = config.kind
+        self.num_patches, self.num_regions = membership.shape
+        self.num_tubelets = num_tubelets
+        self.num_hidden = hidden_patches(config.hidden_share, self.num_patches) * num_tubelets
+        self.regions = regions_of_patches(membership, config.rule, allowed)
+        self.eligible = (
+            reachable(membership, config.rule, allowed)
+            if config.groups
+            else torch.ones(self.num_patches, dtype=torch.bool)
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches * self.num_tubelets
+
+    def choose(self, sample_seed: Int64[Tensor, "batch"]) -> TokenChoice:
+        """Each sample's hidden and visible tokens, a function of its own seed only."""
+        order = self.sort_keys(sample_seed).argsort(dim=1, stable=True)
+        if self.kind in ("tube", "region"):
+            first_token = torch.arange(self.num_tubelets, device=order.device) * self.num_patches
+            order = rearrange(order, "batch patch -> batch patch 1") + first_token
+            order = rearrange(order, "batch patch tubelet -> batch (patch tubelet)")
+        hidden, visible = order[:, : self.num_hidden], order[:, self.num_hidden :]
+        return TokenChoice(hidden.sort(dim=1).values, visible.sort(dim=1).values)
+
+    def sort_keys(self, sample_seed: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch key"]:
+        """The keys, lowest hidden first: one a patch for tube and region, one a token for random and future.
+
+        The low 31 bits are random and break ties, so the region or tubelet that crosses the budget is trimmed at random.
+        """
+        by_patch = self.kind in ("tube", "region")
+        num_keys = self.num_patches if by_patch else self.num_tokens
+        keys = random_bits(sample_seed, num_keys, stream=0)
+        if self.kind == "region":
+            keys = keys + (self._region_numbers(sample_seed) << 31)
+        elif self.kind == "future":
+            tubelets_left = torch.arange(self.num_tubelets - 1, -1, -1, device=keys.device)
+            keys = keys + (repeat(tubelets_left, "tubelet -> (tubelet patch)", patch=self.num_patches) << 31)
+        eligible = self.eligible.to(keys.device)
+        if not by_patch:
+            eligible = repeat(eligible, "patch -> (tubelet patch)", tubelet=self.num_tubelets)
+        return torch.where(eligible, keys, _NEVER)
+
+    def _region_numbers(self, sample_seed: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch patch"]:
+        """The number a patch inherits: the lowest among its regions; unreachable patches get one above all."""
+        numbers = random_bits(sample_seed, self.num_regions, stream=1)
+        above_all = torch.full_like(numbers[:, :1], 1 << 31)
+        numbers = torch.cat([numbers, above_all], dim=1)
+        return numbers[:, self.regions.to(numbers.device)].amin(dim=2)
