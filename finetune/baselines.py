@@ -1,0 +1,128 @@
+"""What a fine-tuned model must be read against: the majority, the site alone, and functional connectivity + logistic.
+
+Everything that is learned here (means, spreads, strength of the penalty) is learned from training subjects only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+
+from finetune.errors import FinetuneError
+
+
+@dataclass
+class LogisticConfig:
+    """`strengths` are the inverse penalties (scikit-learn's C) tried by inner cross-validation on training subjects."""
+
+    strengths: list[float]
+    num_folds: int
+    regress_out_site: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Standardiser:
+    """Numbers of the training subjects by which any subject's features are centred and scaled."""
+
+    mean: np.ndarray
+    site_means: dict[str, np.ndarray]
+    spread: np.ndarray
+
+    def apply(self, features: np.ndarray, sites: np.ndarray) -> np.ndarray:
+        """Centred by the site's mean (by the overall mean at a site not in training), scaled; missing values become 0."""
+        centres = np.stack([self.site_means.get(str(site), self.mean) for site in sites])
+        return np.nan_to_num((features - centres) / self.spread, nan=0.0)
+
+
+def standardiser(features: np.ndarray, sites: np.ndarray, *, by_site: bool) -> Standardiser:
+    """Means and spreads over subjects, NaN left out; with `by_site`, one mean a site."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a feature nobody has: mean of nothing, becomes 0 below
+        mean = np.nan_to_num(np.nanmean(features, axis=0))
+        names = np.unique(sites) if by_site else []
+        means = {str(site): np.nanmean(features[sites == site], axis=0) for site in names}
+        means = {site: np.where(np.isfinite(values), values, mean) for site, values in means.items()}
+        centres = np.stack([means.get(str(site), mean) for site in sites])
+        spread = np.nanstd(features - centres, axis=0)
+    return Standardiser(mean, means, np.where(spread > 1e-8, np.nan_to_num(spread, nan=1.0), 1.0))
+
+
+def connectivity(series: np.ndarray) -> np.ndarray:
+    """Fisher z of the Pearson correlation of every pair of regions, upper triangle row by row; NaN where not measured.
+
+    `series` is [time, region]; a region that is NaN or constant has no correlation.
+    """
+    if series.shape[0] < 3:
+        raise FinetuneError(f"connectivity needs at least 3 frames, the run has {series.shape[0]}; leave the run out")
+    centred = series.astype(np.float64) - series.mean(axis=0)
+    length = np.sqrt((centred**2).sum(axis=0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit = np.where(length > 1e-8, centred / length, np.nan)
+    correlation = unit.T @ unit
+    rows, columns = np.triu_indices(series.shape[1], k=1)
+    return np.arctanh(np.clip(correlation[rows, columns], -0.999999, 0.999999))
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """A penalised logistic regression on standardised features, with the penalty it chose and how it did inside."""
+
+    standardise: Standardiser
+    weights: np.ndarray
+    bias: float
+    strength: float
+    inner_auroc: float
+
+    def score(self, features: np.ndarray, sites: np.ndarray) -> np.ndarray:
+        """Logit a subject."""
+        return self.standardise.apply(features, sites) @ self.weights + self.bias
+
+
+def fit_logistic(
+    features: np.ndarray, is_case: np.ndarray, *, sites: np.ndarray, config: LogisticConfig
+) -> LogisticFit:
+    """L2 logistic regression whose strength had the best AUROC in stratified inner folds (the strongest penalty on a tie).
+
+    Standardisation is redone inside every fold, so no fold's test subject touches its training.
+    """
+    smallest = int(min(is_case.sum(), (~is_case).sum()))
+    if smallest < 2:
+        raise FinetuneError(f"the training split has {smallest} subjects of its rarer class; at least 2 are needed")
+    folds = StratifiedKFold(min(config.num_folds, smallest), shuffle=True, random_state=config.seed)
+    held_out = np.zeros((len(config.strengths), len(is_case)))
+    for train, test in folds.split(features, is_case):
+        scale = standardiser(features[train], sites[train], by_site=config.regress_out_site)
+        known, asked = scale.apply(features[train], sites[train]), scale.apply(features[test], sites[test])
+        for index, strength in enumerate(sorted(config.strengths)):
+            weights, bias = _solve(known, is_case[train], strength)
+            held_out[index, test] = asked @ weights + bias
+    quality = [roc_auc_score(is_case, values) for values in held_out]
+    best = int(np.argmax(quality))
+    scale = standardiser(features, sites, by_site=config.regress_out_site)
+    strength = sorted(config.strengths)[best]
+    weights, bias = _solve(scale.apply(features, sites), is_case, strength)
+    return LogisticFit(scale, weights, bias, strength, float(quality[best]))
+
+
+def _solve(features: np.ndarray, is_case: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+    """Weights and bias, solved in the span of the subjects: exact for a ridge penalty, and small when features are many."""
+    basis, sizes, axes = np.linalg.svd(features, full_matrices=False)
+    kept = sizes > 1e-8 * max(float(sizes[0]), 1e-8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        model = LogisticRegression(C=strength, max_iter=2000).fit((basis * sizes)[:, kept], is_case)
+    return model.coef_[0] @ axes[kept], float(model.intercept_[0])
+
+
+def site_prevalence(train_sites: np.ndarray, train_is_case: np.ndarray, sites: np.ndarray) -> np.ndarray:
+    """Share of cases among the training subjects of each subject's site: what a model can score from the site alone."""
+    overall = float(train_is_case.mean())
+    shares = {str(site): float(train_is_case[train_sites == site].mean()) for site in np.unique(train_sites)}
+    return np.array([shares.get(str(site), overall) for site in sites])
