@@ -176,7 +176,7 @@ class Masker:
     def sort_keys(self, sample_seed: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch key"]:
         """The keys, lowest hidden first: one a patch for tube and region, one a token for random and future.
 
-        The low 31 bits are random and break ties, so the region or tubelet that crosses the budget is trimmed at random.
+        The low 31 bits are random and break ties, so what crosses the budget is trimmed at random.
         """
         by_patch = self.kind in ("tube", "region")
         num_keys = self.num_patches if by_patch else self.num_tokens

@@ -1,0 +1,153 @@
+"""What hidden voxels can be guessed from without a network: the mean, neighbouring patches, a ridge on patch means.
+
+Everything here sees centred values (minus the training voxel mean), so the mean baseline is zero by construction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+@dataclass
+class BaselineConfig:
+    num_neighbours: int  # visible patches whose means a hidden patch is guessed from
+    ridge_penalties: list[float]  # candidates, in units of the mean variance of patch means
+    fit_samples: int  # training samples that the voxel statistics and the ridge are fitted on
+    choice_share: float  # share of their subjects on which the penalty is chosen
+
+
+def patch_of_voxels(
+    gather: Int64[Tensor, "patch place"], is_valid: Bool[Tensor, "patch place"], num_voxels: int
+) -> Int64[Tensor, "voxel"]:
+    """The patch each voxel belongs to."""
+    patches = torch.arange(gather.shape[0], device=gather.device)[:, None].expand_as(gather)
+    owner = torch.full((num_voxels,), -1, dtype=torch.int64, device=gather.device)
+    owner[gather[is_valid]] = patches[is_valid]
+    assert int(owner.min()) >= 0, "a layout covers every voxel of its space"
+    return owner
+
+
+def patch_means(
+    values: Float[Tensor, "batch time voxel"],
+    is_measured: Bool[Tensor, "batch voxel"],
+    *,
+    patch_of_voxel: Int64[Tensor, "voxel"],
+    num_patches: int,
+) -> Float[Tensor, "batch time patch"]:
+    """Each patch's mean over its measured voxels; 0 where none is measured."""
+    present = is_measured.to(values.dtype)
+    count = values.new_zeros(len(values), num_patches).index_add_(1, patch_of_voxel, present)
+    total = values.new_zeros(*values.shape[:2], num_patches)
+    total.index_add_(2, patch_of_voxel, values * present[:, None])
+    return total / count.clamp(min=1)[:, None]
+
+
+def neighbour_means(
+    means: Float[Tensor, "tubelet frame patch"],
+    is_visible: Bool[Tensor, "tubelet patch"],
+    distance_mm: Float[Tensor, "patch patch"],
+    *,
+    num_neighbours: int,
+) -> Float[Tensor, "tubelet frame patch"]:
+    """For every token the mean of its nearest visible patches' means, frame by frame, in the nearest tubelet that has any.
+
+    Under future masking that is the last visible tubelet, held: persistence.
+    """
+    num_visible = is_visible.sum(dim=1)
+    tubelets = torch.arange(len(means), device=means.device)
+    guess = torch.empty_like(means)
+    for tubelet in tubelets.tolist():
+        distance_in_time = torch.where(num_visible > 0, (tubelets - tubelet).abs(), len(tubelets))
+        source = int(distance_in_time.argmin())
+        seen = is_visible[source].nonzero().flatten()
+        nearest = distance_mm[:, seen].topk(min(num_neighbours, len(seen)), largest=False).indices
+        guess[tubelet] = means[source][:, seen[nearest]].mean(dim=-1)
+    return guess
+
+
+class RidgeOracle:
+    """Ridge regression of every voxel on the visible patch means of the same frame, solved exactly for any hidden set.
+
+    Only second moments of the training frames are kept, so no hidden set has to be known when fitting.
+    """
+
+    def __init__(self, num_patches: int, num_voxels: int) -> None:
+        self.patch_moments = torch.zeros(num_patches, num_patches, dtype=torch.float64)
+        self.voxel_moments = torch.zeros(num_patches, num_voxels)
+
+    def add(self, means: Float[Tensor, "batch time patch"], values: Float[Tensor, "batch time voxel"]) -> None:
+        frames = rearrange(means, "batch time patch -> (batch time) patch")
+        self.patch_moments += frames.double().T @ frames.double()
+        self.voxel_moments += frames.T @ rearrange(values, "batch time voxel -> (batch time) voxel")
+
+    def merge(self, other: "RidgeOracle") -> None:
+        self.patch_moments += other.patch_moments
+        self.voxel_moments += other.voxel_moments
+
+    def predict(
+        self, means: Float[Tensor, "time patch"], is_visible: Bool[Tensor, "patch"], *, penalty: float
+    ) -> Float[Tensor, "time voxel"]:
+        """Every voxel's guess from the visible patches; 0 when none is visible. `penalty` is relative (see config)."""
+        seen = is_visible.nonzero().flatten()
+        moments = self.patch_moments[seen][:, seen]
+        absolute = penalty * self.patch_moments.diagonal().mean()
+        eye = torch.eye(len(seen), dtype=torch.float64)
+        factor = torch.linalg.cholesky(moments + absolute * eye)
+        weights = torch.cholesky_solve(means[:, seen].double().T, factor).T  # beta^T x, without forming beta
+        return weights.to(self.voxel_moments.dtype) @ self.voxel_moments[seen]
+
+
+def choose_penalty(
+    fitted: RidgeOracle,
+    penalties: Sequence[float],
+    *,
+    means: Sequence[Float[Tensor, "time patch"]],
+    values: Sequence[Float[Tensor, "time voxel"]],
+    is_visible: Sequence[Bool[Tensor, "patch"]],
+    is_scored: Sequence[Bool[Tensor, "voxel"]],
+) -> float:
+    """The candidate with the least squared error over the hidden, measured voxels of frames it was not fitted on."""
+    errors = dict.fromkeys(penalties, 0.0)
+    for sample_means, sample_values, visible, scored in zip(means, values, is_visible, is_scored, strict=True):
+        for penalty in penalties:
+            guess = fitted.predict(sample_means, visible, penalty=penalty)
+            errors[penalty] += float((guess - sample_values)[:, scored].square().sum())
+    return min(errors, key=lambda penalty: errors[penalty])
+
+
+@dataclass
+class VoxelStatistics:
+    """Running sums per voxel over measured frames; `mean` and `deviation` are the training split's."""
+
+    count: Float[Tensor, "voxel"]
+    total: Float[Tensor, "voxel"]
+    squares: Float[Tensor, "voxel"]
+
+    @classmethod
+    def empty(cls, num_voxels: int) -> "VoxelStatistics":
+        return cls(*(torch.zeros(num_voxels, dtype=torch.float64) for _ in range(3)))
+
+    def add(self, values: Float[Tensor, "batch time voxel"], is_measured: Bool[Tensor, "batch voxel"]) -> None:
+        present = is_measured.double()
+        self.count += present.sum(dim=0) * values.shape[1]
+        self.total += (reduce(values.double(), "batch time voxel -> batch voxel", "sum") * present).sum(dim=0)
+        self.squares += (reduce(values.double().square(), "batch time voxel -> batch voxel", "sum") * present).sum(
+            dim=0
+        )
+
+    @property
+    def mean(self) -> Float[Tensor, "voxel"]:
+        """0 where no training scan measured the voxel."""
+        return (self.total / self.count.clamp(min=1)).float()
+
+    def deviation(self, floor: float) -> Float[Tensor, "voxel"]:
+        """The standard deviation, never below `floor` of its median over voxels; the median where nothing is known."""
+        mean = self.total / self.count.clamp(min=1)
+        deviation = (self.squares / self.count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+        known = self.count > 1
+        typical = deviation[known].median() if bool(known.any()) else deviation.new_ones(())
+        return torch.where(known, deviation, typical).clamp(min=float(floor * typical)).float()

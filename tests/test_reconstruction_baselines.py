@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from pretrain.baselines import (
+    RidgeOracle,
+    VoxelStatistics,
+    choose_penalty,
+    neighbour_means,
+    patch_means,
+    patch_of_voxels,
+)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_patch_means_skip_voxels_that_were_not_measured() -> None:
+    gather = torch.tensor([[0, 2, 4], [1, 3, 5]])
+    owner = patch_of_voxels(gather, gather < 5, 5)
+    assert owner.tolist() == [0, 1, 0, 1, 0]
+    values = torch.tensor([[[1.0, 2.0, 3.0, 4.0, 8.0]], [[1.0, 2.0, 3.0, 4.0, 8.0]]])
+    is_measured = torch.tensor([[True, True, True, True, False], [True, False, True, False, True]])
+    means = patch_means(values, is_measured, patch_of_voxel=owner, num_patches=2)
+    assert means.tolist() == [[[2.0, 3.0]], [[4.0, 0.0]]]
+
+
+def test_neighbour_is_the_mean_of_the_nearest_visible_patches() -> None:
+    places = torch.tensor([[0.0], [1.0], [3.0], [10.0]])
+    means = torch.tensor([[[1.0, 2.0, 4.0, 8.0]], [[10.0, 20.0, 40.0, 80.0]]])
+    is_visible = torch.tensor([[False, True, True, True], [True, False, False, True]])
+    guess = neighbour_means(means, is_visible, torch.cdist(places, places), num_neighbours=2)
+    assert guess[0, 0].tolist() == [3.0, 3.0, 3.0, 6.0]
+    assert guess[1, 0].tolist() == [45.0, 45.0, 45.0, 45.0]
+
+
+def test_neighbour_holds_the_last_visible_tubelet_when_the_future_is_hidden() -> None:
+    places = torch.tensor([[0.0], [1.0]])
+    means = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
+    is_visible = torch.tensor([[True, True], [True, True], [False, False], [False, False]])
+    guess = neighbour_means(means, is_visible, torch.cdist(places, places), num_neighbours=1)
+    assert guess[2:].tolist() == [[[3.0, 4.0]], [[3.0, 4.0]]]
+
+
+def test_ridge_of_any_hidden_set_equals_scikit_learn(generator: torch.Generator) -> None:
+    means = torch.randn(6, 5, 7, generator=generator)
+    values = torch.randn(6, 5, 20, generator=generator) + means.sum(dim=2, keepdim=True)
+    oracle = RidgeOracle(7, 20)
+    oracle.add(means[:2], values[:2])
+    rest = RidgeOracle(7, 20)
+    rest.add(means[2:], values[2:])
+    oracle.merge(rest)
+    is_visible = torch.tensor([True, False, True, True, False, True, False])
+    frames = means.reshape(30, 7)
+    absolute = 0.1 * float((frames.double().T @ frames.double()).diagonal().mean())
+    reference = Ridge(alpha=absolute, fit_intercept=False).fit(frames[:, is_visible], values.reshape(30, 20))
+    unseen = torch.randn(4, 7, generator=generator)
+    guess = oracle.predict(unseen, is_visible, penalty=0.1)
+    assert np.allclose(guess, reference.predict(unseen[:, is_visible]), atol=1e-4)
+    assert not oracle.predict(unseen, torch.zeros(7, dtype=torch.bool), penalty=0.1).any()
+
+
+def test_penalty_is_the_one_with_least_error_on_held_out_frames(generator: torch.Generator) -> None:
+    means = torch.randn(12, 1, 10, generator=generator)
+    values = means @ torch.ones(10, 4) + 3 * torch.randn(12, 1, 4, generator=generator)
+    oracle = RidgeOracle(10, 4)
+    oracle.add(means[:8], values[:8])
+    held_out = list(zip(means[8:], values[8:], strict=True))
+    is_visible, is_scored = torch.ones(10, dtype=torch.bool), torch.tensor([True, True, False, True])
+    penalties = [1e-6, 0.3, 1e3]
+    errors = [
+        sum(
+            float((oracle.predict(one, is_visible, penalty=p) - truth)[:, is_scored].square().sum())
+            for one, truth in held_out
+        )
+        for p in penalties
+    ]
+    chosen = choose_penalty(
+        oracle, penalties, means=means[8:], values=values[8:], is_visible=[is_visible] * 4, is_scored=[is_scored] * 4
+    )
+    assert chosen == penalties[int(np.argmin(errors))]
+
+
+def test_voxel_statistics_are_those_of_the_measured_frames(generator: torch.Generator) -> None:
+    values = torch.randn(6, 3, 5, generator=generator) * 4 + 100
+    is_measured = torch.rand(6, 5, generator=generator) < 0.7
+    is_measured[:, 0], is_measured[:, 1] = False, True
+    statistics = VoxelStatistics.empty(5)
+    statistics.add(values[:4], is_measured[:4])
+    statistics.add(values[4:], is_measured[4:])
+    expected = [values[is_measured[:, voxel], :, voxel].numpy() for voxel in range(5)]
+    assert np.allclose(statistics.mean, [0, *(np.mean(one) for one in expected[1:])], atol=1e-4)
+    deviations = [np.std(one) for one in expected[1:]]
+    assert np.allclose(statistics.deviation(0.01)[1:], deviations, rtol=1e-4)
+    assert min(deviations) - 1e-4 <= statistics.deviation(0.01)[0] <= max(deviations) + 1e-4
+    floor = 1.5
+    assert statistics.deviation(floor).min() == pytest.approx(
+        floor * float(statistics.deviation(0.0).median()), rel=0.1
+    )
