@@ -1,0 +1,153 @@
+"""Scan -> packed array: the one code path used by the sharder and by the served model.
+
+Promise: training and serving see the same numbers, because both call the functions of this file. What the field of view
+did not cover, what never varies and what is not finite is marked not measured, never filled in.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float16, Float32, Int8, UInt8
+
+from brain_models.errors import ScanError
+from brain_models.nifti import ScanHeader, read_header, stream_frames
+from brain_models.resample import resampler_for
+from brain_models.space import BrainSpace
+
+UNITS_PER_SCALE = 21
+CLIP_AT = 6.0
+NOT_MEASURED = -128
+MAD_TO_SIGMA = 1.4826  # of a Gaussian
+VOXELS_A_BLOCK = 1 << 14  # bounds the copies of the median
+
+
+@dataclass(frozen=True)
+class PackedScan:
+    """A scan on a space: values [time, voxel] in scan units (T1: one frame), True in `is_measured` where covered."""
+
+    values: Float32[np.ndarray, "time voxel"]
+    is_measured: Bool[np.ndarray, "voxel"]
+    header: ScanHeader
+
+
+@dataclass(frozen=True)
+class StandardisedRun:
+    """A BOLD run as it is stored: x = mean + scale * quantised / 21; -128 where not measured."""
+
+    mean: Float32[np.ndarray, "voxel"]
+    scale: Float32[np.ndarray, "voxel"]
+    quantised: Int8[np.ndarray, "time voxel"]
+    clipped_fraction: Float32[np.ndarray, "time"]
+
+    @property
+    def is_measured(self) -> Bool[np.ndarray, "voxel"]:
+        return self.quantised[0] != NOT_MEASURED
+
+
+@dataclass(frozen=True)
+class StandardisedT1:
+    """A T1 as it is stored: x = mean + std * values; NaN where not measured."""
+
+    values: Float16[np.ndarray, "voxel"]
+    mean: float
+    std: float
+
+
+def pack_bold(path: Path | str, space: BrainSpace, *, brain_mask: Path | None) -> PackedScan:
+    """Returns a run on `space`; voxels outside `brain_mask` (a NIfTI file) count as not measured."""
+    return _pack(read_header(path, "bold"), space, brain_mask)
+
+
+def pack_t1(path: Path | str, space: BrainSpace, *, brain_mask: Path | None) -> PackedScan:
+    """Returns a T1 on `space` as one frame; voxels outside `brain_mask` (a NIfTI file) count as not measured."""
+    return _pack(read_header(path, "t1w"), space, brain_mask)
+
+
+def _pack(header: ScanHeader, space: BrainSpace, brain_mask: Path | None) -> PackedScan:
+    if not header.has_orientation:
+        raise ScanError(f"{header.path}: sform and qform codes are 0: left and right are unknown; restore the geometry")
+    resampler = resampler_for(header, space)
+    is_measured = resampler.is_covered.copy()
+    if brain_mask is not None:
+        mask_header = read_header(brain_mask, "t1w")
+        mask = next(stream_frames(mask_header))
+        mask_resampler = resampler_for(mask_header, space)
+        is_measured &= mask_resampler.is_covered & (mask_resampler((mask > 0).astype(np.float32))[0] > 0.5)
+    if not is_measured.any():
+        raise ScanError(
+            f"{header.path}: covers no voxel of space {space.name}; check its space entity and the mask {brain_mask}"
+        )
+    values = np.empty((header.num_frames, space.num_voxels), dtype=np.float32)
+    first = 0
+    for block in stream_frames(header):
+        values[first : first + len(block)] = resampler(block)
+        first += len(block)
+    is_measured &= np.isfinite(values).all(axis=0)
+    values[:, ~is_measured] = 0.0
+    return PackedScan(values, is_measured, header)
+
+
+def standardise_bold(packed: PackedScan) -> StandardisedRun:
+    """Returns the run in robust units: (x - mean) / (1.4826 * median absolute deviation), in 1/21, clipped at 6.
+
+    A voxel that never varies is not measured. ScanError when no voxel varies.
+    """
+    num_frames, num_voxels = packed.values.shape
+    mean = np.zeros(num_voxels, dtype=np.float32)
+    scale = np.zeros(num_voxels, dtype=np.float32)
+    quantised = np.full((num_frames, num_voxels), NOT_MEASURED, dtype=np.int8)
+    num_clipped = np.zeros(num_frames, dtype=np.int64)
+    for start in range(0, num_voxels, VOXELS_A_BLOCK):
+        block = slice(start, start + VOXELS_A_BLOCK)
+        voxels = np.ascontiguousarray(packed.values[:, block].T)
+        means = voxels.mean(axis=1, dtype=np.float64).astype(np.float32)
+        scales = _robust_scale(voxels)
+        varies = packed.is_measured[block] & (scales > 1e-6 * np.abs(means)) & (scales > 0)
+        units = (voxels - means[:, None]) / np.where(varies, scales, 1)[:, None]
+        num_clipped += ((np.abs(units) > CLIP_AT) & varies[:, None]).sum(axis=0)
+        coded = np.rint(np.clip(units, -CLIP_AT, CLIP_AT) * UNITS_PER_SCALE).astype(np.int8)
+        quantised[:, block] = np.where(varies[:, None], coded, np.int8(NOT_MEASURED)).T
+        mean[block], scale[block] = np.where(varies, means, 0), np.where(varies, scales, 0)
+    num_measured = int((quantised[0] != NOT_MEASURED).sum())
+    if num_measured == 0:
+        raise ScanError(f"{packed.header.path}: no voxel varies over time; this is not a BOLD run")
+    return StandardisedRun(mean, scale, quantised, (num_clipped / num_measured).astype(np.float32))
+
+
+def standardise_t1(packed: PackedScan) -> StandardisedT1:
+    """Returns (x - mean) / std over the measured voxels, float16; NaN where not measured."""
+    measured = packed.values[0][packed.is_measured].astype(np.float64)
+    mean, std = float(measured.mean()), float(measured.std())
+    if std <= 1e-6 * abs(mean) or std == 0:
+        raise ScanError(f"{packed.header.path}: all voxels have the same value {mean}; this is not a T1 image")
+    values = np.where(packed.is_measured, (packed.values[0] - mean) / std, np.nan)
+    return StandardisedT1(values.astype(np.float16), mean, std)
+
+
+def dequantise(quantised: Int8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Returns values in robust units; 0.0 where not measured."""
+    return _DEQUANTISED[quantised.view(np.uint8)]
+
+
+def dvars(run: StandardisedRun) -> Float32[np.ndarray, "time"]:
+    """Returns the root mean square change from the frame before, over measured voxels, in robust units; first NaN."""
+    values = dequantise(run.quantised[:, run.is_measured])
+    change = np.sqrt(np.mean(np.diff(values, axis=0) ** 2, axis=1, dtype=np.float64))
+    return np.concatenate([[np.nan], change]).astype(np.float32)
+
+
+def _robust_scale(voxels: Float32[np.ndarray, "voxel time"]) -> Float32[np.ndarray, "voxel"]:
+    """Returns 1.4826 * MAD per voxel; the standard deviation where more than half the frames share one value."""
+    centred = np.abs(voxels - np.median(voxels, axis=1, keepdims=True))
+    scale = MAD_TO_SIGMA * np.median(centred, axis=1)
+    return np.where(scale > 0, scale, voxels.std(axis=1)).astype(np.float32)
+
+
+def _dequantised_table() -> Float32[np.ndarray, "code"]:
+    codes: UInt8[np.ndarray, "code"] = np.arange(256, dtype=np.uint8)
+    signed = codes.view(np.int8).astype(np.float32)
+    return np.where(signed == NOT_MEASURED, 0, signed / UNITS_PER_SCALE).astype(np.float32)
+
+
+_DEQUANTISED = _dequantised_table()
