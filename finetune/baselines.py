@@ -36,7 +36,7 @@ class Standardiser:
     spread: np.ndarray
 
     def apply(self, features: np.ndarray, sites: np.ndarray) -> np.ndarray:
-        """Centred by the site's mean (by the overall mean at a site not in training), scaled; missing values become 0."""
+        """Centred by the site's mean (by the overall mean at an unknown site), scaled; missing values become 0."""
         centres = np.stack([self.site_means.get(str(site), self.mean) for site in sites])
         return np.nan_to_num((features - centres) / self.spread, nan=0.0)
 
@@ -46,7 +46,7 @@ def standardiser(features: np.ndarray, sites: np.ndarray, *, by_site: bool) -> S
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a feature nobody has: mean of nothing, becomes 0 below
         mean = np.nan_to_num(np.nanmean(features, axis=0))
-        names = np.unique(sites) if by_site else []
+        names = np.unique(sites).tolist() if by_site else []
         means = {str(site): np.nanmean(features[sites == site], axis=0) for site in names}
         means = {site: np.where(np.isfinite(values), values, mean) for site, values in means.items()}
         centres = np.stack([means.get(str(site), mean) for site in sites])
@@ -88,7 +88,7 @@ class LogisticFit:
 def fit_logistic(
     features: np.ndarray, is_case: np.ndarray, *, sites: np.ndarray, config: LogisticConfig
 ) -> LogisticFit:
-    """L2 logistic regression whose strength had the best AUROC in stratified inner folds (the strongest penalty on a tie).
+    """L2 logistic regression whose strength had the best AUROC in stratified inner folds (ties: strongest penalty).
 
     Standardisation is redone inside every fold, so no fold's test subject touches its training.
     """
@@ -112,7 +112,7 @@ def fit_logistic(
 
 
 def _solve(features: np.ndarray, is_case: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
-    """Weights and bias, solved in the span of the subjects: exact for a ridge penalty, and small when features are many."""
+    """Weights and bias, solved in the span of the subjects: exact for a ridge penalty, small with many features."""
     basis, sizes, axes = np.linalg.svd(features, full_matrices=False)
     kept = sizes > 1e-8 * max(float(sizes[0]), 1e-8)
     with warnings.catch_warnings():

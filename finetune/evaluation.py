@@ -105,7 +105,7 @@ def balanced_accuracy(is_called: np.ndarray, is_case: np.ndarray) -> float:
 
 
 def choose_threshold(values: np.ndarray, is_case: np.ndarray) -> float:
-    """The cut (call a case when value > cut) with the best balanced accuracy, the middle of the ties; for validation."""
+    """The cut (a case when value > cut) with the best balanced accuracy, the middle of the ties; for validation."""
     if is_case.all() or not is_case.any():
         raise FinetuneError("cannot choose a threshold: the validation split has one class only; enlarge it")
     levels = np.unique(values.astype(np.float64))
