@@ -1,9 +1,10 @@
-"""The report's figures as SVG text: curves, ROC, score distributions. Numbers in, text out; the same text every time."""
+"""The report's figures as SVG text: curves, ROC, score distributions. Numbers in, text out, reproducibly."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import matplotlib
 
@@ -16,18 +17,23 @@ from finetune.evaluation import Scores, auroc, roc_curve
 
 Curve = Sequence[tuple[int, float]]
 
-STYLE = {
-    "svg.hashsalt": "callosum",  # otherwise element ids are random and no two reports are equal
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 COLOURS = ("#1f4e79", "#c0504d", "#7f9a48", "#8064a2", "#d9962b", "#4bacc6")
 
 
+def _style() -> AbstractContextManager[None]:
+    return matplotlib.rc_context(
+        {
+            "svg.hashsalt": "callosum",  # otherwise element ids are random and no two reports are equal
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+
+
 def _as_svg(figure: Figure) -> str:
-    with matplotlib.rc_context(STYLE):
+    with _style():
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
     svg = text.getvalue()
@@ -35,7 +41,7 @@ def _as_svg(figure: Figure) -> str:
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    with matplotlib.rc_context(STYLE):
+    with _style():
         figure = Figure(figsize=(width, height))
         return figure, figure.add_subplot()
 
