@@ -53,9 +53,9 @@ def neighbour_means(
     *,
     num_neighbours: int,
 ) -> Float[Tensor, "tubelet frame patch"]:
-    """For every token the mean of its nearest visible patches' means, frame by frame, in the nearest tubelet that has any.
+    """For every token the mean of its nearest visible patches' means, frame by frame.
 
-    Under future masking that is the last visible tubelet, held: persistence.
+    Where a whole tubelet is hidden, the nearest one that shows anything stands in: in future masking, persistence.
     """
     num_visible = is_visible.sum(dim=1)
     tubelets = torch.arange(len(means), device=means.device)
