@@ -98,7 +98,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raw.seek(0)
         if is_gzip:
             with igzip.open(raw, "rb") as unzipped:
-                yield unzipped  # type: ignore[misc]
+                yield unzipped
         else:
             yield raw
 

@@ -146,7 +146,7 @@ def load_volume(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
     import nibabel
 
     try:
-        image = nibabel.load(path)  # type: ignore[attr-defined]
+        image = nibabel.load(path)
         values = np.asarray(image.dataobj)  # type: ignore[attr-defined]
     except (OSError, nibabel.filebasedimages.ImageFileError) as error:
         raise SpaceError(f"{path}: not a readable NIfTI volume ({error}); give a 3D .nii or .nii.gz") from error

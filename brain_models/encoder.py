@@ -1,0 +1,250 @@
+"""The encoder: a pre-norm transformer on visible tokens, with one stem per kind of token.
+
+Promise: positions are millimetres and seconds, so one trunk serves any resolution and repetition time; only stems
+depend on a layout. Knows no task, no loss and no data set.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from brain_models.patches import PatchLayout
+
+TokenKind = Literal["bold", "t1"]
+
+WAVELENGTHS_MM = (16.0, 480.0)  # from below the smallest patch in use to more than twice the head
+WAVELENGTHS_S = (1.0, 64.0)
+
+
+@dataclass
+class EncoderConfig:
+    """Sizes of the trunk; `num_frequencies` is per axis of (x, y, z, time)."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    num_frequencies: int
+
+
+class Stem(nn.Module):
+    """Turns packed values into token features of one shape: a patch over `tubelet_frames` frames.
+
+    Values are standardised per voxel by `voxel_offset` and `voxel_scale`, the train split's mean and spread, which
+    travel with the weights.
+    """
+
+    gather: Int[Tensor, "patch place"]
+    is_valid: Bool[Tensor, "patch place"]
+    centres_mm: Float[Tensor, "patch 3"]
+    voxel_offset: Float[Tensor, "voxel"]
+    voxel_scale: Float[Tensor, "voxel"]
+
+    def __init__(self, layout: PatchLayout, tubelet_frames: int, width: int) -> None:
+        super().__init__()
+        self.tubelet_frames = tubelet_frames
+        self.num_patches = layout.num_patches
+        self.register_buffer("gather", torch.from_numpy(layout.gather).clamp(max=layout.num_voxels - 1), False)
+        self.register_buffer("is_valid", torch.from_numpy(layout.is_valid), False)
+        self.register_buffer("centres_mm", torch.from_numpy(layout.centres_mm), False)
+        self.register_buffer("voxel_offset", torch.zeros(layout.num_voxels))
+        self.register_buffer("voxel_scale", torch.ones(layout.num_voxels))
+        self.num_features = layout.gather.shape[1] * tubelet_frames
+        self.project = nn.Linear(self.num_features, width)
+
+    def features(
+        self, values: Float[Tensor, "batch time voxel"], is_measured: Bool[Tensor, "batch voxel"]
+    ) -> Float[Tensor, "batch token feature"]:
+        """Returns standardised voxels by token (tubelet-major), 0 where not measured or outside the brain."""
+        centred = (values - self.voxel_offset) / self.voxel_scale * is_measured[:, None, :]
+        return self.by_token(centred)
+
+    def measured(self, is_measured: Bool[Tensor, "batch voxel"]) -> Bool[Tensor, "batch patch feature"]:
+        """Returns True where a patch's feature stands for a measured voxel (equal for all tubelets)."""
+        places = is_measured[:, self.gather] & self.is_valid
+        return places.repeat(1, 1, self.tubelet_frames)
+
+    def by_token(self, values: Float[Tensor, "batch time voxel"]) -> Float[Tensor, "batch token feature"]:
+        """Returns packed values gathered by token, frames-major inside a token; 0 outside the brain."""
+        places = values[:, :, self.gather] * self.is_valid
+        return rearrange(
+            places,
+            "batch (tubelet frame) patch place -> batch (tubelet patch) (frame place)",
+            frame=self.tubelet_frames,
+        )
+
+
+class BrainEncoder(nn.Module):
+    """A trunk with stems by kind; encodes whatever subset of tokens it is given."""
+
+    def __init__(self, config: EncoderConfig, stems: dict[str, tuple[PatchLayout, int]]) -> None:
+        super().__init__()
+        self.config = config
+        self.stems = nn.ModuleDict(
+            {kind: Stem(layout, tubelet_frames, config.width) for kind, (layout, tubelet_frames) in stems.items()}
+        )
+        self.embed_position = PositionEmbedding(config.width, config.num_frequencies)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def stem(self, kind: TokenKind) -> Stem:
+        """Returns the stem of `kind`."""
+        stem = self.stems[kind]
+        assert isinstance(stem, Stem)
+        return stem
+
+    def positions(
+        self, kind: TokenKind, num_tubelets: int, repetition_time_s: Float[Tensor, "batch"]
+    ) -> Float[Tensor, "batch token 4"]:
+        """Returns x, y, z in mm and the tubelet's centre in seconds from the window's start, tubelet-major."""
+        stem = self.stem(kind)
+        centre_frames = (torch.arange(num_tubelets, device=repetition_time_s.device) + 0.5) * stem.tubelet_frames - 0.5
+        seconds = repetition_time_s[:, None] * centre_frames[None]
+        batch, patches = len(repetition_time_s), stem.num_patches
+        places = stem.centres_mm[None, None].expand(batch, num_tubelets, patches, 3)
+        times = seconds[:, :, None, None].expand(batch, num_tubelets, patches, 1)
+        return rearrange(
+            torch.cat([places, times], dim=-1), "batch tubelet patch coordinate -> batch (tubelet patch) coordinate"
+        )
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch token feature"],
+        positions: Float[Tensor, "batch token 4"],
+        kind: TokenKind,
+    ) -> Float[Tensor, "batch token width"]:
+        """Returns the encoded tokens; the caller chooses which are visible."""
+        tokens = self.stem(kind).project(features) + self.embed_position(positions)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def encode_windows(
+        self,
+        values: Float[Tensor, "batch time voxel"],
+        is_measured: Bool[Tensor, "batch voxel"],
+        repetition_time_s: Float[Tensor, "batch"],
+        kind: TokenKind,
+    ) -> Float[Tensor, "batch token width"]:
+        """Returns all tokens of whole windows, none hidden, tubelet-major."""
+        features = self.stem(kind).features(values, is_measured)
+        num_tubelets = values.shape[1] // self.stem(kind).tubelet_frames
+        return self(features, self.positions(kind, num_tubelets, repetition_time_s), kind)
+
+
+class PatchDecoder(nn.Module):
+    """Predicts the features of hidden tokens from visible ones: hidden queries attend to the visible, then to nothing.
+
+    Cross-attention only (as CrossMAE, Fu 2024): cost grows with hidden x visible. The output starts at zero, which is
+    the train split's mean.
+    """
+
+    def __init__(self, config: EncoderConfig, *, width: int, depth: int, num_features: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(config.width, width)
+        self.embed_position = PositionEmbedding(width, config.num_frequencies)
+        self.query = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(CrossBlock(width, config.num_heads, config.mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.predict = nn.Linear(width, num_features)
+        nn.init.zeros_(self.predict.weight)
+        nn.init.zeros_(self.predict.bias)
+
+    def forward(
+        self,
+        visible: Float[Tensor, "batch visible width"],
+        hidden_positions: Float[Tensor, "batch hidden 4"],
+    ) -> Float[Tensor, "batch hidden feature"]:
+        """Returns predicted features of the hidden tokens."""
+        context = self.embed(visible)
+        tokens = self.query + self.embed_position(hidden_positions)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        return self.predict(self.norm(tokens))
+
+
+class PositionEmbedding(nn.Module):
+    """Sines and cosines of millimetres and seconds at fixed wavelengths, through a small network."""
+
+    wavenumbers: Float[Tensor, "coordinate frequency"]
+
+    def __init__(self, width: int, num_frequencies: int) -> None:
+        super().__init__()
+        ranges = (WAVELENGTHS_MM, WAVELENGTHS_MM, WAVELENGTHS_MM, WAVELENGTHS_S)
+        wavelengths = [torch.logspace(math.log10(low), math.log10(high), num_frequencies) for low, high in ranges]
+        self.register_buffer("wavenumbers", 2 * math.pi / torch.stack(wavelengths), False)
+        self.project = nn.Sequential(nn.Linear(8 * num_frequencies, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, positions: Float[Tensor, "batch token 4"]) -> Float[Tensor, "batch token width"]:
+        phases = rearrange(
+            positions[..., None] * self.wavenumbers,
+            "batch token coordinate frequency -> batch token (coordinate frequency)",
+        )
+        return self.project(torch.cat([phases.sin(), phases.cos()], dim=-1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `tokens` to `context` by scaled_dot_product_attention."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], context: Float[Tensor, "batch other width"]
+    ) -> Float[Tensor, "batch token width"]:
+        split = "batch token (head width) -> batch head token width"
+        query = rearrange(self.query(tokens), split, head=self.num_heads)
+        key, value = (rearrange(half, split, head=self.num_heads) for half in self.key_value(context).chunk(2, dim=-1))
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        return self.out(rearrange(attended, "batch head token width -> batch token (head width)"))
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention and MLP."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = Attention(width, num_heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = _mlp(width, mlp_ratio)
+
+    def forward(self, tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
+        normed = self.norm_attention(tokens)
+        tokens = tokens + self.attention(normed, normed)
+        return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm attention of tokens to a context, and MLP."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm_tokens = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(width)
+        self.attention = Attention(width, num_heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = _mlp(width, mlp_ratio)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], context: Float[Tensor, "batch other width"]
+    ) -> Float[Tensor, "batch token width"]:
+        tokens = tokens + self.attention(self.norm_tokens(tokens), self.norm_context(context))
+        return tokens + self.mlp(self.norm_mlp(tokens))
+
+
+def _mlp(width: int, mlp_ratio: float) -> nn.Sequential:
+    hidden = int(width * mlp_ratio)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
