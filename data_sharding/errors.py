@@ -1,0 +1,13 @@
+"""What a user can mend about sources, shard sets and how they are read."""
+
+
+class SourceError(ValueError):
+    """A source of scans that cannot be used as it is."""
+
+
+class ShardError(ValueError):
+    """A shard set that is missing, of another schema, damaged, or in the way of a new one."""
+
+
+class SplitError(ValueError):
+    """Subjects that cannot be split as asked."""
