@@ -1,0 +1,164 @@
+"""What a shard set holds: the contract between writer and readers, and nothing else. See docs/shard_format.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from data_sharding.errors import ShardError
+
+SCHEMA_VERSION = 1
+
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+INDEX = "index.parquet"
+SPACE = "space.npz"
+SUBJECTS = "subjects.parquet"
+ATLASES = "atlases/"
+RECEIPTS = "receipts/"
+SHARDS = "shards/"
+
+# Member kinds: the extension of a tar member's name.
+MEAN, SCALE, FRAMES, META = "mean.npy", "scale.npy", "frames.npy", "json"  # the stats entry of a run, before its chunks
+BOLD, CRC = "bold.npy", "crc.npy"  # a chunk: int8 [time, voxel] and uint32 [time]
+T1 = "t1.npy"  # float16 [voxel], beside a json
+KIND_OF_SCAN = {"bold": MEAN, "t1": T1}  # the member each scan of this kind has exactly once
+
+FRAME_COLUMNS = ("framewise_displacement_mm", "dvars", "clipped_fraction", "keep")  # axis 1 of frames.npy, float32
+
+NPY_HEADER_BYTES = 128  # of every array here: numpy pads its header to 64, and these shapes and types need two of them
+JSON_BYTES = 1024  # json members are padded with blanks to a multiple, so that a plan knows their size
+TAR_BLOCK_BYTES = 512
+TAR_END_BYTES = 10240
+MAX_NAME_LENGTH = 100  # of a USTAR member; a longer one would need a second header
+TAR_OWNER = "callosum"
+
+INDEX_COLUMNS = {
+    "shard": "string",
+    "member": "string",
+    "offset": "int64",  # of the member's first byte in the tar
+    "size": "int64",
+    "key": "string",
+    "kind": "string",
+    "subject": "string",
+    "session": "string",
+    "task": "string",
+    "run": "string",
+    "site": "string",
+    "split": "string",
+    "scan_id": "string",
+    "first_frame": "int64",
+    "num_frames": "int64",
+    "repetition_time_s": "float64",  # 0 for a T1
+}
+
+
+@dataclass
+class ShardEntry:
+    """One shard as the manifest lists it; `num_samples` counts its scans."""
+
+    name: str
+    bytes: int
+    sha256: str
+    num_samples: int
+
+
+@dataclass
+class Refusal:
+    """A scan that is not in the set, and why."""
+
+    scan_id: str
+    path: str
+    reason: str
+
+
+@dataclass
+class Manifest:
+    """Everything about a set but its arrays; written last, so a set without it does not exist."""
+
+    schema: int
+    fingerprint: str
+    name: str
+    space: dict[str, Any]  # name, kind, template, num_voxels, fingerprint
+    atlases: list[str]
+    shards: list[ShardEntry]
+    counts: dict[str, int]
+    refused: list[Refusal]
+    splits: dict[str, Any]
+    preprocessing: dict[str, Any]
+    notes: list[str]
+    versions: dict[str, str]
+
+    def to_json(self) -> bytes:
+        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, location: str) -> Manifest:
+        """The manifest in `data`; ShardError when it is damaged or of another schema."""
+        try:
+            raw = json.loads(data)
+            found = raw["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardError(f"{location}/{MANIFEST} is damaged ({error}); write the set again") from error
+        if found != SCHEMA_VERSION:
+            raise ShardError(
+                f"{location} has schema {found}, this code reads {SCHEMA_VERSION}; "
+                f"write it again with 'python -m data_sharding', or use the code that wrote it"
+            )
+        raw["shards"] = [ShardEntry(**entry) for entry in raw["shards"]]
+        raw["refused"] = [Refusal(**refusal) for refusal in raw["refused"]]
+        return cls(**raw)
+
+
+def set_fingerprint(space_fingerprint: str, shards: list[ShardEntry], split_of_subject: dict[str, str]) -> str:
+    """SHA-256 over the space, the shards' contents and the split of every subject."""
+    content = {
+        "schema": SCHEMA_VERSION,
+        "space": space_fingerprint,
+        "shards": [[shard.name, shard.sha256] for shard in shards],
+        "splits": sorted(split_of_subject.items()),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard inside its set."""
+    return f"{SHARDS}{number:06d}.tar"
+
+
+def stats_key(scan_id: str) -> str:
+    """The key of a scan's first entry."""
+    return f"{scan_id}_0000"
+
+
+def chunk_key(scan_id: str, chunk: int) -> str:
+    """The key of a run's chunk, counted from 0: it sorts behind the stats entry."""
+    return f"{scan_id}_{chunk + 1:04d}"
+
+
+def chunk_bounds(num_frames: int, chunk_frames: int) -> list[tuple[int, int]]:
+    """(first, stop) frames of each chunk: all of `chunk_frames`, but the last also takes the remainder."""
+    num_chunks = max(1, num_frames // chunk_frames)
+    starts = [chunk * chunk_frames for chunk in range(num_chunks)]
+    return list(zip(starts, [*starts[1:], num_frames], strict=True))
+
+
+def tar_bytes(payload: int) -> int:
+    """What a member of `payload` bytes takes in a tar."""
+    return TAR_BLOCK_BYTES + -(-payload // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+
+
+def scan_bytes(kind: str, *, num_frames: int, num_voxels: int, chunk_frames: int) -> int:
+    """What a scan takes in a shard: exact unless its json needs more than its padding."""
+    total = tar_bytes(JSON_BYTES)
+    if kind == "t1":
+        return total + tar_bytes(NPY_HEADER_BYTES + 2 * num_voxels)
+    total += 2 * tar_bytes(NPY_HEADER_BYTES + 4 * num_voxels)
+    total += tar_bytes(NPY_HEADER_BYTES + 4 * len(FRAME_COLUMNS) * num_frames)
+    for first, stop in chunk_bounds(num_frames, chunk_frames):
+        total += tar_bytes(NPY_HEADER_BYTES + (stop - first) * num_voxels)
+        total += tar_bytes(NPY_HEADER_BYTES + 4 * (stop - first))
+    return total
