@@ -5,6 +5,7 @@ depend on a layout. Knows no task, no loss and no data set.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,7 +84,7 @@ class Stem(nn.Module):
 class BrainEncoder(nn.Module):
     """A trunk with stems by kind; encodes whatever subset of tokens it is given."""
 
-    def __init__(self, config: EncoderConfig, stems: dict[str, tuple[PatchLayout, int]]) -> None:
+    def __init__(self, config: EncoderConfig, stems: Mapping[TokenKind, tuple[PatchLayout, int]]) -> None:
         super().__init__()
         self.config = config
         self.stems = nn.ModuleDict(
@@ -138,6 +139,23 @@ class BrainEncoder(nn.Module):
         features = self.stem(kind).features(values, is_measured)
         num_tubelets = values.shape[1] // self.stem(kind).tubelet_frames
         return self(features, self.positions(kind, num_tubelets, repetition_time_s), kind)
+
+    def embed(
+        self,
+        values: Float[Tensor, "batch time voxel"],
+        is_measured: Bool[Tensor, "batch voxel"],
+        repetition_time_s: Float[Tensor, "batch"],
+        *,
+        kind: TokenKind,
+        window_frames: int,
+    ) -> Float[Tensor, "batch width"]:
+        """Returns each scan's mean token over all whole windows; a T1 is one window of one frame."""
+        num_windows = values.shape[1] // window_frames
+        sums = torch.zeros(len(values), self.config.width, device=values.device)
+        for window in range(num_windows):
+            frames = values[:, window * window_frames : (window + 1) * window_frames]
+            sums += self.encode_windows(frames, is_measured, repetition_time_s, kind).mean(dim=1)
+        return sums / num_windows
 
 
 class PatchDecoder(nn.Module):

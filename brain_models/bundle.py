@@ -1,0 +1,208 @@
+"""Bundles: a folder with model.yaml, weights.safetensors, the spaces and a golden output.
+
+Promise: what loads computes what was saved: loading recomputes the golden output and refuses beyond 1e-4. No pickle.
+"""
+
+import dataclasses
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from brain_models.encoder import BrainEncoder, EncoderConfig, TokenKind
+from brain_models.errors import BundleError
+from brain_models.heads import Classifier, HeadConfig, RunClassifier
+from brain_models.patches import PatchLayout
+from brain_models.space import BrainSpace
+
+SCHEMA = 1
+GOLDEN_TOLERANCE = 1e-4
+GOLDEN_SEED = 2009
+
+
+@dataclass
+class StemSpec:
+    """What a stem sees; `needs_brain_mask`: its shards were packed with the scans' brain masks."""
+
+    patch_voxels: int
+    tubelet_frames: int
+    window_frames: int
+    needs_brain_mask: bool
+
+
+@dataclass
+class HeadSpec:
+    """A classifier over segments of `segment_frames`; a run's logit is the mean of its segments'."""
+
+    config: HeadConfig
+    segment_frames: int
+    positive: str
+    negative: str
+    threshold: float  # probability of `positive` from which a run is called positive; chosen on validation
+
+
+@dataclass
+class Bundle:
+    """A loaded bundle: one encoder, spaces by stem kind, and a classifier if it has a head."""
+
+    encoder: BrainEncoder
+    spaces: dict[TokenKind, BrainSpace]
+    stems: dict[TokenKind, StemSpec]
+    head: HeadSpec | None
+    classifier: RunClassifier | None
+    made_by: dict[str, str]
+
+    @property
+    def model(self) -> BrainEncoder | RunClassifier:
+        return self.classifier or self.encoder
+
+
+def save(folder: Path | str, bundle: Bundle) -> Path:
+    """Writes `bundle` to `folder` and returns it; the model is taken as it is, on any device."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, space in bundle.spaces.items():
+        space.save(folder / f"space_{kind}.npz")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in bundle.model.state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    np.save(folder / "golden.npy", _golden_output(bundle).numpy())
+    spec = {
+        "schema": SCHEMA,
+        "encoder": dataclasses.asdict(bundle.encoder.config),
+        "stems": {
+            kind: dataclasses.asdict(stem) | {"space_fingerprint": bundle.spaces[kind].fingerprint}
+            for kind, stem in bundle.stems.items()
+        },
+        "head": dataclasses.asdict(bundle.head) if bundle.head else None,
+        "made_by": bundle.made_by | {"commit": code_commit(), "torch": str(torch.__version__)},
+    }
+    (folder / "model.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    return folder
+
+
+def load(folder: Path | str) -> Bundle:
+    """Returns the bundle in `folder`, on the CPU, in eval mode.
+
+    BundleError: a file missing or damaged, another schema, or a golden output that does not come out.
+    """
+    folder = Path(folder)
+    spec = _read_spec(folder)
+    spaces = {kind: BrainSpace.load(folder / f"space_{kind}.npz") for kind in spec["stems"]}
+    for kind, stem in spec["stems"].items():
+        if stem.pop("space_fingerprint") != spaces[kind].fingerprint:
+            raise BundleError(f"{folder}/space_{kind}.npz is not the space this model was trained on; fetch it again")
+    stems = {kind: StemSpec(**stem) for kind, stem in spec["stems"].items()}
+    weights = _read_weights(folder)
+    encoder = make_encoder(EncoderConfig(**spec["encoder"]), spaces, stems)
+    head = spec["head"] and HeadSpec(**(spec["head"] | {"config": HeadConfig(**spec["head"]["config"])}))
+    classifier = _classifier(encoder, head, stems, weights) if head else None
+    bundle = Bundle(encoder, spaces, stems, head, classifier, spec["made_by"])
+    try:
+        bundle.model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise BundleError(f"{folder}: weights do not fit model.yaml ({error}); fetch the bundle again") from error
+    bundle.model.eval()
+    _check_golden(bundle, folder)
+    return bundle
+
+
+def make_encoder(
+    config: EncoderConfig, spaces: dict[TokenKind, BrainSpace], stems: dict[TokenKind, StemSpec]
+) -> BrainEncoder:
+    """Returns a fresh encoder with one stem for each kind."""
+    layouts = {
+        kind: (PatchLayout(spaces[kind], stem.patch_voxels), stem.tubelet_frames) for kind, stem in stems.items()
+    }
+    return BrainEncoder(config, layouts)
+
+
+def code_commit() -> str:
+    """Returns the git commit of this code, with '+' when it differs from it; 'unknown' outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def _read_spec(folder: Path) -> dict[str, Any]:
+    try:
+        spec = yaml.safe_load((folder / "model.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BundleError(f"{folder}/model.yaml cannot be read ({error}); is this a bundle folder?") from error
+    if spec.get("schema") != SCHEMA:
+        raise BundleError(
+            f"{folder}/model.yaml has schema {spec.get('schema')}, this code reads {SCHEMA}; export again"
+        )
+    return spec
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / "weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{folder}/weights.safetensors cannot be read ({error}); fetch the bundle again") from error
+
+
+def _classifier(
+    encoder: BrainEncoder, head: HeadSpec, stems: dict[TokenKind, StemSpec], weights: dict[str, Tensor]
+) -> RunClassifier:
+    membership = weights.get("head.pool.shares")
+    module = Classifier(head.config, encoder.config.width, membership=membership)
+    window_frames = stems["bold"].window_frames
+    num_windows = head.segment_frames // window_frames
+    return RunClassifier(encoder, module, window_frames=window_frames, num_windows=num_windows)
+
+
+def _golden_output(bundle: Bundle) -> Float[Tensor, "stem output"]:
+    """Returns embeddings (or the logit) of one seeded random window for each stem, computed on the CPU in eval mode."""
+    model = bundle.model
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval().cpu()
+    outputs = []
+    with torch.inference_mode():
+        for kind, stem in sorted(bundle.stems.items()):
+            generator = np.random.Generator(np.random.PCG64(GOLDEN_SEED))
+            num_frames = bundle.head.segment_frames if bundle.head else stem.window_frames
+            shape = (1, num_frames, bundle.spaces[kind].num_voxels)
+            values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+            is_measured = torch.ones(1, shape[2], dtype=torch.bool)
+            repetition_time_s = torch.full((1,), 2.0)
+            if bundle.classifier:
+                outputs.append(bundle.classifier(values, is_measured, repetition_time_s)[:, None])
+            else:
+                embedding = bundle.encoder.embed(
+                    values, is_measured, repetition_time_s, kind=kind, window_frames=stem.window_frames
+                )
+                outputs.append(embedding)
+    model.train(was_training).to(device)
+    return torch.cat(outputs)
+
+
+def _check_golden(bundle: Bundle, folder: Path) -> None:
+    try:
+        expected = torch.from_numpy(np.load(folder / "golden.npy", allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder}/golden.npy cannot be read ({error}); fetch the bundle again") from error
+    found = _golden_output(bundle)
+    off = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+    if not off <= GOLDEN_TOLERANCE:
+        raise BundleError(
+            f"{folder}: the golden output is off by {off:.2g} (limit {GOLDEN_TOLERANCE}): this code computes something "
+            f"else than commit {bundle.made_by.get('commit')} that made the bundle; use that commit or export again"
+        )

@@ -1,0 +1,126 @@
+"""The model MLflow serves: NIfTI files (or packed arrays) in, embeddings or predictions out.
+
+Models-from-code: MLflow runs this file, with brain_models beside it, in a process that need not have this repository.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas
+import torch
+from mlflow.pyfunc import PythonModel
+
+from brain_models import bundle as bundles
+from brain_models.encoder import TokenKind
+from brain_models.errors import ScanError
+from brain_models.preprocess import NOT_MEASURED, dequantise, pack_bold, pack_t1, standardise_bold, standardise_t1
+
+COLUMNS: dict[TokenKind, str] = {"bold": "bold", "t1": "t1w"}
+
+
+class ServedModel(PythonModel):
+    """predict() takes a table with a row a scan.
+
+    Columns: `bold` or `t1w` (paths of NIfTI files in the model's template space), `brain_mask` (path; required when the
+    model was trained on masked scans), `repetition_time_s` (needed when the header has none). Instead of paths, `bold`
+    may hold packed int8 arrays [time, voxel] and `t1w` float16 arrays [voxel], as shards do.
+    Returns a table: `prediction` and `probability`, or `embedding_0` ... of an encoder.
+    """
+
+    def load_context(self, context: Any) -> None:
+        self.bundle = bundles.load(context.artifacts["bundle"])
+
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> Any:
+        rows = [row for _, row in model_input.iterrows()]
+        with torch.inference_mode():
+            if self.bundle.classifier is None:
+                embeddings = np.stack([self._embedding(row) for row in rows])
+                columns = [f"embedding_{index}" for index in range(embeddings.shape[1])]
+                return pandas.DataFrame(embeddings, columns=columns, index=model_input.index)
+            probabilities = np.array([self._probability(row) for row in rows])
+        head = self.bundle.head
+        assert head is not None
+        predictions = np.where(probabilities >= head.threshold, head.positive, head.negative)
+        return pandas.DataFrame({"prediction": predictions, "probability": probabilities}, index=model_input.index)
+
+    def _embedding(self, row: pandas.Series) -> np.ndarray:
+        kind, values, is_measured, repetition_time_s = self._scan(row)
+        window_frames = self.bundle.stems[kind].window_frames
+        _require_frames(row, values, window_frames)
+        embedding = self.bundle.encoder.embed(
+            values, is_measured, repetition_time_s, kind=kind, window_frames=window_frames
+        )
+        return embedding[0].numpy()
+
+    def _probability(self, row: pandas.Series) -> float:
+        _, values, is_measured, repetition_time_s = self._scan(row)
+        classifier, head = self.bundle.classifier, self.bundle.head
+        assert classifier is not None
+        assert head is not None
+        _require_frames(row, values, head.segment_frames)
+        logits = [
+            classifier(segment, is_measured, repetition_time_s) for segment in _segments(values, head.segment_frames)
+        ]
+        return float(torch.sigmoid(torch.stack(logits).mean()))
+
+    def _scan(self, row: pandas.Series) -> tuple[TokenKind, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns kind, values [1, time, voxel], is_measured [1, voxel] and repetition time [1] of a row."""
+        for kind, column in COLUMNS.items():
+            if kind in self.bundle.stems and _given(row, column):
+                read = self._read_bold if kind == "bold" else self._read_t1
+                values, is_measured, seconds = read(row)
+                return (
+                    kind,
+                    torch.from_numpy(values)[None],
+                    torch.from_numpy(is_measured)[None],
+                    torch.tensor([seconds], dtype=torch.float32),
+                )
+        wanted = " or ".join(COLUMNS[kind] for kind in self.bundle.stems)
+        raise ScanError(f"row {row.name}: columns {list(row.index)}; this model needs a column {wanted}")
+
+    def _read_bold(self, row: pandas.Series) -> tuple[np.ndarray, np.ndarray, float]:
+        seconds = float(row["repetition_time_s"]) if _given(row, "repetition_time_s") else None
+        if isinstance(row["bold"], np.ndarray):
+            quantised = row["bold"]
+        else:
+            packed = pack_bold(row["bold"], self.bundle.spaces["bold"], brain_mask=self._brain_mask(row, "bold"))
+            seconds = seconds or packed.header.repetition_time_s
+            quantised = standardise_bold(packed).quantised
+        if seconds is None:
+            raise ScanError(f"row {row.name}: no repetition time in the header; add a column repetition_time_s")
+        return dequantise(quantised), quantised[0] != NOT_MEASURED, seconds
+
+    def _read_t1(self, row: pandas.Series) -> tuple[np.ndarray, np.ndarray, float]:
+        if isinstance(row["t1w"], np.ndarray):
+            stored = row["t1w"]
+        else:
+            packed = pack_t1(row["t1w"], self.bundle.spaces["t1"], brain_mask=self._brain_mask(row, "t1"))
+            stored = standardise_t1(packed).values
+        return np.nan_to_num(stored.astype(np.float32))[None], np.isfinite(stored), 0.0
+
+    def _brain_mask(self, row: pandas.Series, kind: TokenKind) -> Path | None:
+        if _given(row, "brain_mask"):
+            return Path(row["brain_mask"])
+        if self.bundle.stems[kind].needs_brain_mask:
+            raise ScanError(f"row {row.name}: this model saw scans through brain masks; add a column brain_mask")
+        return None
+
+
+def _given(row: pandas.Series, column: str) -> bool:
+    return column in row.index and (isinstance(row[column], np.ndarray) or not pandas.isna(row[column]))
+
+
+def _require_frames(row: pandas.Series, values: torch.Tensor, num_frames: int) -> None:
+    if values.shape[1] < num_frames:
+        raise ScanError(f"row {row.name}: {values.shape[1]} frames; this model needs at least {num_frames}")
+
+
+def _segments(values: torch.Tensor, num_frames: int) -> Iterator[torch.Tensor]:
+    for first in range(0, values.shape[1] - num_frames + 1, num_frames):
+        yield values[:, first : first + num_frames]
+
+
+mlflow.models.set_model(ServedModel())
