@@ -16,11 +16,13 @@ def make_membership(num_patches: int, num_nodes: int) -> torch.Tensor:
 def test_covariance_pooling_is_fisher_z_of_numpy_correlation_over_windows() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 12, 6, 5, generator=generator)
-    pool = CovariancePool(5, make_membership(6, 3), num_channels=1)
-    weights = pool.project.weight.detach()
+    pool = CovariancePool(5, make_membership(6, 3), num_channels=2)
     nodes = (tokens[:, :, :3] + tokens[:, :, 3:]) / 2
-    series = (nodes @ weights.T).squeeze(-1).numpy().astype(np.float64)
-    expected = [np.arctanh(np.corrcoef(run.T)[np.triu_indices(3, 1)]) for run in series]
+    channels = nodes @ pool.project.weight.detach().T
+    centred = (channels - channels.mean(dim=1, keepdim=True)).numpy().astype(np.float64)
+    series = centred.transpose(0, 2, 1, 3).reshape(2, 3, 24)
+    unit = series / np.sqrt((series**2).sum(axis=2, keepdims=True))
+    expected = [np.arctanh((run @ run.T)[np.triu_indices(3, 1)]) for run in unit]
     np.testing.assert_allclose(pool(tokens).detach().numpy(), expected, atol=1e-5)
 
 
