@@ -130,7 +130,7 @@ class RunClassifier(nn.Module):
         is_measured: Bool[Tensor, "batch voxel"],
         repetition_time_s: Float[Tensor, "batch"],
     ) -> Float[Tensor, "batch window patch width"]:
-        """Tokens of every window, encoded one window at a time as in pretraining; a window's tubelets become windows."""
+        """Tokens of every window, encoded window by window as in pretraining; tubelets become windows."""
         windows = rearrange(values, "batch (window time) voxel -> (batch window) time voxel", time=self.window_frames)
         measured = is_measured.repeat_interleave(self.num_windows, dim=0)
         seconds = repetition_time_s.repeat_interleave(self.num_windows, dim=0)
