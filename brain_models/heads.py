@@ -10,10 +10,8 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-
-from brain_models.encoder import BrainEncoder
 
 # Correlations are kept this far from +-1, where Fisher's z has no value.
 LARGEST_CORRELATION = 0.999
@@ -107,49 +105,6 @@ class Classifier(nn.Module):
         """The logit of each run; 0 for every run before the head is trained."""
         features = (self.pool(tokens) - self.centre) / self.spread
         return self.linear(self.dropout(features)).squeeze(-1)
-
-
-class RunClassifier(nn.Module):
-    """Encoder and classifier together: a run of `num_windows` consecutive windows in, a logit out; what is served."""
-
-    def __init__(self, encoder: BrainEncoder, head: Classifier, *, window_frames: int, num_windows: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = head
-        self.window_frames = window_frames
-        self.num_windows = num_windows
-
-    @property
-    def num_frames(self) -> int:
-        """Frames of a run that one decision is made from."""
-        return self.window_frames * self.num_windows
-
-    def tokens(
-        self,
-        values: Float[Tensor, "batch time voxel"],
-        is_measured: Bool[Tensor, "batch voxel"],
-        repetition_time_s: Float[Tensor, "batch"],
-    ) -> Float[Tensor, "batch window patch width"]:
-        """Tokens of every window, encoded window by window as in pretraining; tubelets become windows."""
-        windows = rearrange(values, "batch (window time) voxel -> (batch window) time voxel", time=self.window_frames)
-        measured = is_measured.repeat_interleave(self.num_windows, dim=0)
-        seconds = repetition_time_s.repeat_interleave(self.num_windows, dim=0)
-        tokens = self.encoder.encode_windows(windows, measured, seconds, "bold")
-        return rearrange(
-            tokens,
-            "(batch window) (tubelet patch) width -> batch (window tubelet) patch width",
-            window=self.num_windows,
-            patch=self.encoder.stem("bold").num_patches,
-        )
-
-    def forward(
-        self,
-        values: Float[Tensor, "batch time voxel"],
-        is_measured: Bool[Tensor, "batch voxel"],
-        repetition_time_s: Float[Tensor, "batch"],
-    ) -> Float[Tensor, "batch"]:
-        """The logit of each run, above 0 for a case."""
-        return self.head(self.tokens(values, is_measured, repetition_time_s))
 
 
 def _make_pool(
