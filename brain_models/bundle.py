@@ -19,9 +19,8 @@ from torch import Tensor
 
 from brain_models.encoder import BrainEncoder, EncoderConfig, TokenKind
 from brain_models.errors import BundleError
-from brain_models.heads import Classifier, HeadConfig
+from brain_models.heads import Classifier, HeadConfig, RunClassifier
 from brain_models.patches import PatchLayout
-from brain_models.run_classifier import RunClassifier
 from brain_models.space import BrainSpace
 
 SCHEMA = 1
@@ -165,7 +164,8 @@ def _classifier(
 ) -> RunClassifier:
     membership = weights.get("head.pool.shares")
     module = Classifier(head.config, encoder.config.width, membership=membership)
-    return RunClassifier(encoder, module, window_frames=stems["bold"].window_frames)
+    window_frames = stems["bold"].window_frames
+    return RunClassifier(encoder, module, window_frames=window_frames, num_windows=head.segment_frames // window_frames)
 
 
 def _golden_output(bundle: Bundle) -> Float[Tensor, "stem output"]:
