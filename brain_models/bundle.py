@@ -19,8 +19,9 @@ from torch import Tensor
 
 from brain_models.encoder import BrainEncoder, EncoderConfig, TokenKind
 from brain_models.errors import BundleError
-from brain_models.heads import Classifier, HeadConfig, RunClassifier
+from brain_models.heads import Classifier, HeadConfig
 from brain_models.patches import PatchLayout
+from brain_models.run_classifier import RunClassifier
 from brain_models.space import BrainSpace
 
 SCHEMA = 1
@@ -164,8 +165,7 @@ def _classifier(
 ) -> RunClassifier:
     membership = weights.get("head.pool.shares")
     module = Classifier(head.config, encoder.config.width, membership=membership)
-    window_frames = stems["bold"].window_frames
-    return RunClassifier(encoder, module, window_frames=window_frames, num_windows=head.segment_frames // window_frames)
+    return RunClassifier(encoder, module, window_frames=stems["bold"].window_frames)
 
 
 def _golden_output(bundle: Bundle) -> Float[Tensor, "stem output"]:

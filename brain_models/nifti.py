@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
@@ -23,6 +23,12 @@ ScanKind = Literal["bold", "t1w"]
 
 MAX_FRAME_VOXELS = 1 << 29  # 800^3: no scanner makes more; a header that says more lies
 SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "unknown": 1.0}
+
+
+class Readable(Protocol):
+    """An open file of bytes."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def stream_frames(header: ScanHeader, frames_a_block: int = 16) -> Iterator[np.n
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[Readable]:
     """Opens plain or gzipped bytes, by content: some tools name uncompressed files .nii.gz."""
     from isal import igzip
 
@@ -103,7 +109,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             yield raw
 
 
-def _read(file: IO[bytes], num_bytes: int, header: ScanHeader, *, frame: int) -> bytes:
+def _read(file: Readable, num_bytes: int, header: ScanHeader, *, frame: int) -> bytes:
     try:
         data = file.read(num_bytes)
     except (OSError, EOFError, ValueError) as error:
