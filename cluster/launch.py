@@ -5,6 +5,7 @@ Knows nothing about what the function does. The only module that asks where Ray 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -33,8 +34,8 @@ RAY_TRAIN_ENVIRONMENT = {
 
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
-    """A connected Ray for the length of the block: embedded for kind=local, attached for kind=ray or when RAY_ADDRESS is
-    set (as it is inside a Ray job), none for kind=inline. A Ray that is already connected is used and left running."""
+    """A connected Ray for the length of the block: embedded for kind=local, attached for kind=ray or when RAY_ADDRESS
+    is set (as it is inside a Ray job), none for kind=inline. One that is connected already is used and left running."""
     if cluster.kind == "inline":
         yield
         return
@@ -45,7 +46,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         return
     attach = cluster.kind == "ray" or "RAY_ADDRESS" in os.environ
     if attach:
-        ray.init(address="auto", logging_level="WARNING")
+        ray.init(address="auto", logging_level=logging.WARNING)
     else:
         _start_embedded_ray(cluster)
     try:
@@ -60,7 +61,7 @@ def _start_embedded_ray(cluster: ClusterConfig) -> None:
     num_cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
     # No dashboard and no usage report: they cost seconds at start, and an embedded Ray lives as long as one command.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="WARNING")
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
 
 
 def run_on_workers(
@@ -114,7 +115,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
 
     from cluster.ray_backend import BoundTorchConfig
 
-    outcome = ray.remote(num_cpus=0)(Outcome).remote()
+    outcome: Any = ray.remote(num_cpus=0)(Outcome).remote()
     folder = os.getcwd() if cluster.kind == "local" and "RAY_ADDRESS" not in os.environ else None
     trainer = TorchTrainer(
         _on_worker,

@@ -1,4 +1,4 @@
-"""Ray Train's torch process group, bound to an interface that reaches the other workers. Imports Ray Train: import late.
+"""Ray Train's torch process group, bound to an interface that reaches the other workers. Import late: needs Ray Train.
 
 Without a binding Gloo listens on whatever the host name resolves to, often 127.0.0.1, and fails across nodes.
 """
@@ -11,6 +11,8 @@ from typing import cast
 
 import psutil
 import ray.util
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
@@ -35,11 +37,10 @@ def bind_collectives(is_single_node: bool) -> None:
 
 
 class BoundTorchBackend(_TorchBackend):
-    def on_start(self, worker_group: object, backend_config: TorchConfig) -> None:
-        group = cast("ray.train._internal.base_worker_group.BaseWorkerGroup", worker_group)
-        addresses = group.execute(ray.util.get_node_ip_address)
-        group.execute(bind_collectives, len(set(addresses)) == 1)
-        super().on_start(group, backend_config)
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+        addresses = worker_group.execute(ray.util.get_node_ip_address)
+        worker_group.execute(bind_collectives, len(set(addresses)) == 1)
+        super().on_start(worker_group, cast(TorchConfig, backend_config))
 
 
 class BoundTorchConfig(TorchConfig):

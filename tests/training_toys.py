@@ -1,0 +1,167 @@
+"""A task, a source and a configuration small enough to train in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from training.collectives import place
+from training.config import (
+    CheckpointConfig,
+    EngineConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    StartConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from training.task import ParameterGroup, State, Task
+from training.unfreezing import split_decay
+
+GLOBAL_BATCH = 8
+NUM_FEATURES = 6
+
+
+@dataclass
+class ToyBatch:
+    features: Tensor  # [batch feature]
+    targets: Tensor  # [batch]
+    weight: Tensor
+    scan_ids: list[str]
+
+    def to(self, device: torch.device) -> ToyBatch:
+        return ToyBatch(self.features.to(device), self.targets.to(device), self.weight.to(device), self.scan_ids)
+
+
+def sample(index: int) -> tuple[Tensor, float]:
+    features = torch.randn(NUM_FEATURES, generator=torch.Generator().manual_seed(index))
+    return features, float(features.sum().sin())
+
+
+def toy_batch(indices: list[int], size: int) -> ToyBatch:
+    """The samples, padded with weight 0 to `size` rows."""
+    rows = [sample(index) for index in indices]
+    rows += [(torch.full((NUM_FEATURES,), 1e3), 1e3)] * (size - len(rows))
+    return ToyBatch(
+        torch.stack([features for features, _ in rows]),
+        torch.tensor([target for _, target in rows]),
+        torch.tensor([1.0] * len(indices) + [0.0] * (size - len(indices))),
+        [f"scan-{index:04d}" for index in indices] + ["padding"] * (size - len(indices)),
+    )
+
+
+class ToySource:
+    """Samples 0, 1, 2 ... in order; step s is samples [8s, 8s + 8)."""
+
+    def __init__(self, *, num_micro_batches: int = 2, num_validation: int = 13) -> None:
+        self.fingerprint = hashlib.sha256(b"toy").hexdigest()
+        self.num_micro_batches = num_micro_batches
+        self.num_validation = num_validation
+
+    def initial_state(self) -> State:
+        return {"samples_consumed": 0}
+
+    def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
+        consumed = int(str(state["samples_consumed"]))
+        while True:
+            mine = list(range(consumed, consumed + GLOBAL_BATCH))[place().rank :: place().world_size]
+            size = -(-len(mine) // self.num_micro_batches)
+            parts = [mine[size * part : size * (part + 1)] for part in range(self.num_micro_batches)]
+            consumed += GLOBAL_BATCH
+            yield [toy_batch(part, size + 1) for part in parts], {"samples_consumed": consumed}
+
+    def merge_states(self, states: list[State]) -> State:
+        assert all(state == states[0] for state in states)
+        return states[0]
+
+    def evaluation(self, split: str, *, limit: int | None) -> Iterator[ToyBatch]:
+        mine = [10_000 + index for index in range(limit or self.num_validation)][place().rank :: place().world_size]
+        for first in range(0, len(mine), 4):
+            yield toy_batch(mine[first : first + 4], 4)
+
+    def close(self) -> None:
+        return
+
+
+class ToyTask(Task):
+    def __init__(self, *, encoder_opens_at: int = 0) -> None:
+        super().__init__()
+        generator_state = torch.random.get_rng_state()
+        torch.manual_seed(7)
+        self.encoder = nn.Sequential(nn.Linear(NUM_FEATURES, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 12))
+        self.head = nn.Linear(12, 1)
+        self.offset = nn.Parameter(torch.zeros(1))
+        torch.random.set_rng_state(generator_state)
+        self.encoder_opens_at = encoder_opens_at
+        self.poisoned_scan: str | None = None
+
+    def outputs(self, batch: ToyBatch) -> Tensor:
+        return self.head(self.encoder(batch.features))[:, 0].float() + self.offset
+
+    def forward(self, batch: ToyBatch) -> dict[str, Tensor]:  # type: ignore[override]
+        squared = (self.outputs(batch) - batch.targets).square() * batch.weight
+        loss = squared.sum() / GLOBAL_BATCH
+        if self.poisoned_scan in batch.scan_ids:
+            loss = loss + torch.tensor(float("inf"))
+        return {"loss": loss, "num_samples": batch.weight.sum()}
+
+    def predict(self, batch: ToyBatch) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"squared_error": (self.outputs(batch) - batch.targets).square()}
+
+    def metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
+        return {
+            "loss": float(predictions["squared_error"].mean()),
+            "num_samples": float(len(predictions["squared_error"])),
+        }
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [
+            *split_decay(
+                "encoder",
+                [self.encoder],
+                learning_rate_scale=0.5,
+                weight_decay=0.1,
+                opens_at_step=self.encoder_opens_at,
+            ),
+            *split_decay("head", [self.head, self.offset], learning_rate_scale=1.0, weight_decay=0.1, opens_at_step=0),
+        ]
+
+    def exported(self) -> nn.Module:
+        return self.encoder
+
+
+ENGINES = {
+    "plain": EngineConfig("plain", 0, "fp32"),
+    "zero0": EngineConfig("deepspeed", 0, "fp32"),
+    "zero1": EngineConfig("deepspeed", 1, "fp32"),
+    "zero2": EngineConfig("deepspeed", 2, "fp32"),
+    "zero3": EngineConfig("deepspeed", 3, "fp32"),
+}
+
+
+def toy_config(folder: Path, *, engine: str = "plain", steps: int = 6, checkpoint_every: int = 100) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        seed=3,
+        run=RunConfig(name="toy", folder=str(folder / "run"), scratch=str(folder / "scratch")),
+        start=StartConfig(checkpoint=None, registered=None),
+        optimizer=OptimizerConfig(learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, clip_norm=1.0),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=2, final_share=0.1),
+        engine=ENGINES[engine],
+        checkpoint=CheckpointConfig(
+            every_steps=checkpoint_every, keep_last=2, keep_every_steps=None, best_metric=None, best_is="lowest"
+        ),
+        evaluation=EvaluationConfig(every_steps=100, split="validation", subset=8, final_splits=["validation"]),
+        tracking=TrackingConfig(every_steps=1, uri=None, experiment="toy", timeout_s=2, drain_s=20),
+    )
+
+
+def with_engine(config: TrainConfig, engine: str) -> TrainConfig:
+    return replace(config, engine=ENGINES[engine])

@@ -1,0 +1,265 @@
+"""Checkpoints that exist only when whole: files and receipts first, COMMIT.json last, by exclusive create.
+
+A folder without COMMIT.json does not exist to a reader, and every byte is checked against it before torch reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.errors import StorageError
+from cluster.storage import Store, store_for
+from training.collectives import barrier, place
+from training.config import CheckpointConfig, StartConfig
+from training.errors import CheckpointError
+from training.task import State
+
+SCHEMA = 1
+FOLDER = "checkpoints"
+COMMIT = "COMMIT.json"
+RECEIPT_TIMEOUT_S = 1800.0
+SPOOL = "metrics.jsonl"
+
+
+@dataclass
+class StoredFile:
+    name: str  # below the checkpoint's folder
+    size: int
+    sha256: str
+    rank: int  # the one that wrote it
+
+
+@dataclass
+class Commit:
+    """COMMIT.json: what a run needs to go on exactly."""
+
+    schema: int
+    step: int  # updates done
+    files: list[StoredFile]
+    world_size: int
+    engine: str  # plain, zero0 ... zero3
+    data_state: State
+    fingerprint: str
+    config_hash: str
+    mlflow_run_id: str | None
+    spool_position: int  # bytes of metrics.jsonl
+    metrics: dict[str, float]  # evaluated at this step
+
+
+@dataclass
+class StartingPoint:
+    """How a run starts; `location` is the store that holds the checkpoint's folder, `folder` its name there."""
+
+    kind: str  # own, named, registered, scratch
+    store: Store | None
+    folder: str
+    commit: Commit | None
+    registered: str | None
+
+    @property
+    def step(self) -> int:
+        return self.commit.step if self.commit else 0
+
+
+def starting_point(store: Store, start: StartConfig) -> StartingPoint:
+    """The one decision how a run starts, most recent work first; anything damaged on the way is an error, never a
+    reason to fall through to the next choice."""
+    # 1. The run folder's own latest commit: the same command was run before, so go on.
+    folders = committed_folders(store)
+    if folders:
+        return StartingPoint("own", store, folders[-1], read_commit(store, folders[-1]), None)
+    # 2. A checkpoint named in the configuration: go on from where another run was, with its step and data order.
+    if start.checkpoint is not None:
+        parent, _, name = start.checkpoint.rstrip("/").rpartition("/")
+        named = store_for(parent or ".")
+        if not named.exists(f"{name}/{COMMIT}"):
+            raise CheckpointError(
+                f"{start.checkpoint} has no {COMMIT}, so it was never finished; name a folder that has one"
+            )
+        return StartingPoint("named", named, name, read_commit(named, name), None)
+    # 3. Registered weights: a new run that begins with another run's exported model.
+    if start.registered is not None:
+        return StartingPoint("registered", None, "", None, start.registered)
+    # 4. The task's own initialisation.
+    return StartingPoint("scratch", None, "", None, None)
+
+
+def committed_folders(store: Store) -> list[str]:
+    """The folders that hold a COMMIT.json, oldest step first."""
+    names = store.list(f"{FOLDER}/")
+    return sorted(name.removesuffix(f"/{COMMIT}") for name in names if name.endswith(f"/{COMMIT}"))
+
+
+def read_commit(store: Store, folder: str) -> Commit:
+    """The parsed COMMIT.json of a folder; CheckpointError when it cannot be read."""
+    where = store.join(f"{folder}/{COMMIT}")
+    try:
+        raw = json.loads(store.read(f"{folder}/{COMMIT}"))
+        if raw["schema"] != SCHEMA:
+            raise CheckpointError(
+                f"{where} has schema {raw['schema']}, this code reads {SCHEMA}; use the code it names"
+            )
+        return Commit(**{**raw, "files": [StoredFile(**file) for file in raw["files"]]})
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{where} cannot be read ({error!r}); {_older(store, folder)}") from error
+
+
+def commit_hash(store: Store, folder: str) -> str:
+    """Hex sha256 of COMMIT.json, which itself names the hash of every file."""
+    return hashlib.sha256(store.read(f"{folder}/{COMMIT}")).hexdigest()
+
+
+def check_fits(point: StartingPoint, *, engine: str, fingerprint: str) -> None:
+    """CheckpointError unless this run can go on from the commit: same ranks, engine and data."""
+    commit = point.commit
+    if commit is None or point.store is None:
+        return
+    where = point.store.join(point.folder)
+    if commit.world_size != place().world_size:
+        raise CheckpointError(
+            f"{where} was written by {commit.world_size} ranks, this run has {place().world_size}; "
+            f"run with cluster.num_workers={commit.world_size}"
+        )
+    if commit.engine != engine:
+        raise CheckpointError(
+            f"{where} was written by engine={commit.engine}, this run has {engine}; use engine={commit.engine}"
+        )
+    if commit.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{where} was trained on the set {commit.fingerprint[:12]}, this run reads {fingerprint[:12]}; "
+            "give the same set, or start with train.start.registered"
+        )
+
+
+def fetch(point: StartingPoint, local: Path) -> None:
+    """Copy this rank's files (and rank 0's, which hold what is common) to `local`, each checked against COMMIT.json."""
+    assert point.store is not None
+    assert point.commit is not None
+    for file in point.commit.files:
+        if file.rank not in (0, place().rank):
+            continue
+        where = point.store.join(f"{point.folder}/{file.name}")
+        target = local / file.name
+        try:
+            point.store.get_file(f"{point.folder}/{file.name}", target)
+        except StorageError as error:
+            raise CheckpointError(f"{where} is missing ({error}); {_older(point.store, point.folder)}") from error
+        found = _sha256(target)
+        if found != file.sha256:
+            raise CheckpointError(
+                f"{where} is damaged: sha256 {found[:12]} over {target.stat().st_size} bytes, {COMMIT} says "
+                f"{file.sha256[:12]} over {file.size}; {_older(point.store, point.folder)}"
+            )
+
+
+class Checkpoints:
+    """The checkpoints one run writes: local save, barrier, upload in the background, COMMIT.json last."""
+
+    def __init__(self, store: Store, scratch: Path, config: CheckpointConfig, *, attempt: str) -> None:
+        self.store = store
+        self.rank = place().rank  # the upload thread may outlive the process group
+        self.scratch = scratch / f"rank-{self.rank:05d}"
+        self.config = config
+        self.attempt = (
+            attempt  # in every folder's name: a receipt of a run that died here can never be mistaken for ours
+        )
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-upload")
+        self.pending: Future[None] | None = None
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.latest: str | None = None
+
+    def local_folder(self, step: int) -> Path:
+        return self.scratch / f"step-{step:08d}"
+
+    def commit_later(self, local: Path, commit: Commit) -> None:
+        """Upload what this rank wrote below `local` and, on rank 0, commit it once all ranks' receipts are there."""
+        self.wait()
+        folder = f"{FOLDER}/step-{commit.step:08d}-{self.attempt}"
+        barrier()  # every rank has saved: from here on an upload is of a whole checkpoint
+        self.pending = self.thread.submit(self._upload, folder, local, commit)
+        self.latest = folder
+
+    def wait(self) -> None:
+        """Returns when the upload under way is committed; raises its error."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+    def close(self) -> None:
+        self.wait()
+        self.thread.shutdown()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        barrier()  # no rank goes on before rank 0 has committed
+
+    def _upload(self, folder: str, local: Path, commit: Commit) -> None:
+        files = []
+        for path in sorted(path for path in local.rglob("*") if path.is_file()):
+            name = path.relative_to(local).as_posix()
+            files.append(StoredFile(name, path.stat().st_size, _sha256(path), self.rank))
+            self.store.put(f"{folder}/{name}", path)
+        shutil.rmtree(local)
+        receipt = json.dumps([asdict(file) for file in files]).encode()
+        self.store.put(f"{folder}/receipts/rank-{self.rank:05d}.json", receipt)
+        if self.rank == 0:
+            commit.files = self._all_receipts(folder, commit.world_size)
+            self.store.put_if_absent(f"{folder}/{COMMIT}", json.dumps(asdict(commit), indent=1).encode())
+            self._prune()
+
+    def _all_receipts(self, folder: str, num_ranks: int) -> list[StoredFile]:
+        names = [f"{folder}/receipts/rank-{rank:05d}.json" for rank in range(num_ranks)]
+        deadline = time.monotonic() + RECEIPT_TIMEOUT_S
+        while missing := [name for name in names if not self.store.exists(name)]:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{self.store.join(missing[0])} did not appear within {RECEIPT_TIMEOUT_S:.0f} s; look for the "
+                    "error of that rank, and whether it can write there"
+                )
+            time.sleep(0.05)
+        return [StoredFile(**file) for name in names for file in json.loads(self.store.read(name))]
+
+    def _prune(self) -> None:
+        """Delete commits no rule keeps, COMMIT.json first, and what was never committed."""
+        folders = committed_folders(self.store)
+        keep = kept(self.config, {folder: read_commit(self.store, folder) for folder in folders})
+        for name in self.store.list(f"{FOLDER}/"):
+            folder = "/".join(name.split("/")[:2])
+            if folder not in keep and name == f"{folder}/{COMMIT}":
+                self.store.delete(name)
+        for name in self.store.list(f"{FOLDER}/"):
+            if "/".join(name.split("/")[:2]) not in keep:
+                self.store.delete(name)
+
+
+def kept(config: CheckpointConfig, commits: dict[str, Commit]) -> set[str]:
+    """The folders the keep rules hold on to: the last k, every n-th, the best."""
+    ordered = sorted(commits)
+    keep = set(ordered[-config.keep_last :])
+    if config.keep_every_steps:
+        keep |= {folder for folder in ordered if commits[folder].step % config.keep_every_steps == 0}
+    scores = {
+        folder: commits[folder].metrics[config.best_metric]
+        for folder in ordered
+        if config.best_metric is not None and config.best_metric in commits[folder].metrics
+    }
+    if scores:
+        choose = min if config.best_is == "lowest" else max
+        keep.add(choose(scores, key=scores.__getitem__))
+    return keep
+
+
+def _older(store: Store, folder: str) -> str:
+    older = [name for name in committed_folders(store) if name < folder]
+    if not older:
+        return f"no older commit is left; delete {store.join(folder)} to start over"
+    return f"delete {store.join(folder)} and run again to go on from the older {store.join(older[-1])}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,59 @@
+"""What ranks tell one another; with one process, nothing. Uses torch.distributed as it finds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def place() -> Place:
+    """This process among all of the run."""
+    if not torch.distributed.is_initialized():
+        return Place(rank=0, world_size=1)
+    return Place(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks, on every rank."""
+    values = values.clone()
+    if place().world_size > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def gather(value: object) -> list[object]:
+    """Every rank's picklable `value`, in rank order, on every rank."""
+    if place().world_size == 1:
+        return [value]
+    values: list[object] = [None] * place().world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: object) -> object:
+    """Rank 0's picklable `value`, on every rank."""
+    return gather(value if place().is_main else None)[0]
+
+
+def any_true(flag: bool) -> bool:
+    """True on every rank when the flag is True on any."""
+    return any(gather(flag))
+
+
+def barrier() -> None:
+    """Returns when every rank has come here."""
+    if place().world_size > 1:
+        torch.distributed.barrier()

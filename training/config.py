@@ -1,0 +1,114 @@
+"""The schema of `train:`: everything a run's numbers depend on, apart from task and data. Values live in configs/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives. The same command with the same folder goes on from the folder's latest commit."""
+
+    name: str
+    folder: str  # a folder or s3://bucket/prefix; holds run.json, checkpoints/ and metrics.jsonl
+    scratch: str  # local disk of a node, for checkpoints on their way up or down
+
+
+@dataclass
+class StartConfig:
+    """How a run starts when its folder holds no commit; both null: from scratch."""
+
+    checkpoint: str | None  # location of a committed step, e.g. out/runs/a/checkpoints/step-00000100-3f2a
+    registered: str | None  # a registered model, 'name@alias' or 'models:/name/3'
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    clip_norm: float  # of the gradient of all parameters together
+
+
+@dataclass
+class ScheduleConfig:
+    kind: Literal["cosine", "constant"]
+    warmup_steps: int
+    final_share: float  # of the peak learning rate, at the last step
+
+
+@dataclass
+class EngineConfig:
+    kind: Literal["plain", "deepspeed"]
+    zero_stage: Literal[0, 1, 2, 3]
+    precision: Literal["fp32", "bf16"]  # bf16: autocast, weights and optimiser stay fp32
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int
+    keep_last: int
+    keep_every_steps: int | None  # also keep every commit whose step is a multiple of this
+    best_metric: str | None  # also keep the commit with the best value of this metric, e.g. validation/loss
+    best_is: Literal["lowest", "highest"]
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int
+    split: str
+    subset: int  # samples of the split seen while training: a fixed hashed subset
+    final_splits: list[str]  # seen whole, once, at the end
+
+
+@dataclass
+class TrackingConfig:
+    every_steps: int
+    uri: str | None  # MLflow tracking server or sqlite:///file.db; null: only the local metrics.jsonl
+    experiment: str
+    timeout_s: float  # of one request to the server
+    drain_s: float  # how long the end of a run waits for the server to take what is left
+
+
+@dataclass
+class TrainConfig:
+    steps: int
+    seed: int
+    run: RunConfig
+    start: StartConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    tracking: TrackingConfig
+
+
+def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[str]:
+    """All problems of a `train:` configuration; `key` is its full name in the composed configuration."""
+    problems = []
+    positive = {
+        "steps": config.steps,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.epsilon": config.optimizer.epsilon,
+        "optimizer.clip_norm": config.optimizer.clip_norm,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "evaluation.every_steps": config.evaluation.every_steps,
+        "evaluation.subset": config.evaluation.subset,
+        "tracking.every_steps": config.tracking.every_steps,
+        "tracking.timeout_s": config.tracking.timeout_s,
+    }
+    problems += [f"{key}.{name}: {value}; must be above 0" for name, value in positive.items() if value <= 0]
+    if not 0 <= config.schedule.warmup_steps <= config.steps:
+        problems.append(f"{key}.schedule.warmup_steps: {config.schedule.warmup_steps}; must lie in 0..{key}.steps")
+    if not 0 <= config.schedule.final_share <= 1:
+        problems.append(f"{key}.schedule.final_share: {config.schedule.final_share}; must lie in 0..1")
+    if config.engine.kind == "plain" and num_workers > 1:
+        problems.append(f"{key}.engine.kind: plain runs in one process, {num_workers} workers asked; use engine=zero2")
+    if config.start.checkpoint and config.start.registered:
+        problems.append(f"{key}.start: give checkpoint or registered, not both")
+    return problems

@@ -1,0 +1,65 @@
+"""What makes two commands the same run: a run folder remembers its configuration and refuses any other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+
+from cluster.storage import Store
+from training.errors import TrainingError
+
+# Keys that cannot change a number of the run.
+FREE_KEYS = ("cluster", "train.run", "train.tracking", "train.checkpoint", "register", "report")
+
+
+def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one level with dotted keys; lists stay values."""
+    flat: dict[str, object] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def decisive(config: Mapping[str, object]) -> dict[str, object]:
+    """The flattened configuration without the keys that cannot change a number."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    }
+
+
+def config_hash(config: Mapping[str, object]) -> str:
+    """Hex sha256 of the decisive configuration."""
+    return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()
+
+
+def claim(store: Store, config: Mapping[str, object]) -> None:
+    """Make the folder this configuration's own. Several ranks may call it: the first one writes."""
+    record = {"config": decisive(config), "config_hash": config_hash(config), "run_key": uuid.uuid4().hex}
+    if not store.exists("run.json"):
+        store.put_if_absent("run.json", json.dumps(record, indent=1, sort_keys=True).encode())
+
+
+def run_key(store: Store, config: Mapping[str, object]) -> str:
+    """The claimed folder's own id, by which its MLflow run is found again; TrainingError when it is another run's."""
+    record = json.loads(store.read("run.json"))
+    stored = record["config"]
+    mine = json.loads(json.dumps(decisive(config)))
+    differing = [
+        f"{key}: {stored.get(key, 'absent')!r} there, {mine.get(key, 'absent')!r} here"
+        for key in sorted(stored.keys() | mine.keys())
+        if stored.get(key, "absent") != mine.get(key, "absent")
+    ]
+    if differing:
+        raise TrainingError(
+            f"{store.join('run.json')} belongs to another configuration; choose another train.run.folder, delete this "
+            "one, or go back to:\n" + "\n".join(f"  - {line}" for line in differing)
+        )
+    return record["run_key"]

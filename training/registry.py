@@ -1,0 +1,130 @@
+"""Registered models: bundles with their lineage, in MLflow's registry. The only module here that knows brain_models.
+
+A registered model carries the code of `brain_models` and loads with mlflow.pyfunc where this repository is unknown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import brain_models
+from training.errors import RegistryError
+from training.tracking import mlflow_environment
+
+CODE_FOLDER = Path(brain_models.__file__).parent
+# What brain_models imports to load a bundle and predict; exact versions are those of this environment.
+SERVED_PACKAGES = (
+    "mlflow",
+    "torch",
+    "numpy",
+    "scipy",
+    "pandas",
+    "nibabel",
+    "safetensors",
+    "einops",
+    "jaxtyping",
+    "pyyaml",
+)
+CODE_HASH_TAG = "callosum.code_hash"
+
+
+def register(
+    bundle: Path, *, name: str, tags: Mapping[str, str], alias: str, uri: str, run_id: str | None, experiment: str
+) -> str:
+    """'name@alias' of the new version, logged into the MLflow run that trained it (or a run of its own)."""
+    mlflow_environment(timeout_s=60)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    tags = {**tags, **source_tags()}
+    if run_id is None:
+        mlflow.set_experiment(experiment)
+    with mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(CODE_FOLDER / "served.py"),
+            artifacts={"bundle": str(bundle)},
+            code_paths=[str(CODE_FOLDER)],
+            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVED_PACKAGES],
+            registered_model_name=name,
+        )
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    version = str(logged.registered_model_version)
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    client.set_registered_model_alias(name, alias, version)
+    return f"{name}@{alias}"
+
+
+def pull(model: str, folder: Path, *, uri: str | None) -> Path:
+    """The local bundle folder of 'name@alias', 'name/version' or 'models:/...', downloaded below `folder`."""
+    if uri is None:
+        raise RegistryError(f"{model}: no registry is configured; set train.tracking.uri")
+    mlflow_environment(timeout_s=60)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    location = model if model.startswith("models:/") else f"models:/{model}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
+    except MlflowException as error:
+        raise RegistryError(
+            f"{location} cannot be read from {uri} ({error}); 'python -m training.runs {uri}' lists what is registered"
+        ) from error
+    bundle = local / "artifacts" / "bundle"
+    found = bundle if bundle.exists() else next((path.parent for path in local.rglob("model.yaml")), None)
+    if found is None:
+        raise RegistryError(
+            f"{location} holds no bundle (no model.yaml below {local}); was it registered by this project?"
+        )
+    return found
+
+
+def version_tags(model: str, *, uri: str) -> dict[str, str]:
+    """The lineage tags of 'name@alias' or 'name/version'."""
+    mlflow_environment(timeout_s=60)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    name, at, alias = model.removeprefix("models:/").partition("@")
+    try:
+        if at:
+            return dict(client.get_model_version_by_alias(name, alias).tags)
+        name, _, version = name.partition("/")
+        return dict(client.get_model_version(name, version).tags)
+    except MlflowException as error:
+        raise RegistryError(f"{model} is not registered at {uri} ({error})") from error
+
+
+def source_tags() -> dict[str, str]:
+    """The git commit of this repository ('unknown' outside one) and the hash of the code that travels along."""
+    return {"callosum.git_commit": git_commit(), CODE_HASH_TAG: code_hash(CODE_FOLDER)}
+
+
+def git_commit() -> str:
+    """The commit checked out where brain_models lives, with '+changes' when files differ from it."""
+    git = ["git", "-C", str(CODE_FOLDER)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return "unknown"
+    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def code_hash(folder: Path) -> str:
+    """Hex sha256 over names and bytes of a package's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
