@@ -24,7 +24,7 @@ SHARDS = "shards/"
 # Member kinds: the extension of a tar member's name.
 MEAN, SCALE, FRAMES, META = "mean.npy", "scale.npy", "frames.npy", "json"  # the stats entry of a run, before its chunks
 BOLD, CRC = "bold.npy", "crc.npy"  # a chunk: int8 [time, voxel] and uint32 [time]
-T1 = "t1.npy"  # float16 [voxel], beside a json
+T1 = "t1.npy"  # float16 [voxel], beside a json and the crc.npy of its one frame
 KIND_OF_SCAN = {"bold": MEAN, "t1": T1}  # the member each scan of this kind has exactly once
 
 FRAME_COLUMNS = ("framewise_displacement_mm", "dvars", "clipped_fraction", "keep")  # axis 1 of frames.npy, float32
@@ -155,7 +155,7 @@ def scan_bytes(kind: str, *, num_frames: int, num_voxels: int, chunk_frames: int
     """What a scan takes in a shard: exact unless its json needs more than its padding."""
     total = tar_bytes(JSON_BYTES)
     if kind == "t1":
-        return total + tar_bytes(NPY_HEADER_BYTES + 2 * num_voxels)
+        return total + tar_bytes(NPY_HEADER_BYTES + 2 * num_voxels) + tar_bytes(NPY_HEADER_BYTES + 4)
     total += 2 * tar_bytes(NPY_HEADER_BYTES + 4 * num_voxels)
     total += tar_bytes(NPY_HEADER_BYTES + 4 * len(FRAME_COLUMNS) * num_frames)
     for first, stop in chunk_bounds(num_frames, chunk_frames):
