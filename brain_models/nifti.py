@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
@@ -25,6 +25,7 @@ MAX_FRAME_VOXELS = 1 << 29  # 800^3: no scanner makes more; a header that says m
 SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "unknown": 1.0}
 
 
+@runtime_checkable
 class Readable(Protocol):
     """An open file of bytes."""
 

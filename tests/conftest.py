@@ -1,0 +1,11 @@
+"""Shapes written as types are checked in tests: jaxtyping with beartype, on every function of our packages."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["brain_models", "pretrain.masking", "finetune.evaluation"], "beartype.beartype")

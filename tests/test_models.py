@@ -1,0 +1,222 @@
+"""Patches, atlases, encoder and bundles: known answers on small spaces."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from brain_models import bundle as bundles
+from brain_models.atlas import Atlas, atlas_from_image, template_parcellation
+from brain_models.bundle import Bundle, HeadSpec, StemSpec, make_encoder
+from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder
+from brain_models.errors import BundleError, SpaceError
+from brain_models.heads import Classifier, HeadConfig
+from brain_models.patches import PatchLayout
+from brain_models.run_classifier import RunClassifier
+from brain_models.space import BrainSpace, SpaceConfig, space_from_mask, volume_space
+from tests.scans import GRID_AFFINE
+
+CONFIG = EncoderConfig(width=32, depth=2, num_heads=4, mlp_ratio=2.0, num_frequencies=4)
+STEMS = {"bold": StemSpec(patch_voxels=2, tubelet_frames=2, window_frames=4, needs_brain_mask=False)}
+
+
+@pytest.fixture
+def space() -> BrainSpace:
+    in_brain = np.ones((4, 5, 4), dtype=bool)
+    in_brain[0, 0, 0] = False
+    in_brain[:, 4, :2] = False
+    return space_from_mask(in_brain, GRID_AFFINE, name="small", template="NLin6Asym")
+
+
+@pytest.fixture
+def encoder(space: BrainSpace) -> BrainEncoder:
+    torch.manual_seed(0)
+    return make_encoder(CONFIG, {"bold": space}, STEMS).eval()
+
+
+def test_every_voxel_is_in_exactly_one_patch_at_its_own_place(space: BrainSpace) -> None:
+    layout = PatchLayout(space, 2)
+    used = layout.gather[layout.is_valid]
+    assert sorted(used.tolist()) == list(range(space.num_voxels))
+    assert (layout.gather[~layout.is_valid] == space.num_voxels).all()
+    patch, place = np.argwhere(layout.is_valid).T
+    np.testing.assert_array_equal(space.voxel_indices[used] % 2, np.stack(np.unravel_index(place, (2, 2, 2)), axis=1))
+    # 2 x 3 x 2 cubes, of which the two below the cut row hold nothing
+    assert layout.num_patches == 2 * 3 * 2 - 2
+    for row in range(layout.num_patches):
+        np.testing.assert_allclose(
+            layout.centres_mm[row], space.positions_mm[used[patch == row]].mean(axis=0), rtol=1e-5
+        )
+
+
+def test_tokens_hold_the_voxels_of_their_patch_and_frames(space: BrainSpace, encoder: BrainEncoder) -> None:
+    values = torch.randn(2, 4, space.num_voxels)
+    is_measured = torch.ones(2, space.num_voxels, dtype=torch.bool)
+    is_measured[1, 7] = False
+    stem = encoder.stem("bold")
+    features = stem.features(values, is_measured)
+    layout = PatchLayout(space, 2)
+    num_places = 8
+    for batch, tubelet, patch in [(0, 0, 3), (1, 1, 0), (1, 0, 5)]:
+        token = features[batch, tubelet * layout.num_patches + patch]
+        for frame in range(2):
+            for place in range(num_places):
+                voxel = layout.gather[patch, place]
+                if voxel == space.num_voxels or not is_measured[batch, voxel]:
+                    expected = 0.0
+                else:
+                    expected = float(values[batch, tubelet * 2 + frame, voxel])
+                assert float(token[frame * num_places + place]) == expected
+
+
+def test_an_encoded_token_depends_on_visible_tokens_only_and_not_on_their_order(
+    space: BrainSpace, encoder: BrainEncoder
+) -> None:
+    values = torch.randn(1, 4, space.num_voxels)
+    features = encoder.stem("bold").features(values, torch.ones(1, space.num_voxels, dtype=torch.bool))
+    positions = encoder.positions("bold", 2, torch.tensor([2.0]))
+    visible = torch.tensor([1, 4, 9, 12])
+    shuffled = visible.flip(0)
+    with torch.inference_mode():
+        encoded = encoder(features[:, visible], positions[:, visible], "bold")
+        again = encoder(features[:, shuffled], positions[:, shuffled], "bold")
+    torch.testing.assert_close(encoded, again.flip(1))
+
+
+def test_positions_are_millimetres_and_seconds_of_the_tubelets_centre(space: BrainSpace, encoder: BrainEncoder) -> None:
+    positions = encoder.positions("bold", 2, torch.tensor([2.0, 0.5]))
+    num_patches = encoder.stem("bold").num_patches
+    np.testing.assert_allclose(positions[0, num_patches:, :3], PatchLayout(space, 2).centres_mm)
+    # frames 0 1 | 2 3: centres at 0.5 and 2.5 frames
+    assert positions[0, 0, 3] == 1.0
+    assert positions[0, -1, 3] == 5.0
+    assert positions[1, -1, 3] == 1.25
+
+
+def test_a_fresh_decoder_predicts_zero_everywhere(space: BrainSpace, encoder: BrainEncoder) -> None:
+    decoder = PatchDecoder(CONFIG, width=16, depth=1, num_features=encoder.stem("bold").num_features)
+    predicted = decoder(torch.randn(2, 5, 32), torch.randn(2, 3, 4))
+    assert predicted.shape == (2, 3, 16)
+    assert (predicted == 0).all()
+
+
+def test_membership_is_each_patchs_share_of_voxels_and_unlabelled_tissue_gets_regions_of_its_own(
+    space: BrainSpace,
+) -> None:
+    labels = np.zeros(space.num_voxels, dtype=np.int32)
+    labels[space.voxel_indices[:, 0] == 1] = 170  # numbering with gaps
+    labels[space.voxel_indices[:, 0] == 2] = 3
+    atlas = Atlas("gaps", labels, {3: "three", 170: "last"}, {"end": [170]})
+    layout = PatchLayout(space, 2)
+    membership = atlas.membership(layout, space)
+    np.testing.assert_allclose(membership.shares.sum(axis=1), 1, rtol=1e-6)
+    assert membership.region_ids[membership.is_named].tolist() == [3, 170]
+    column = membership.region_ids.tolist().index(170)
+    for patch in range(layout.num_patches):
+        voxels = layout.gather[patch][layout.is_valid[patch]]
+        assert membership.shares[patch, column] == pytest.approx((labels[voxels] == 170).mean())
+    sizes = membership.shares[:, ~membership.is_named] * layout.voxels_per_patch[:, None]
+    assert sizes.sum() == pytest.approx((labels == 0).sum())
+    assert sizes.sum(axis=0).max() <= 1.5 * np.median([(labels == 3).sum(), (labels == 170).sum()])
+
+
+def test_region_means_skip_what_was_not_measured(space: BrainSpace) -> None:
+    labels = np.zeros(space.num_voxels, dtype=np.int32)
+    labels[:4], labels[4:6] = 5, 9
+    is_measured = np.ones(space.num_voxels, dtype=bool)
+    is_measured[[1, 4, 5]] = False
+    values = np.random.default_rng(0).normal(size=(3, space.num_voxels)).astype(np.float32)
+    means = Atlas("a", labels, {}, {}).region_means(values, is_measured)
+    np.testing.assert_allclose(means[:, 0], values[:, [0, 2, 3]].mean(axis=1), rtol=1e-5)
+    assert np.isnan(means[:, 1]).all()
+
+
+def test_labels_beyond_127_survive_an_image_and_a_file(space: BrainSpace, tmp_path: Path) -> None:
+    image = np.zeros(space.grid_shape, dtype=np.uint8)
+    image[2:, 2:] = 170
+    nibabel.save(nibabel.Nifti1Image(image, GRID_AFFINE), tmp_path / "labels.nii.gz")
+    atlas = atlas_from_image(tmp_path / "labels.nii.gz", space)
+    atlas.save(tmp_path / "atlas.npz")
+    loaded = Atlas.load(tmp_path / "atlas.npz")
+    np.testing.assert_array_equal(loaded.labels, image[tuple(space.voxel_indices.T)])
+    assert loaded.region_ids == [170]
+    with pytest.raises(SpaceError, match=r"labels\.nii\.gz: no label falls into space"):
+        atlas_from_image(tmp_path / "labels.nii.gz", _moved(space))
+
+
+def test_the_template_parcellation_knows_left_from_right_and_has_every_group() -> None:
+    space = volume_space(SpaceConfig("mni12", "NLin6Asym", 12.0, "mni152", 4.0))
+    atlas = template_parcellation(space)
+    for label, name in atlas.names.items():
+        x_mm = space.positions_mm[atlas.labels == label, 0]
+        if name.endswith("_L"):
+            assert (x_mm <= 0).all(), name
+        if name.endswith("_R"):
+            assert (x_mm >= 0).all(), name
+    assert {"limbic", "cerebellum", "frontal", "occipital"} <= atlas.groups.keys()
+    assert all(np.isin(atlas.labels, ids).any() for ids in atlas.groups.values())
+
+
+def test_a_bundle_gives_back_the_same_encoder_and_classifier(
+    space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
+) -> None:
+    encoder.stem("bold").voxel_offset.normal_()
+    spaces = {"bold": space}
+    bundles.save(tmp_path / "encoder", Bundle(encoder, spaces, STEMS, None, None, {"run": "a"}))
+    loaded = bundles.load(tmp_path / "encoder")
+    assert loaded.made_by["run"] == "a"
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, loaded.encoder.state_dict()[name]), name
+    classifier = _classifier(space, encoder)
+    head = HeadSpec(classifier.head.config, segment_frames=16, positive="ADHD", negative="control", threshold=0.4)
+    bundles.save(tmp_path / "classifier", Bundle(encoder, spaces, STEMS, head, classifier, {}))
+    again = bundles.load(tmp_path / "classifier")
+    values = torch.randn(2, 16, space.num_voxels)
+    arguments = (values, torch.ones(2, space.num_voxels, dtype=torch.bool), torch.tensor([2.0, 1.5]))
+    with torch.inference_mode():
+        logits = classifier.eval()(*arguments)
+        assert logits.std() > 1e-3
+        torch.testing.assert_close(again.classifier(*arguments), logits, rtol=0, atol=0)
+    assert again.head == head
+
+
+def test_a_bundle_that_computes_something_else_is_refused_and_names_the_commit(
+    space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
+) -> None:
+    folder = bundles.save(tmp_path / "b", Bundle(encoder, {"bold": space}, STEMS, None, None, {}))
+    golden = np.load(folder / "golden.npy")
+    np.save(folder / "golden.npy", golden + 2e-4)
+    with pytest.raises(BundleError, match=r"golden output is off by 0\.0002 .* than commit \w+"):
+        bundles.load(folder)
+    np.save(folder / "golden.npy", golden)
+    assert bundles.load(folder).encoder is not None
+    (folder / "weights.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(BundleError, match=r"weights\.safetensors cannot be read"):
+        bundles.load(folder)
+    with pytest.raises(BundleError, match="is this a bundle folder"):
+        bundles.load(tmp_path)
+
+
+def test_a_bundle_with_another_space_is_refused(space: BrainSpace, encoder: BrainEncoder, tmp_path: Path) -> None:
+    folder = bundles.save(tmp_path / "b", Bundle(encoder, {"bold": space}, STEMS, None, None, {}))
+    _moved(space).save(folder / "space_bold.npz")
+    with pytest.raises(BundleError, match=r"space_bold\.npz is not the space this model was trained on"):
+        bundles.load(folder)
+
+
+def _moved(space: BrainSpace) -> BrainSpace:
+    affine = space.affine.copy()
+    affine[0, 3] += 3000
+    in_brain = np.zeros(space.grid_shape, dtype=bool)
+    in_brain[tuple(space.voxel_indices.T)] = True
+    return space_from_mask(in_brain, affine, name="moved", template="NLin6Asym")
+
+
+def _classifier(space: BrainSpace, encoder: BrainEncoder) -> RunClassifier:
+    num_patches = PatchLayout(space, 2).num_patches
+    membership = torch.eye(num_patches)[:, :6]
+    head = Classifier(HeadConfig(pooling="covariance", num_channels=3, dropout=0.0), 32, membership=membership)
+    torch.nn.init.normal_(head.linear.weight)
+    return RunClassifier(encoder, head, window_frames=4)
