@@ -244,13 +244,18 @@ def over_ranks(losses: list[dict[str, Tensor]], engine: Engine) -> dict[str, flo
 
 def not_finite(step: int, losses: list[dict[str, Tensor]], micro_batches: list[Batch]) -> TrainingError:
     """The error every rank raises, naming the scans of the micro-batches whose loss is not finite, on any rank."""
+    scans_of = [
+        [scan_id for scan_id, weight in zip(batch.scan_ids, batch.weight.tolist(), strict=True) if weight > 0]
+        for batch in micro_batches
+    ]
+    all_mine = [scan_id for scans in scans_of for scan_id in scans]
     mine = [
         scan_id
-        for part, batch in zip(losses, micro_batches, strict=True)
+        for part, scans in zip(losses, scans_of, strict=True)
         if not bool(torch.isfinite(part["loss"]))
-        for scan_id in batch.scan_ids
+        for scan_id in scans
     ]
-    everyone = cast("list[tuple[list[str], list[str]]]", gather((mine, [s for b in micro_batches for s in b.scan_ids])))
+    everyone = cast("list[tuple[list[str], list[str]]]", gather((mine, all_mine)))
     guilty = sorted({scan_id for scans, _ in everyone for scan_id in scans})
     what = "loss" if guilty else "gradient (every loss is finite)"
     scans = guilty or sorted({scan_id for _, scans in everyone for scan_id in scans})

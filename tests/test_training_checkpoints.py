@@ -1,0 +1,144 @@
+"""A killed run goes on as if nothing had happened; what is not whole does not exist; what is damaged is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_training_engines import exported, largest_difference, losses, report, run_jobs
+from training_toys import ToySource, ToyTask, toy_config
+
+from cluster.storage import LocalStore
+from training.checkpoint import Commit, StoredFile, committed_folders, kept, starting_point
+from training.config import CheckpointConfig, StartConfig, TrainConfig
+from training.errors import CheckpointError, TrainingError
+from training.loop import FitResult, Services, fit
+
+STEPS = 8
+
+
+def run(config: TrainConfig) -> FitResult:
+    return fit(ToyTask(), ToySource(), config, Services({"train": dataclasses.asdict(config)}, None))
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> TrainConfig:
+    """A finished run with commits at steps 2, 4 and 6, of which the last two are kept."""
+    config = toy_config(tmp_path, steps=6, checkpoint_every=2)
+    run(config)
+    return config
+
+
+def newest(config: TrainConfig) -> Path:
+    store = LocalStore(config.run.folder)
+    return Path(store.join(committed_folders(store)[-1]))
+
+
+@pytest.mark.parametrize(("engine", "num_ranks"), [("plain", 1), ("zero2", 2), ("zero3", 2)])
+def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(tmp_path: Path, engine: str, num_ranks: int) -> None:
+    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+    job = {"engine": engine, "steps": STEPS, "checkpoint_every": 2, "opens_at": 4}
+    codes = run_jobs(tmp_path, [{**job, "folder": whole}, {**job, "folder": killed, "kill_at": 5}], num_ranks=num_ranks)
+    assert codes == [9] * num_ranks
+    assert run_jobs(tmp_path, [{**job, "folder": killed}], num_ranks=num_ranks) == [0] * num_ranks
+
+    assert report(Path(killed))["start"] == "own"
+    assert len(losses(Path(whole))) == STEPS
+    assert losses(Path(killed)) == losses(Path(whole))
+    assert largest_difference(exported(Path(killed)), exported(Path(whole))) == 0.0
+    assert report(Path(killed))["metrics"] == report(Path(whole))["metrics"]
+
+
+def test_a_finished_run_run_again_trains_no_step_and_says_the_same(trained: TrainConfig) -> None:
+    again = run(trained)
+    assert again.start == "own"
+    assert again.checkpoint == str(newest(trained))
+    assert again.metrics == run(trained).metrics
+
+
+def test_a_folder_without_commit_does_not_exist(trained: TrainConfig) -> None:
+    (newest(trained) / "COMMIT.json").unlink()
+    point = starting_point(LocalStore(trained.run.folder), trained.start)
+    assert (point.kind, point.step) == ("own", 4)
+
+
+def test_a_damaged_file_is_named_with_the_older_commit_to_go_on_from(trained: TrainConfig) -> None:
+    folder = newest(trained)
+    with (folder / "plain.pt").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff\xff")
+    with pytest.raises(CheckpointError, match=r"plain\.pt is damaged: sha256 .* over") as caught:
+        run(trained)
+    assert f"delete {folder} and run again to go on from the older" in str(caught.value)
+    assert "step-00000004" in str(caught.value)
+    shutil.rmtree(folder)
+    assert run(trained).start == "own"
+
+
+def test_a_missing_file_is_named(trained: TrainConfig) -> None:
+    (newest(trained) / "plain.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"plain\.pt is missing"):
+        run(trained)
+
+
+def test_an_unreadable_commit_is_named_and_never_skipped(trained: TrainConfig) -> None:
+    (newest(trained) / "COMMIT.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"COMMIT\.json cannot be read"):
+        run(trained)
+
+
+def test_a_commit_of_other_ranks_engine_or_data_is_refused(trained: TrainConfig) -> None:
+    path = newest(trained) / "COMMIT.json"
+    commit = json.loads(path.read_text())
+    for change, message in (
+        ({"world_size": 4}, "was written by 4 ranks, this run has 1; run with cluster.num_workers=4"),
+        ({"engine": "zero2"}, "was written by engine=zero2, this run has plain"),
+        ({"fingerprint": "0" * 64}, "was trained on the set 000000000000"),
+    ):
+        path.write_text(json.dumps({**commit, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            run(trained)
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_keys(trained: TrainConfig) -> None:
+    changed = dataclasses.replace(trained, seed=4, steps=9)
+    with pytest.raises(TrainingError, match="belongs to another configuration") as caught:
+        run(changed)
+    assert "- train.seed: 3 there, 4 here" in str(caught.value)
+    assert "- train.steps: 6 there, 9 here" in str(caught.value)
+    tracking = dataclasses.replace(trained.tracking, experiment="another")
+    assert run(dataclasses.replace(trained, tracking=tracking)).start == "own"
+
+
+def test_a_named_checkpoint_is_where_another_run_goes_on(trained: TrainConfig, tmp_path: Path) -> None:
+    store = LocalStore(trained.run.folder)
+    middle = store.join(committed_folders(store)[0])
+    other = toy_config(tmp_path / "other", steps=6, checkpoint_every=2)
+    result = run(dataclasses.replace(other, start=StartConfig(checkpoint=middle, registered=None)))
+    assert result.start == "named"
+    assert result.metrics == run(trained).metrics
+    unfinished = dataclasses.replace(other, start=StartConfig(checkpoint=f"{tmp_path}/nowhere", registered=None))
+    unfinished.run.folder += "-2"
+    with pytest.raises(CheckpointError, match=r"nowhere has no COMMIT\.json"):
+        run(unfinished)
+
+
+def test_the_last_k_every_nth_and_the_best_commit_are_kept() -> None:
+    def commit(step: int, loss: float) -> Commit:
+        file = StoredFile("plain.pt", 1, "", 0)
+        return Commit(1, step, [file], 1, "plain", {}, "", "", None, 0, {"validation/loss": loss})
+
+    commits = {f"step-{step}": commit(step, loss) for step, loss in ((1, 5), (2, 1), (3, 4), (4, 3), (5, 2), (6, 6))}
+    rules = CheckpointConfig(1, 2, 4, "validation/loss", "lowest")
+    assert kept(rules, commits) == {"step-5", "step-6", "step-4", "step-2"}
+    assert kept(dataclasses.replace(rules, best_is="highest", keep_every_steps=None), commits) == {"step-5", "step-6"}
+
+
+def test_keep_rules_are_applied_on_disk(trained: TrainConfig) -> None:
+    folders = sorted(
+        path.name for path in (Path(trained.run.folder) / "checkpoints").iterdir() if any(path.rglob("*.pt"))
+    )
+    assert [name.rpartition("-")[0] for name in folders] == ["step-00000004", "step-00000006"]

@@ -1,0 +1,73 @@
+"""Trains toys as one rank of a gloo group and writes what came out: `training_worker.py <jobs.json> <rank> <size>`.
+
+A job: {engine, folder, steps, checkpoint_every, opens_at, kill_at, poisoned_scan}. `kill_at`: the process ends, without
+any clean-up, when the source is asked for that step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed
+from training_toys import ToyBatch, ToySource, ToyTask, toy_config
+
+from training.collectives import place
+from training.errors import TrainingError
+from training.loop import Services, fit
+from training.task import State, Task
+
+
+class DyingSource(ToySource):
+    def __init__(self, kill_at: int | None) -> None:
+        super().__init__()
+        self.kill_at = kill_at
+
+    def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
+        for batches, after in super().steps(state):
+            if self.kill_at is not None and after["samples_consumed"] == 8 * (self.kill_at + 1):
+                os._exit(9)
+            yield batches, after
+
+
+def run_job(job: dict) -> None:
+    folder = Path(job["folder"])
+    config = toy_config(
+        folder,
+        engine=job["engine"],
+        steps=job.get("steps", 6),
+        checkpoint_every=job.get("checkpoint_every", 100),
+    )
+    task = ToyTask(encoder_opens_at=job.get("opens_at", 0))
+    task.poisoned_scan = job.get("poisoned_scan")
+    exported = folder / "exported.pt"
+
+    def export(trained: Task) -> None:
+        torch.save({name: value.detach().clone() for name, value in trained.state_dict().items()}, exported)
+
+    identity = dataclasses.asdict(config)
+    try:
+        result = fit(task, DyingSource(job.get("kill_at")), config, Services({"train": identity}, export))
+        report = {"metrics": result.metrics, "start": result.start, "checkpoint": result.checkpoint}
+    except TrainingError as error:
+        report = {"error": str(error)}
+    (folder / f"report-{place().rank}.json").write_text(json.dumps(report))
+
+
+def main() -> None:
+    jobs, rank, size = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3])
+    if size > 1:
+        os.environ["LOCAL_RANK"] = str(rank)
+        store = torch.distributed.FileStore(f"{sys.argv[1]}.store", size)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    for job in jobs:
+        run_job(job)
+
+
+if __name__ == "__main__":
+    main()
