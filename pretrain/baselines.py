@@ -3,7 +3,6 @@
 Everything here sees centred values (minus the training voxel mean), so the mean baseline is zero by construction.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +17,6 @@ class BaselineConfig:
     ridge_penalties: list[float]  # candidates, in units of the mean variance of patch means
     fit_samples: int  # training samples that the voxel statistics and the ridge are fitted on
     choice_share: float  # share of their subjects on which the penalty is chosen
-
-
-def patch_of_voxels(
-    gather: Int64[Tensor, "patch place"], is_valid: Bool[Tensor, "patch place"], num_voxels: int
-) -> Int64[Tensor, "voxel"]:
-    """The patch each voxel belongs to."""
-    patches = torch.arange(gather.shape[0], device=gather.device)[:, None].expand_as(gather)
-    owner = torch.full((num_voxels,), -1, dtype=torch.int64, device=gather.device)
-    owner[gather[is_valid]] = patches[is_valid]
-    assert int(owner.min()) >= 0, "a layout covers every voxel of its space"
-    return owner
 
 
 def patch_means(
@@ -99,24 +87,6 @@ class RidgeOracle:
         factor = torch.linalg.cholesky(moments + absolute * eye)
         weights = torch.cholesky_solve(means[:, seen].double().T, factor).T  # beta^T x, without forming beta
         return weights.to(self.voxel_moments.dtype) @ self.voxel_moments[seen]
-
-
-def choose_penalty(
-    fitted: RidgeOracle,
-    penalties: Sequence[float],
-    *,
-    means: Sequence[Float[Tensor, "time patch"]],
-    values: Sequence[Float[Tensor, "time voxel"]],
-    is_visible: Sequence[Bool[Tensor, "patch"]],
-    is_scored: Sequence[Bool[Tensor, "voxel"]],
-) -> float:
-    """The candidate with the least squared error over the hidden, measured voxels of frames it was not fitted on."""
-    errors = dict.fromkeys(penalties, 0.0)
-    for sample_means, sample_values, visible, scored in zip(means, values, is_visible, is_scored, strict=True):
-        for penalty in penalties:
-            guess = fitted.predict(sample_means, visible, penalty=penalty)
-            errors[penalty] += float((guess - sample_values)[:, scored].square().sum())
-    return min(errors, key=lambda penalty: errors[penalty])
 
 
 @dataclass

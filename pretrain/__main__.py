@@ -1,0 +1,27 @@
+"""Learn a backbone from unlabelled brain scans: hide regions, guess their voxels; ends with a registered encoder.
+
+Example (two workers on this machine, the shards of `python -m data_sharding`):
+
+  python -m pretrain kind=bold shards=out/shards run.folder=out/runs/bold model=tiny engine=zero2 cluster=local
+
+Required: kind=bold|t1  shards=<shard set>  run.folder=<where the run lives>
+Groups:   model=tiny|small|base|large  masking=region|random|tube|future  engine=plain|zero0..zero3
+          cluster=inline|local|ray  experiment=demo_bold|demo_t1
+
+The same command with the same run.folder goes on where the run stopped. Results: <run.folder>/metrics.json
+(r2 of hidden voxels about the training mean, beside the mean, neighbour and ridge baselines) and <run.folder>/bundle.
+"""
+
+from cluster.launch import run_on_workers
+from configs.entry import main
+from pretrain.config import PretrainConfig
+from pretrain.planning import plan, validate
+from pretrain.train import train
+
+
+def run(config: PretrainConfig) -> None:
+    run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
+
+
+if __name__ == "__main__":
+    main(part="pretrain", schema=PretrainConfig, help_text=__doc__ or "", run=run, validate=validate, plan=plan)

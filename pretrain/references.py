@@ -1,0 +1,184 @@
+"""The guesses a model is shown beside, fitted on the training split and scored where the model is scored.
+
+Knows masks and arrays; knows no model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from data_sharding.reader import Batch
+from pretrain.baselines import (
+    BaselineConfig,
+    RidgeOracle,
+    VoxelStatistics,
+    neighbour_means,
+    patch_means,
+)
+from pretrain.errors import PretrainError
+
+HiddenPatches = Callable[[Batch], Bool[Tensor, "batch tubelet patch"]]
+
+
+def voxel_statistics(batches: Iterable[Batch], num_voxels: int) -> VoxelStatistics:
+    """Mean and deviation of every voxel over the measured frames of `batches`."""
+    statistics = VoxelStatistics.empty(num_voxels)
+    for batch in batches:
+        statistics.add(batch.values, batch.is_measured & (batch.weight > 0)[:, None])
+    if not bool(statistics.count.any()):
+        raise PretrainError("no training sample to take voxel statistics from; check the set's train split and kind")
+    return statistics
+
+
+@dataclass
+class References:
+    """Fitted baselines; `guess` gives centred values for every voxel, to be scored where the model is scored."""
+
+    config: BaselineConfig
+    offset: Float[Tensor, "voxel"]
+    patch_of_voxel: Int64[Tensor, "voxel"]
+    distance_mm: Float[Tensor, "patch patch"]
+    ridge: RidgeOracle
+    penalty: float
+
+    def guess(
+        self,
+        values: Float[Tensor, "batch time voxel"],
+        is_measured: Bool[Tensor, "batch voxel"],
+        is_hidden: Bool[Tensor, "batch tubelet patch"],
+    ) -> dict[str, Float[Tensor, "batch time voxel"]]:
+        """Each baseline's centred guess; like `values`, on the CPU."""
+        means = self.means(centre(values, is_measured, self.offset), is_measured)
+        return {
+            "neighbour": self.neighbour_guess(means, ~is_hidden),
+            "ridge": self.ridge_guess(means, ~is_hidden, penalty=self.penalty),
+        }
+
+    def means(
+        self, centred: Float[Tensor, "batch time voxel"], is_measured: Bool[Tensor, "batch voxel"]
+    ) -> Float[Tensor, "batch time patch"]:
+        return patch_means(centred, is_measured, patch_of_voxel=self.patch_of_voxel, num_patches=len(self.distance_mm))
+
+    def neighbour_guess(
+        self, means: Float[Tensor, "batch time patch"], is_visible: Bool[Tensor, "batch tubelet patch"]
+    ) -> Float[Tensor, "batch time voxel"]:
+        split = rearrange(
+            means, "batch (tubelet frame) patch -> batch tubelet frame patch", tubelet=is_visible.shape[1]
+        )
+        guesses = [
+            neighbour_means(sample, visible, self.distance_mm, num_neighbours=self.config.num_neighbours)
+            for sample, visible in zip(split, is_visible, strict=True)
+        ]
+        by_patch = rearrange(torch.stack(guesses), "batch tubelet frame patch -> batch (tubelet frame) patch")
+        return by_patch[:, :, self.patch_of_voxel]
+
+    def ridge_guess(
+        self,
+        means: Float[Tensor, "batch time patch"],
+        is_visible: Bool[Tensor, "batch tubelet patch"],
+        *,
+        penalty: float,
+    ) -> Float[Tensor, "batch time voxel"]:
+        guesses = [
+            torch.cat(
+                [
+                    self.ridge.predict(frames, visible, penalty=penalty)
+                    for frames, visible in zip(sample.chunk(len(shown)), shown, strict=True)
+                ]
+            )
+            for sample, shown in zip(means, is_visible, strict=True)
+        ]
+        return torch.stack(guesses)
+
+
+def centre(
+    values: Float[Tensor, "batch time voxel"],
+    is_measured: Bool[Tensor, "batch voxel"],
+    offset: Float[Tensor, "voxel"],
+) -> Float[Tensor, "batch time voxel"]:
+    """Values minus the training voxel mean; 0 where not measured."""
+    return (values - offset) * is_measured[:, None]
+
+
+def fit_references(
+    batches: Callable[[], Iterable[Batch]],
+    config: BaselineConfig,
+    *,
+    offset: Float[Tensor, "voxel"],
+    patch_of_voxel: Int64[Tensor, "voxel"],
+    centres_mm: Float[Tensor, "patch 3"],
+    hidden_patches: HiddenPatches,
+) -> References:
+    """Baselines fitted on training batches; the ridge's penalty is chosen on subjects it had not seen by then.
+
+    `batches()` gives the same batches each time; they are read twice and never kept.
+    """
+    num_patches, num_voxels = len(centres_mm), len(offset)
+    references = References(
+        config=config,
+        offset=offset,
+        patch_of_voxel=patch_of_voxel,
+        distance_mm=torch.cdist(centres_mm, centres_mm),
+        ridge=RidgeOracle(num_patches, num_voxels),
+        penalty=config.ridge_penalties[0],
+    )
+    set_aside = RidgeOracle(num_patches, num_voxels)
+    subjects = [subject for batch in batches() for subject in batch.subjects]
+    is_kept = ~rows_set_aside(subjects, config.choice_share)
+    for batch, rows in _with_rows(batches(), is_kept):
+        centred = centre(batch.values, batch.is_measured, offset) * (batch.weight > 0)[:, None, None]
+        means = references.means(centred, batch.is_measured)
+        references.ridge.add(means[rows], centred[rows])
+        set_aside.add(means[~rows], centred[~rows])
+    references.penalty = _best_penalty(references, _with_rows(batches(), ~is_kept), hidden_patches)
+    references.ridge.merge(set_aside)
+    return references
+
+
+def rows_set_aside(subjects: list[str], share: float) -> Bool[Tensor, "row"]:
+    """True for the rows of the last `share` of the subjects, in name order; of the rows when there is one subject."""
+    names = sorted(set(subjects))
+    if len(names) == 1:
+        return torch.arange(len(subjects)) >= round((1 - share) * len(subjects))
+    last = set(names[min(len(names) - 1, round((1 - share) * len(names))) :])
+    return torch.tensor([subject in last for subject in subjects])
+
+
+def _with_rows(batches: Iterable[Batch], chosen: Bool[Tensor, "row"]) -> Iterator[tuple[Batch, Bool[Tensor, "batch"]]]:
+    start = 0
+    for batch in batches:
+        yield batch, chosen[start : start + len(batch.subjects)]
+        start += len(batch.subjects)
+
+
+def _best_penalty(
+    references: References,
+    held_out: Iterable[tuple[Batch, Bool[Tensor, "batch"]]],
+    hidden_patches: HiddenPatches,
+) -> float:
+    """The candidate with the least squared error over the hidden, measured voxels of the chosen rows."""
+    errors = dict.fromkeys(references.config.ridge_penalties, 0.0)
+    for batch, rows in held_out:
+        rows = rows & (batch.weight > 0)
+        if not bool(rows.any()):
+            continue
+        is_measured, is_hidden = batch.is_measured[rows], hidden_patches(batch)[rows]
+        centred = centre(batch.values[rows], is_measured, references.offset)
+        is_scored = hidden_voxels(is_hidden, references.patch_of_voxel, centred.shape[1]) & is_measured[:, None]
+        means = references.means(centred, is_measured)
+        for penalty in errors:
+            guess = references.ridge_guess(means, ~is_hidden, penalty=penalty)
+            errors[penalty] += float((guess - centred).square()[is_scored].sum())
+    return min(errors, key=lambda penalty: errors[penalty])
+
+
+def hidden_voxels(
+    is_hidden: Bool[Tensor, "batch tubelet patch"], patch_of_voxel: Int64[Tensor, "voxel"], num_frames: int
+) -> Bool[Tensor, "batch time voxel"]:
+    """True for the voxels and frames of hidden tokens."""
+    frames = num_frames // is_hidden.shape[1]
+    return repeat(is_hidden[:, :, patch_of_voxel], "batch tubelet voxel -> batch (tubelet frame) voxel", frame=frames)

@@ -1,0 +1,220 @@
+import numpy as np
+import pytest
+import torch
+
+from brain_models.atlas import Atlas
+from brain_models.encoder import EncoderConfig
+from brain_models.space import BrainSpace, fsl_grid, space_from_mask
+from data_sharding.reader import Batch
+from pretrain.baselines import BaselineConfig
+from pretrain.errors import MaskingError
+from pretrain.masked_volumes import DecoderConfig, Geometry, MaskedVolumes, ModelConfig, WindowConfig
+from pretrain.masking import MaskingConfig
+from pretrain.references import fit_references, rows_set_aside, voxel_statistics
+from pretrain.scores import Regions, metrics_of, report_of
+
+BATCH_SIZE = 4
+MODEL = ModelConfig(
+    EncoderConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0, num_frequencies=4), DecoderConfig(width=16, depth=1)
+)
+
+
+@pytest.fixture(scope="module")
+def geometry() -> Geometry:
+    affine, shape = fsl_grid(12.0)
+    places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    in_brain = (((places - np.array([7, 9, 7])) / np.array([5.2, 6.4, 5.1])) ** 2).sum(axis=-1) < 1
+    space = space_from_mask(in_brain, affine, name="ball", template="none")
+    return Geometry.of(space, octants(space), WindowConfig(window_frames=4, tubelet_frames=2, patch_voxels=3))
+
+
+def octants(space: BrainSpace) -> Atlas:
+    """Labels with a gap, one label of a single voxel, and one octant without a label."""
+    above = space.positions_mm > np.median(space.positions_mm, axis=0)
+    labels = (above @ np.array([1, 2, 4])).astype(np.int32) * 10
+    labels[5] = 3
+    names = {int(label): f"octant {label}" for label in np.unique(labels) if label}
+    return Atlas("octants", labels, names, {"left": [20, 40, 60], "speck": [3], "absent": [99]})
+
+
+def make_task(geometry: Geometry, kind: str = "region") -> MaskedVolumes:
+    torch.manual_seed(1)
+    task = MaskedVolumes(
+        MODEL,
+        geometry,
+        kind="bold",
+        masking=MaskingConfig(kind=kind, hidden_share=0.5, rule="any", groups=[]),
+        batch_size=BATCH_SIZE,
+        weight_decay=0.05,
+    )
+    torch.nn.init.normal_(task.decoder.predict.weight, std=0.1)
+    generator = torch.Generator().manual_seed(2)
+    num_voxels = geometry.space.num_voxels
+    task.set_voxel_statistics(
+        torch.randn(num_voxels, generator=generator), torch.rand(num_voxels, generator=generator) + 0.5
+    )
+    return task
+
+
+def make_batch(geometry: Geometry, size: int = BATCH_SIZE, seed: int = 3) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    num_voxels = geometry.space.num_voxels
+    is_measured = torch.rand(size, num_voxels, generator=generator) < 0.9
+    values = torch.randn(size, 4, num_voxels, generator=generator) * is_measured[:, None]
+    return Batch(
+        values=values,
+        is_measured=is_measured,
+        repetition_time_s=torch.full((size,), 2.0),
+        weight=torch.ones(size),
+        sample_seed=torch.arange(size) * 1009 + seed,
+        scan_ids=[f"scan{row}" for row in range(size)],
+        subjects=[f"subject{row // 2}" for row in range(size)],
+        first_frame=[0] * size,
+    )
+
+
+def rows(batch: Batch, chosen: slice) -> Batch:
+    return Batch(**{name: getattr(batch, name)[chosen] for name in batch.__dataclass_fields__})
+
+
+def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch) -> float:
+    """The definition, one hidden voxel at a time, in float64."""
+    choice = task.masker.choose(batch.sample_seed)
+    with torch.no_grad():
+        guess = task._guess(task._features(batch), batch, choice).double()
+    stem, layout = task.encoder.stem("bold"), geometry.layout
+    offset, scale = stem.voxel_offset.double(), stem.voxel_scale.double()
+    total = 0.0
+    for sample in range(len(batch.weight)):
+        for place, token in enumerate(choice.hidden[sample].tolist()):
+            tubelet, patch = divmod(token, layout.num_patches)
+            for frame in range(2):
+                for cell, voxel in enumerate(layout.gather[patch]):
+                    if voxel == layout.num_voxels or not batch.is_measured[sample, voxel]:
+                        continue
+                    truth = batch.values[sample, tubelet * 2 + frame, voxel].double()
+                    answer = offset[voxel] + scale[voxel] * guess[sample, place, frame * layout.gather.shape[1] + cell]
+                    total += float(batch.weight[sample] * (answer - truth) ** 2)
+    values_per_token = layout.voxels_per_patch.mean() * 2
+    return total / (BATCH_SIZE * task.masker.num_hidden * values_per_token)
+
+
+def test_loss_equals_its_definition_in_a_float64_loop(geometry: Geometry) -> None:
+    task, batch = make_task(geometry), make_batch(geometry)
+    batch.weight[1] = 0.5
+    assert float(task(batch)["loss"].detach()) == pytest.approx(reference_loss(task, geometry, batch), rel=1e-5)
+
+
+def gradients(task: MaskedVolumes, batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
+    task.zero_grad()
+    loss = torch.stack([task(batch)["loss"] for batch in batches]).sum()
+    loss.backward()
+    return float(loss.detach()), [parameter.grad.clone() for parameter in task.parameters()]
+
+
+def test_micro_batches_and_padding_rows_do_not_change_the_update(geometry: Geometry) -> None:
+    task, batch = make_task(geometry), make_batch(geometry)
+    padded = make_batch(geometry, size=6)
+    for name in ("values", "is_measured", "sample_seed"):
+        getattr(padded, name)[:4] = getattr(batch, name)
+    padded.weight[4:] = 0
+    whole_loss, whole = gradients(task, [batch])
+    for others in ([rows(batch, slice(0, 2)), rows(batch, slice(2, 4))], [padded]):
+        loss, found = gradients(task, others)
+        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(whole, found, strict=True))
+
+
+def test_voxels_that_were_not_measured_change_neither_loss_nor_gradient(geometry: Geometry) -> None:
+    task, batch, other = make_task(geometry), make_batch(geometry), make_batch(geometry)
+    other.values += 100 * ~other.is_measured[:, None]
+    loss, found = gradients(task, [batch])
+    other_loss, other_found = gradients(task, [other])
+    assert loss == other_loss
+    assert all(torch.equal(one, two) for one, two in zip(found, other_found, strict=True))
+
+
+def test_hidden_voxels_are_not_seen(geometry: Geometry) -> None:
+    task, batch, other = make_task(geometry), make_batch(geometry), make_batch(geometry)
+    owner = torch.from_numpy(geometry.layout.patch_of_voxel)
+    is_hidden = task.hidden_patches(batch)[:, :, owner].repeat_interleave(2, dim=1)
+    other.values += 5 * is_hidden
+    guesses = [task._guess(task._features(one), one, task.masker.choose(one.sample_seed)) for one in (batch, other)]
+    assert torch.equal(guesses[0], guesses[1])
+    assert float(is_hidden.float().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_prediction_sums_agree_with_the_loss(geometry: Geometry) -> None:
+    task, batch = make_task(geometry), make_batch(geometry)
+    with torch.no_grad():
+        sums, loss = task.predict(batch), task(batch)["loss"]
+    assert float(sums["error"].sum()) == pytest.approx(float(loss) * task.loss_constant, rel=1e-4)
+    voxels = [(geometry.atlas.labels == label).sum() for label in geometry.atlas.region_ids]
+    assert sums["count"].shape == (4, len(voxels) + 1)
+    assert bool((sums["count"][:, :-1] <= torch.tensor(voxels) * 4).all())
+
+
+def test_a_fresh_decoder_starts_at_the_mean_baseline(geometry: Geometry) -> None:
+    task = make_task(geometry)
+    torch.nn.init.zeros_(task.decoder.predict.weight)
+    with torch.no_grad():
+        sums = task.predict(make_batch(geometry))
+    assert torch.allclose(sums["error"], sums["total"], rtol=1e-5)
+    assert task.metrics(sums)["r2"] == pytest.approx(0, abs=1e-5)
+
+
+def test_r2_of_a_perfect_guess_is_one_and_of_the_mean_zero(geometry: Geometry) -> None:
+    regions = Regions.of(geometry.atlas)
+    total = torch.rand(5, regions.num_columns) + 1
+    sums = {"error": torch.zeros_like(total), "total": total, "count": total * 3, "error_ridge": total}
+    metrics = metrics_of(sums, regions)
+    assert metrics["r2"] == metrics["r2/group/left"] == 1
+    assert metrics["r2/ridge"] == metrics["loss"] == 0
+    assert "r2/group/absent" not in metrics
+    assert report_of(sums, regions)["regions"]["octant 3"] == 1
+
+
+def test_r2_pools_sums_over_the_split_and_by_region() -> None:
+    atlas = Atlas("two", np.array([4, 9, 9, 0], dtype=np.int32), {4: "four", 9: "nine"}, {"both": [4, 9]})
+    regions = Regions.of(atlas)
+    assert regions.column_of_voxel.tolist() == [0, 1, 1, 2]
+    error = torch.tensor([[1.0, 2.0, 0.0], [0.0, 2.0, 3.0]])
+    total = torch.tensor([[2.0, 4.0, 1.0], [2.0, 12.0, 11.0]])
+    report = report_of({"error": error, "total": total, "count": total}, regions)
+    assert report["r2"] == pytest.approx(1 - 8 / 32)
+    assert report["groups"] == {"both": pytest.approx(1 - 5 / 20)}
+    assert report["regions"] == {"four": pytest.approx(0.75), "nine": pytest.approx(0.75)}
+
+
+def test_a_budget_out_of_reach_is_refused_before_a_model_is_made(geometry: Geometry) -> None:
+    with pytest.raises(MaskingError, match=r"rule 'pure' of the groups \['left'\] reaches \d+"):
+        geometry.masker(MaskingConfig(kind="region", hidden_share=0.9, rule="pure", groups=["left"]))
+
+
+def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) -> None:
+    task = make_task(geometry, kind="random")
+    training = [make_batch(geometry, size=8, seed=seed) for seed in range(3)]
+    for batch in training:  # one signal in the whole brain: the ridge must find it
+        batch.values = (batch.values * 0.1 + torch.randn(8, 4, 1)) * batch.is_measured[:, None]
+    statistics = voxel_statistics(training, geometry.space.num_voxels)
+    task.set_voxel_statistics(statistics.mean, statistics.deviation(0.1))
+    task.references = fit_references(
+        lambda: training,
+        BaselineConfig(num_neighbours=3, ridge_penalties=[1e-3, 1e2], fit_samples=24, choice_share=0.25),
+        offset=statistics.mean,
+        patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
+        centres_mm=torch.from_numpy(geometry.layout.centres_mm),
+        hidden_patches=task.hidden_patches,
+    )
+    assert task.references.penalty == 1e-3
+    with torch.no_grad():
+        metrics = task.metrics(task.predict(training[0]))
+    assert metrics["r2/ridge"] > 0.97
+    assert metrics["r2/neighbour"] > 0.95
+    assert metrics["r2"] < 0.5
+
+
+def test_rows_set_aside_are_whole_subjects() -> None:
+    subjects = [f"s{number}" for number in (3, 1, 2, 3, 0, 4, 4)]
+    assert rows_set_aside(subjects, 0.4).tolist() == [True, False, False, True, False, True, True]
+    assert rows_set_aside(["one"] * 5, 0.2).tolist() == [False] * 4 + [True]
