@@ -1,0 +1,122 @@
+"""Metrics reach MLflow once, however often and however late they are sent, and nobody waits for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from training_toys import ToySource, ToyTask, toy_config
+
+from training.config import TrackingConfig, TrainConfig
+from training.loop import FitResult, Services, fit
+from training.tracking import RunLabel, Sender, Spool, mlflow_environment, read_rows
+
+
+def tracking(uri: str | None, *, drain_s: float = 60) -> TrackingConfig:
+    return TrackingConfig(every_steps=1, uri=uri, experiment="toys", timeout_s=2, drain_s=drain_s)
+
+
+def run(config: TrainConfig) -> FitResult:
+    return fit(ToyTask(), ToySource(), config, Services({"train": dataclasses.asdict(config)}, None))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for all tests: making its tables takes seconds."""
+    mlflow_environment(timeout_s=5)
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    mlflow.MlflowClient(uri).create_experiment("toys")
+    return uri
+
+
+def history(uri: str, run_id: str, key: str) -> list[tuple[int, float, int]]:
+    import mlflow
+
+    rows = mlflow.MlflowClient(uri).get_metric_history(run_id, key)
+    return sorted((row.step, row.value, row.timestamp) for row in rows)
+
+
+def spooled(path: Path, key: str) -> list[tuple[int, float, int]]:
+    return sorted((row["step"], row["value"], row["timestamp_ms"]) for row in read_rows(path) if row["key"] == key)
+
+
+@pytest.fixture
+def dead_server() -> Iterator[str]:
+    """Accepts connections and answers 500 after a while."""
+
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.5)
+            self.send_error(500)
+
+        do_POST = do_GET
+
+        def log_message(self, *parts: object) -> None:
+            return
+
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http_server.server_address[1]}"
+    http_server.shutdown()
+
+
+def test_every_metric_of_a_run_is_one_row_there_with_the_spool_s_timestamps(tmp_path: Path, server: str) -> None:
+    config = dataclasses.replace(toy_config(tmp_path), tracking=tracking(server))
+    result = run(config)
+    assert result.mlflow_run_id is not None
+    expected = spooled(Path(config.run.folder) / "metrics.jsonl", "train/loss")
+    assert [step for step, _, _ in expected] == [1, 2, 3, 4, 5, 6]
+    assert history(server, result.mlflow_run_id, "train/loss") == expected
+
+
+def test_training_goes_on_while_the_server_is_down_and_a_later_run_sends_everything_once(
+    tmp_path: Path, server: str, dead_server: str
+) -> None:
+    down = dataclasses.replace(toy_config(tmp_path), tracking=tracking(dead_server, drain_s=1))
+    result = run(down)
+    assert result.seconds < 20
+    assert result.mlflow_run_id is None
+    rows = spooled(Path(down.run.folder) / "metrics.jsonl", "train/loss")
+    assert len(rows) == 6
+
+    up = dataclasses.replace(down, tracking=tracking(server))
+    first = run(up)
+    second = run(up)
+    assert first.mlflow_run_id is not None
+    assert second.mlflow_run_id == first.mlflow_run_id
+    assert history(server, first.mlflow_run_id, "train/loss") == rows
+
+
+def test_rows_the_server_has_seen_before_are_not_sent_again(tmp_path: Path, server: str) -> None:
+    label = RunLabel("toy", "key-of-a-crashed-run", {"seed": 1}, {})
+    for last in (4, 6):  # the first process got to step 4; the second repeats steps 3 and 4, at another time of day
+        path = tmp_path / f"{last}.jsonl"
+        spool = Spool(path, start=b"")
+        for step in range(1 if last == 4 else 3, last + 1):
+            spool.add(step, {"loss": 1 / step})
+        sender = Sender(tracking(server), path, label)
+        assert sender.close(60)
+        spool.close()
+        time.sleep(0.01)
+    assert sender.run_id is not None
+    assert [(step, value) for step, value, _ in history(server, sender.run_id, "loss")] == [
+        (step, 1 / step) for step in range(1, 7)
+    ]
+
+
+def test_the_spool_writes_a_key_and_step_once(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "metrics.jsonl", start=b"")
+    spool.add(1, {"loss": 2.0})
+    spool.add(1, {"loss": 3.0, "rate": 1.0})
+    again = Spool(tmp_path / "metrics.jsonl", start=(tmp_path / "metrics.jsonl").read_bytes())
+    again.add(1, {"loss": 4.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["step"], row["value"]) for row in rows] == [("loss", 1, 2.0), ("rate", 1, 1.0)]
