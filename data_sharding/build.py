@@ -287,11 +287,17 @@ def _manifest(
             "acceptance": dataclasses.asdict(config.acceptance),
             "alignment": "given",  # the source's derivatives; nothing is registered here
             "allow_template_mix": config.source.allow_template_mix,
+            "scans_with_brain_mask": _num_with_brain_mask(prepared.found),
             "seed": config.seed,
         },
         notes=prepared.found.notes,
         versions={name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES},
     )
+
+
+def _num_with_brain_mask(found: Found) -> dict[str, int]:
+    kinds = [scan.kind for scan in found.scans if scan.brain_mask is not None]
+    return {kind: kinds.count(kind) for kind in schema.KIND_OF_SCAN}
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from isal import isal_zlib
 from webdataset.writer import TarWriter
 
 from brain_models.errors import ScanError
@@ -25,6 +24,7 @@ from brain_models.preprocess import (
 )
 from brain_models.space import BrainSpace
 from data_sharding import schema
+from data_sharding.checksums import crc32, crc32_of_frames
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Member:
     kind: str
     offset: int
     size: int
+    crc32: int
     first_frame: int
     num_frames: int
 
@@ -73,7 +74,8 @@ def write_part(request: PackRequest, space: BrainSpace, file: BinaryIO) -> tuple
                 name = f"{key}.{kind}"
                 assert len(name) <= schema.MAX_NAME_LENGTH, name
                 start = position + schema.TAR_BLOCK_BYTES
-                members.append(Member(name, key, kind, start, len(entry[kind]), first_frame, num_frames))
+                data = entry[kind]
+                members.append(Member(name, key, kind, start, len(data), crc32(data), first_frame, num_frames))
                 position += schema.tar_bytes(len(entry[kind]))
             writer.write(entry)
             assert writer.tarstream.offset == position, "a tar header took more than one block"
@@ -95,7 +97,7 @@ def _entries(request: PackRequest, space: BrainSpace) -> Iterator[Entry]:
     entry = {
         "__key__": schema.stats_key(request.scan_id),
         schema.T1: npy_bytes(values),
-        schema.CRC: npy_bytes(frame_checksums(values[None])),
+        schema.CRC: npy_bytes(crc32_of_frames(values[None])),
         schema.META: _json_bytes(request, space, described),
     }
     yield entry, 0, 1
@@ -139,7 +141,7 @@ def _bold_entries(request: PackRequest, space: BrainSpace, run: StandardisedRun)
         entry = {
             "__key__": schema.chunk_key(request.scan_id, chunk),
             schema.BOLD: npy_bytes(values),
-            schema.CRC: npy_bytes(frame_checksums(values)),
+            schema.CRC: npy_bytes(crc32_of_frames(values)),
         }
         yield entry, first, stop - first
 
@@ -164,8 +166,3 @@ def npy_bytes(array: np.ndarray) -> bytes:
     data = buffer.getvalue()
     assert len(data) == schema.NPY_HEADER_BYTES + array.nbytes, "unexpected .npy header length"
     return data
-
-
-def frame_checksums(frames: np.ndarray) -> np.ndarray:
-    """uint32 [time]: crc32 of each frame's bytes."""
-    return np.array([isal_zlib.crc32(np.ascontiguousarray(frame)) for frame in frames], dtype=np.uint32)

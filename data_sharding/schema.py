@@ -41,6 +41,7 @@ INDEX_COLUMNS = {
     "member": "string",
     "offset": "int64",  # of the member's first byte in the tar
     "size": "int64",
+    "crc32": "int64",  # of the member's bytes
     "key": "string",
     "kind": "string",
     "subject": "string",

@@ -69,11 +69,11 @@ def _candidates(root: Path, config: SourceConfig) -> dict[tuple[str, str], list[
             continue
         found[kind, scan_id_of(entities, kind)].append(path)
     if not found:
-        is_narrowed = config.subjects is not None or config.tasks is not None
+        narrowed = " (source.subjects and source.tasks narrow it)" if config.subjects or config.tasks else ""
         endings = " or ".join(f"_[res-*_]desc-preproc_{SUFFIX_OF_KIND[kind]}.nii[.gz]" for kind in config.kinds)
         raise SourceError(
             f"{root}: nothing found. Looked for sub-*/**/*_space-*{endings}"
-            f"{' (source.subjects and source.tasks narrow it)' if is_narrowed else ''}; check source.root and source.kinds"
+            f"{narrowed}; check source.root and source.kinds"
         )
     return found
 

@@ -1,0 +1,161 @@
+"""Byte ranges -> checked, decoded windows. Runs inside loader processes: gets addresses, never opens the index."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cluster.errors import StorageError
+from cluster.storage import RangeReader, store_for
+from data_sharding import schema
+from data_sharding.checksums import crc32_of_frames
+from data_sharding.errors import ShardError
+from data_sharding.stream import read_shard
+
+# What brain_models.preprocess writes; that module is not imported because it needs a NIfTI library. A test compares.
+UNITS_PER_SCALE = 21
+NOT_MEASURED = -128
+
+MAX_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class FrameSpan:
+    """Consecutive frames of one chunk: where they and their checksums lie in the tar, and in which members."""
+
+    member: str
+    offset: int  # of the member's first byte
+    checksum_member: str
+    checksum_offset: int
+    first: int  # frame, counted inside the member
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class WindowRead:
+    """One window: one span, or two across a chunk boundary."""
+
+    shard: str
+    spans: tuple[FrameSpan, ...]
+
+
+@dataclass(frozen=True)
+class FetchSettings:
+    """What every read of a source has in common."""
+
+    location: str
+    kind: str
+    num_voxels: int
+    window_frames: int
+    reader: Literal["indexed", "stream"]
+    num_kept_shards: int  # for reader=stream: shards held in memory
+
+
+@dataclass
+class Fetched:
+    """Decoded windows; `failures` are (row, reason), and those rows hold nothing of use."""
+
+    values: Float[Tensor, "batch time voxel"]
+    is_measured: Bool[Tensor, "batch voxel"]
+    failures: list[tuple[int, str]]
+
+
+class Fetcher:
+    """Reads batches of windows. Usable as a map-style dataset whose indices are lists of WindowRead."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        self.settings = settings
+        self.frame_type = np.dtype(np.int8 if settings.kind == "bold" else np.float16)
+        self._open: OrderedDict[str, RangeReader] = OrderedDict()
+        self._streamed: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"settings": self.settings}
+
+    def __setstate__(self, state: dict[str, FetchSettings]) -> None:
+        self.__init__(state["settings"])  # type: ignore[misc]
+
+    def __getitem__(self, reads: list[WindowRead]) -> Fetched:
+        return self.fetch(reads)
+
+    def fetch(self, reads: list[WindowRead]) -> Fetched:
+        """The windows, each frame checked against its crc32."""
+        shape = (len(reads), self.settings.window_frames, self.settings.num_voxels)
+        frames = np.empty(shape, dtype=self.frame_type)
+        failures = []
+        for row, read in enumerate(reads):
+            try:
+                self._read_window(read, frames[row])
+            except (ShardError, StorageError) as error:
+                failures.append((row, str(error)))
+                frames[row] = 0
+        values, is_measured = decode(torch.from_numpy(frames))
+        return Fetched(values, is_measured, failures)
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+        self._streamed.clear()
+
+    def _read_window(self, read: WindowRead, frames: np.ndarray) -> None:
+        done = 0
+        for span in read.spans:
+            part = frames[done : done + span.num_frames]
+            expected = np.empty(span.num_frames, dtype=np.uint32)
+            if self.settings.reader == "indexed":
+                reader = self._range_reader(read.shard)
+                first_byte = span.offset + schema.NPY_HEADER_BYTES + span.first * frames[0].nbytes
+                reader.read_into(first_byte, part.data.cast("B"))
+                first_byte = span.checksum_offset + schema.NPY_HEADER_BYTES + span.first * expected.itemsize
+                reader.read_into(first_byte, expected.data.cast("B"))
+            else:
+                arrays = self._streamed_shard(read.shard)
+                if span.member not in arrays or span.checksum_member not in arrays:
+                    raise ShardError(f"{self.settings.location}/{read.shard} lacks {span.member}; restore the shard")
+                chosen = slice(span.first, span.first + span.num_frames)
+                part[:] = arrays[span.member].reshape(-1, self.settings.num_voxels)[chosen]
+                expected[:] = arrays[span.checksum_member][chosen]
+            self._check(read.shard, span, part, expected)
+            done += span.num_frames
+
+    def _check(self, shard: str, span: FrameSpan, part: np.ndarray, expected: np.ndarray) -> None:
+        for row in np.flatnonzero(crc32_of_frames(part) != expected):
+            frame = part[row]
+            first_byte = span.offset + schema.NPY_HEADER_BYTES + (span.first + row) * frame.nbytes
+            location = self.settings.location
+            raise ShardError(
+                f"{location}/{shard} member {span.member}: frame {span.first + row} (bytes {first_byte}-"
+                f"{first_byte + frame.nbytes - 1}) does not match its checksum; run "
+                f"'python -m data_sharding.verify {location}' and restore the shard"
+            )
+
+    def _range_reader(self, shard: str) -> RangeReader:
+        if shard not in self._open:
+            self._open[shard] = store_for(self.settings.location).open_ranges(shard)
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        return self._open[shard]
+
+    def _streamed_shard(self, shard: str) -> dict[str, np.ndarray]:
+        if shard not in self._streamed:
+            while len(self._streamed) >= self.settings.num_kept_shards:
+                self._streamed.popitem(last=False)
+            self._streamed[shard] = read_shard(store_for(self.settings.location), shard)
+        return self._streamed[shard]
+
+
+def decode(stored: Tensor) -> tuple[Float[Tensor, "batch time voxel"], Bool[Tensor, "batch voxel"]]:
+    """Values and what was measured, from stored int8 (BOLD) or float16 (T1) frames [batch, time, voxel]."""
+    if stored.dtype == torch.int8:
+        is_measured = stored[:, 0] != NOT_MEASURED
+        values = stored.float().div_(UNITS_PER_SCALE)
+    else:
+        is_measured = ~torch.isnan(stored[:, 0])
+        values = stored.float()
+    return values.masked_fill_(~is_measured[:, None], 0.0), is_measured

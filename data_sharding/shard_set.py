@@ -1,0 +1,101 @@
+"""An opened shard set: its manifest and tables. Needs no NIfTI library, and reads no voxel."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from brain_models.atlas import Atlas
+from brain_models.space import BrainSpace
+from cluster.errors import StorageError
+from cluster.storage import Store, store_for
+from data_sharding import schema
+from data_sharding.errors import ShardError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    Loaded = TypeVar("Loaded")
+
+RUN_COLUMNS = [
+    "scan_id",
+    "subject",
+    "session",
+    "task",
+    "run",
+    "site",
+    "split",
+    "num_frames",
+    "repetition_time_s",
+    "shard",
+]
+
+
+def open_set(location: str) -> ShardSet:
+    """The complete set at a location; ShardError when there is none, or one of another schema."""
+    store = store_for(location)
+    try:
+        manifest = schema.Manifest.from_json(store.read(schema.MANIFEST), location)
+    except StorageError as error:
+        hint = "its writing was not finished; run the same 'python -m data_sharding' again"
+        if not store.list(schema.PLAN):
+            hint = f"write one with 'python -m data_sharding source.root=<scans> out={location}'"
+        raise ShardError(f"{location} holds no shard set (no {schema.MANIFEST}): {hint}") from error
+    return ShardSet(store, manifest)
+
+
+class ShardSet:
+    """Manifest, space, subjects and index of one set; tables are read when first asked for."""
+
+    def __init__(self, store: Store, manifest: schema.Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.location = store.location
+        self.fingerprint = manifest.fingerprint
+
+    @cached_property
+    def space(self) -> BrainSpace:
+        space = self._loaded(schema.SPACE, BrainSpace.load)
+        if space.fingerprint != self.manifest.space["fingerprint"]:
+            raise ShardError(f"{self.location}/{schema.SPACE} is not the space of the manifest; write the set again")
+        return space
+
+    @cached_property
+    def subjects(self) -> pd.DataFrame:
+        """participants.tsv's columns and `split`, indexed by subject_id."""
+        return self._table(schema.SUBJECTS).set_index("subject_id")
+
+    @cached_property
+    def index(self) -> pd.DataFrame:
+        """One row a tar member; columns as in schema.INDEX_COLUMNS."""
+        return self._table(schema.INDEX)
+
+    @cached_property
+    def atlases(self) -> dict[str, Atlas]:
+        return {name: self._loaded(f"{schema.ATLASES}{name}.npz", Atlas.load) for name in self.manifest.atlases}
+
+    def runs(self, kind: str, splits: list[str]) -> pd.DataFrame:
+        """One row a scan of this kind ("bold" or "t1") in these splits, sorted by scan_id."""
+        if kind not in schema.KIND_OF_SCAN:
+            raise ShardError(f"{kind!r} is no kind of scan; use one of {', '.join(schema.KIND_OF_SCAN)}")
+        rows = self.index[(self.index.kind == schema.KIND_OF_SCAN[kind]) & self.index.split.isin(splits)]
+        return rows[RUN_COLUMNS].sort_values("scan_id", ignore_index=True)
+
+    def needs_brain_mask(self, kind: str) -> bool:
+        """True when scans of this kind were packed inside brain masks, so that a served scan needs one too."""
+        return self.manifest.preprocessing["scans_with_brain_mask"][kind] > 0
+
+    def _table(self, name: str) -> pd.DataFrame:
+        return pd.read_parquet(io.BytesIO(self.store.read(name)))
+
+    def _loaded(self, name: str, load: Callable[[Path], Loaded]) -> Loaded:
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / Path(name).name
+            self.store.get_file(name, local)
+            return load(local)
