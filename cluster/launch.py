@@ -5,11 +5,14 @@ Knows nothing about what the function does. The only module that asks where Ray 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +23,8 @@ Config = TypeVar("Config")
 Result = TypeVar("Result")
 
 OUR_PACKAGES = ("brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs")
+
+RELAY_INTERVAL_S = 0.2
 
 # Ray Train polls its workers every 2 s by default: a run would end up to 2 s late.
 RAY_TRAIN_ENVIRONMENT = {
@@ -61,7 +66,13 @@ def _start_embedded_ray(cluster: ClusterConfig) -> None:
     num_cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
     # No dashboard and no usage report: they cost seconds at start, and an embedded Ray lives as long as one command.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        log_to_driver=False,  # what rank 0 prints is relayed below, without a prefix on every line
+    )
 
 
 def run_on_workers(
@@ -90,6 +101,7 @@ class Outcome:
 
     results: list[object] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
+    texts: list[tuple[bool, str]] = field(default_factory=list)  # is it stderr?, what rank 0 printed
 
     def add_result(self, result: object) -> None:
         self.results.append(result)
@@ -102,6 +114,60 @@ class Outcome:
 
     def last_result(self) -> object:
         return self.results[-1]
+
+    def add_text(self, is_error: bool, text: str) -> None:
+        self.texts.append((is_error, text))
+
+    def take_texts(self) -> list[tuple[bool, str]]:
+        taken, self.texts = self.texts, []
+        return taken
+
+
+class Relay(io.TextIOBase):
+    """A text stream of rank 0 whose lines come out at the driver, which may be another machine."""
+
+    def __init__(self, outcome: Any, *, is_error: bool, is_terminal: bool) -> None:
+        self.outcome = outcome
+        self.is_error = is_error
+        self.is_terminal = is_terminal
+        self.parts: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.parts.append(text)
+        if "\n" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        if self.parts:
+            self.outcome.add_text.remote(self.is_error, "".join(self.parts))
+            self.parts = []
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+@contextmanager
+def _printing(outcome: Any) -> Iterator[None]:
+    """Print what rank 0 relays, for the length of the block."""
+    import ray
+
+    is_over = threading.Event()
+
+    def follow() -> None:
+        is_last = False
+        while not is_last:
+            is_last = is_over.wait(RELAY_INTERVAL_S)
+            for is_error, text in ray.get(outcome.take_texts.remote()):
+                print(text, end="", flush=True, file=sys.stderr if is_error else sys.stdout)
+
+    thread = threading.Thread(target=follow, name="relay", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: ClusterConfig, name: str) -> Result:
@@ -125,6 +191,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
             "outcome": outcome,
             "folder": folder,
             "num_threads": cluster.cpus_per_worker,
+            "is_terminal": sys.stdout.isatty(),
         },
         torch_config=BoundTorchConfig(timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
@@ -139,7 +206,8 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
         ),
     )
     try:
-        trainer.fit()
+        with _printing(outcome):
+            trainer.fit()
     except ray.train.TrainingFailedError:
         error = ray.get(outcome.first_error.remote())
         if error is None:
@@ -162,11 +230,25 @@ def _on_worker(job: dict[str, Any]) -> None:
     if job["folder"] is not None:
         os.chdir(job["folder"])
     torch.set_num_threads(job["num_threads"])
+    is_main = ray.train.get_context().get_world_rank() == 0
     try:
-        result = job["function"](job["config"])
+        with _relayed(outcome, is_terminal=job["is_terminal"]) if is_main else nullcontext():
+            result = job["function"](job["config"])
     except ValueError as error:
         if is_our_error(error):
             ray.get(outcome.add_error.remote(error))
         raise
-    if ray.train.get_context().get_world_rank() == 0:
+    if is_main:
         ray.get(outcome.add_result.remote(result))
+
+
+@contextmanager
+def _relayed(outcome: Any, *, is_terminal: bool) -> Iterator[None]:
+    output = Relay(outcome, is_error=False, is_terminal=is_terminal)
+    errors = Relay(outcome, is_error=True, is_terminal=False)
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            output.flush()
+            errors.flush()

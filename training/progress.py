@@ -1,10 +1,12 @@
-"""One plain line an interval; on a terminal a progress bar above it."""
+"""One plain line an interval; on a terminal with a progress bar below, also when the terminal is the driver's."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping
+
+BAR_WIDTH = 40
 
 
 class Progress:
@@ -27,4 +29,14 @@ class Progress:
         if not self.is_shown:
             return
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(f"step {done}/{self.num_steps}  {numbers}", flush=True)
+        line = f"step {done}/{self.num_steps}  {numbers}"
+        if not self.is_terminal:
+            print(line, flush=True)
+            return
+        filled = BAR_WIDTH * done // self.num_steps
+        bar = "█" * filled + "░" * (BAR_WIDTH - filled)
+        print(
+            f"\r\x1b[K{line}\n{bar} {100 * done // self.num_steps} %",
+            end="\n" if done == self.num_steps else "",
+            flush=True,
+        )

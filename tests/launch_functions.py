@@ -1,0 +1,37 @@
+"""What tests/test_launch.py runs on workers: they import it, so it is a module of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from training.errors import TrainingError
+
+
+def sum_of_ranks(config: dict) -> dict:
+    """Rank 0's view of a sum over ranks; the first attempt of rank 1 dies when the configuration names a marker."""
+    value = torch.ones(1) * (torch.distributed.get_rank() + 1)
+    marker = Path(config["marker"])
+    if torch.distributed.get_rank() == 1 and not marker.exists():
+        marker.touch()
+        os._exit(1)
+    torch.distributed.all_reduce(value)
+    if torch.distributed.get_rank() == 0:
+        print("a line of rank 0")
+    return {
+        "sum": float(value),
+        "num_threads": torch.get_num_threads(),
+        "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+        "folder": os.getcwd(),
+    }
+
+
+def refuse(config: dict) -> None:
+    if torch.distributed.get_rank() == 1:
+        with Path(config["attempts"]).open("a") as file:
+            file.write("x")
+        raise TrainingError("a message for the user")
+    torch.distributed.barrier()

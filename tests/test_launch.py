@@ -1,0 +1,55 @@
+"""Functions run on workers of an embedded Ray: they find one another, their errors come back, deaths are retried."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+from launch_functions import refuse, sum_of_ranks
+
+from cluster.config import ClusterConfig, validate_cluster
+from cluster.launch import ray_session, run_on_workers
+from training.errors import TrainingError
+
+
+def local_cluster(folder: Path, *, max_failures: int = 1) -> ClusterConfig:
+    return ClusterConfig("local", 2, 1, False, max_failures, 120, 60, str(folder / "ray"))
+
+
+def test_workers_meet_and_deaths_are_retried_and_our_errors_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers must import launch_functions
+    cluster = local_cluster(tmp_path)
+    with ray_session(cluster):
+        found = run_on_workers(sum_of_ranks, {"marker": str(tmp_path / "died")}, cluster=cluster, name="sum")
+        assert (tmp_path / "died").exists()
+        assert found["sum"] == 3.0
+        assert found["num_threads"] == 1
+        assert found["interface"] in ("lo", "lo0")
+        assert found["folder"] == os.getcwd()
+        assert "\na line of rank 0\n" in "\n" + capsys.readouterr().out
+
+        attempts = tmp_path / "attempts"
+        with pytest.raises(TrainingError, match=r"^a message for the user$"):
+            run_on_workers(refuse, {"attempts": str(attempts)}, cluster=cluster, name="refuse")
+        assert attempts.read_text() == "x"
+
+
+def test_inline_calls_the_function_in_this_process(tmp_path: Path) -> None:
+    cluster = dataclasses.replace(local_cluster(tmp_path), kind="inline", num_workers=1)
+    assert run_on_workers(lambda config: (config, os.getpid()), 5, cluster=cluster, name="x") == (5, os.getpid())
+
+
+def test_every_problem_of_a_cluster_configuration_is_named(tmp_path: Path) -> None:
+    cluster = ClusterConfig("inline", 2, 0, False, -2, 0, 60, str(tmp_path))
+    problems = "\n".join(validate_cluster(cluster, "cluster"))
+    for key in (
+        "cluster.num_workers: 2 with kind=inline",
+        "cluster.cpus_per_worker: 0",
+        "cluster.max_failures: -2",
+        "start_timeout_s",
+    ):
+        assert key in problems
