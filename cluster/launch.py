@@ -177,19 +177,18 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
         os.environ.setdefault(variable, value)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
     import ray.train
-    from ray.train.torch import TorchTrainer
 
-    from cluster.ray_backend import BoundTorchConfig
+    from cluster.ray_backend import BoundTorchConfig, EmbeddedTorchTrainer, TorchTrainer
 
     outcome: Any = ray.remote(num_cpus=0)(Outcome).remote()
-    folder = os.getcwd() if cluster.kind == "local" and "RAY_ADDRESS" not in os.environ else None
-    trainer = TorchTrainer(
+    is_embedded = cluster.kind == "local" and "RAY_ADDRESS" not in os.environ
+    trainer = (EmbeddedTorchTrainer if is_embedded else TorchTrainer)(
         _on_worker,
         train_loop_config={
             "function": function,
             "config": config,
             "outcome": outcome,
-            "folder": folder,
+            "folder": os.getcwd() if is_embedded else None,  # on other nodes the job's working_dir is current already
             "num_threads": cluster.cpus_per_worker,
             "is_terminal": sys.stdout.isatty(),
         },

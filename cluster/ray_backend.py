@@ -13,8 +13,10 @@ import psutil
 import ray.util
 from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.backend import BackendConfig
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 
 def interface_of(address: str) -> str | None:
@@ -49,3 +51,12 @@ class BoundTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> type[BoundTorchBackend]:
         return BoundTorchBackend
+
+
+class EmbeddedTorchTrainer(TorchTrainer):
+    """TorchTrainer without the actor that watches the controller. That actor asks the dashboard, which an embedded Ray
+    has not, complains every second and may hold up the end for 12 s; an embedded Ray dies with its driver anyway."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # TorchTrainer is V1 or V2, by environment
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import brain_models
 from training.errors import RegistryError
-from training.tracking import mlflow_environment
+from training.tracking import experiment_id, mlflow_environment
 
 CODE_FOLDER = Path(brain_models.__file__).parent
 # What brain_models imports to load a bundle and predict; exact versions are those of this environment.
@@ -43,8 +43,8 @@ def register(
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     tags = {**tags, **source_tags()}
-    if run_id is None:
-        mlflow.set_experiment(experiment)
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    mlflow.set_experiment(experiment_id=experiment_id(client, experiment, uri))
     with mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
         logged = mlflow.pyfunc.log_model(
             name="model",
@@ -54,7 +54,6 @@ def register(
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVED_PACKAGES],
             registered_model_name=name,
         )
-    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     version = str(logged.registered_model_version)
     for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)

@@ -41,6 +41,18 @@ def mlflow_environment(timeout_s: float) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """The id of an experiment, which is made if need be; beside an SQLite file its artifacts lie in the same folder
+    (MLflow would put them below the current one)."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow-artifacts" / name).as_uri()
+    return client.create_experiment(name, artifact_location=location)
+
+
 class Spool:
     """metrics.jsonl: one line a row {key, step, value, timestamp_ms}. What it holds once, it never writes again."""
 
@@ -147,9 +159,9 @@ class Sender:
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(tracking_uri=self.config.uri)
-        experiment = client.get_experiment_by_name(self.config.experiment)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.config.experiment)
-        found = client.search_runs([experiment_id], filter_string=f"tags.`{RUN_KEY_TAG}` = '{self.label.run_key}'")
+        assert self.config.uri is not None
+        experiment = experiment_id(client, self.config.experiment, self.config.uri)
+        found = client.search_runs([experiment], filter_string=f"tags.`{RUN_KEY_TAG}` = '{self.label.run_key}'")
         if found:
             run = found[0]
             self.last_steps = {
@@ -159,7 +171,7 @@ class Sender:
             client.set_terminated(run.info.run_id, "RUNNING")
         else:
             tags = {**self.label.tags, RUN_KEY_TAG: self.label.run_key}
-            run = client.create_run(experiment_id, tags=tags, run_name=self.label.name)
+            run = client.create_run(experiment, tags=tags, run_name=self.label.name)
             params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in self.label.params.items()]
             tags_left = [RunTag(key, value) for key, value in tags.items()]
             for first in range(0, len(params), PARAMS_A_REQUEST):

@@ -1,0 +1,51 @@
+"""A registered bundle comes back as the bundle it was, with its lineage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from training import registry
+from training.errors import RegistryError
+from training.runs import list_models, list_runs
+
+
+def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model.yaml").write_text("kind: toy\n")
+    (bundle / "weights.safetensors").write_bytes(bytes(range(256)))
+
+    def register(alias: str) -> str:
+        return registry.register(
+            bundle,
+            name="toy-encoder",
+            tags={"callosum.fingerprint": "abc"},
+            alias=alias,
+            uri=uri,
+            run_id=None,
+            experiment="toys",
+        )
+
+    assert register("candidate") == "toy-encoder@candidate"
+    for model in ("toy-encoder@candidate", "toy-encoder/1", "models:/toy-encoder/1"):
+        pulled = registry.pull(model, tmp_path / "pulled", uri=uri)
+        assert {path.name: path.read_bytes() for path in pulled.iterdir()} == {
+            path.name: path.read_bytes() for path in bundle.iterdir()
+        }
+    tags = registry.version_tags("toy-encoder@candidate", uri=uri)
+    assert tags["callosum.fingerprint"] == "abc"
+    assert tags[registry.CODE_HASH_TAG] == registry.code_hash(registry.CODE_FOLDER)
+    assert not (tmp_path / "mlruns").exists()
+    assert list_models(uri) == ["toy-encoder/1 @candidate"]
+    assert list_runs(uri)[0].startswith("toy-encoder  FINISHED")
+
+    with pytest.raises(RegistryError, match=r"models:/toy-encoder@champion cannot be read .* lists what is registered"):
+        registry.pull("toy-encoder@champion", tmp_path / "none", uri=uri)
+    with pytest.raises(RegistryError, match="no registry is configured"):
+        registry.pull("toy-encoder@candidate", tmp_path / "none", uri=None)
