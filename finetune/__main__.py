@@ -1,0 +1,29 @@
+r"""Adapt a registered backbone to a question about subjects; ends with an evaluated, registered model and a report.
+
+Example (two workers on this machine, the shards of `python -m data_sharding`, the backbone of `python -m pretrain`):
+
+  python -m finetune task=adhd_classification shards=out/shards encoder=models:/pretrain-bold@candidate \
+      run.folder=out/runs/adhd
+
+Required: shards=<shard set>  encoder=<models:/name@alias, or a bundle folder>  run.folder=<where the run lives>
+Groups:   task=adhd_classification  engine=plain|zero0..zero3  cluster=inline|local|ray  experiment=demo_adhd
+
+The same command with the same run.folder goes on where the run stopped. Results: <run.folder>/report.html,
+metrics.json (every number with its interval, beside the baselines), scores.csv and bundle/.
+Then classify scans: python -m finetune.predict model=models:/finetune-adhd_classification@candidate scans=[...]
+"""
+
+from cluster.launch import run_on_workers
+from configs.entry import main
+from finetune.config import FinetuneConfig
+from finetune.planning import plan, validate
+from finetune.summary import show
+from finetune.train import train
+
+
+def run(config: FinetuneConfig) -> None:
+    print(show(run_on_workers(train, config, cluster=config.cluster, name=config.run.name), folder=config.run.folder))
+
+
+if __name__ == "__main__":
+    main(part="finetune", schema=FinetuneConfig, help_text=__doc__ or "", run=run, validate=validate, plan=plan)

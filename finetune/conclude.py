@@ -1,0 +1,239 @@
+"""What a finished run amounts to: the chosen commit's model, scored once on the test split beside baselines, then
+written, reported and registered."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from brain_models import bundle
+from brain_models.bundle import Bundle, HeadSpec, StemSpec
+from cluster.storage import Store, store_for
+from finetune import report
+from finetune.baselines import fit_logistic, site_prevalence
+from finetune.connectomes import read_connectomes
+from finetune.evaluation import Scores, choose_threshold, evaluate
+from finetune.probe import ProbeResult
+from finetune.tasks.adhd_classification import AdhdClassification
+from training import registry
+from training.checkpoint import Commit, StartingPoint, committed_folders, fetch, read_commit
+from training.collectives import barrier, place
+from training.engine import make_engine
+from training.evaluation import evaluate as evaluate_split
+from training.loop import FitResult
+from training.seen_subjects import overlap, write_seen
+
+if TYPE_CHECKING:
+    from finetune.train import Setup
+
+SPLITS = ("validation", "test")
+
+
+def conclude(
+    setup: Setup,
+    result: FitResult,
+    *,
+    probe: ProbeResult | None,
+    tags: Mapping[str, str],
+    seconds: Mapping[str, float],
+) -> dict[str, object]:
+    """The numbers of metrics.json (empty on other ranks than 0, which only help to evaluate)."""
+    started = time.monotonic()
+    store = store_for(setup.config.run.folder)
+    folder, commit = choose_commit(store, setup)
+    task = setup.task()
+    source = setup.source(task)
+    engine = make_engine(task, setup.config.train, num_micro_batches=source.num_micro_batches)
+    local = Path(setup.config.run.scratch) / f"{setup.config.run.name}-chosen-{place().rank:05d}"
+    fetch(StartingPoint("named", store, folder, commit, None), local)
+    engine.load(local)
+    scores = {}
+    for split in SPLITS:
+        found = evaluate_split(task, source, engine, split, limit=None)
+        scores[split] = task.scores(found.predictions)
+    source.close()
+    numbers: dict[str, object] = {}
+    with engine.whole_parameters():
+        if place().is_main:
+            publisher = Publisher(setup, result, commit, scores, dict(tags))
+            numbers = publisher.publish(task, probe, {**seconds, "evaluation": time.monotonic() - started})
+    barrier()
+    engine.close()
+    return numbers
+
+
+def choose_commit(store: Store, setup: Setup) -> tuple[str, Commit]:
+    """The last commit, or the one with the best validation metric; the test split has no say."""
+    commits = {folder: read_commit(store, folder) for folder in committed_folders(store)}
+    rules = setup.config.train.checkpoint
+    name = rules.best_metric
+    scored = {folder: commit.metrics[name] for folder, commit in commits.items() if name and name in commit.metrics}
+    if setup.config.choose == "last" or not scored:
+        folder = max(commits, key=lambda folder: commits[folder].step)
+    else:
+        folder = (min if rules.best_is == "lowest" else max)(scored, key=scored.__getitem__)
+    return folder, commits[folder]
+
+
+class Publisher:
+    """Rank 0's part: baselines, bundle, report, registry."""
+
+    def __init__(
+        self, setup: Setup, result: FitResult, commit: Commit, scores: Mapping[str, Scores], tags: dict[str, str]
+    ) -> None:
+        self.setup = setup
+        self.result = result
+        self.commit = commit
+        self.scores = scores
+        self.tags = tags
+        self.folder = Path(setup.config.run.scratch) / f"{setup.config.run.name}-results-{time.time_ns()}"
+
+    def publish(self, task: AdhdClassification, probe: ProbeResult | None, seconds: Mapping[str, float]) -> dict:
+        """Write and register everything; the numbers of metrics.json."""
+        started = time.monotonic()
+        threshold = best_cut(self.scores)
+        self._write_bundle(task, threshold)
+        rows = {report.MODEL: self._classifier(self.scores, threshold, self._chosen(probe))} | self._baselines()
+        seconds = {**seconds, "baselines": time.monotonic() - started}
+        contents = report.ReportContents(
+            title=f"{self.setup.config.run.name}: {self.setup.config.task.name.replace('_', ' ')}",
+            is_phantom=is_phantom(self.setup),
+            classifiers=rows,
+            **self._history(),
+            lineage=self._lineage(),
+            overlap=self._overlap(),
+            seconds=seconds,
+        )
+        report.write(contents, self.folder)
+        numbers = report.as_json(contents) | {"step": self.commit.step, "registered": self._register(contents)}
+        (self.folder / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        self._upload()
+        return numbers
+
+    def _chosen(self, probe: ProbeResult | None) -> str:
+        started = f"; the head started from a probe of {probe.num_subjects} subjects" if probe else ""
+        return f"commit of step {self.commit.step} ({self.setup.config.choose}){started}"
+
+    def _classifier(self, scores: Mapping[str, Scores], threshold: float, note: str) -> report.Classifier:
+        found = evaluate(scores["test"], threshold=threshold, config=self.setup.config.bootstrap)
+        return report.Classifier(scores["test"], found, note)
+
+    def _baselines(self) -> dict[str, report.Classifier]:
+        """Connectivity + logistic and site alone, scored on the same subjects; learned on the train split only."""
+        config, labels = self.setup.config, self.setup.labels
+        table = read_connectomes(self.setup.shard_set, config.task.atlas, splits=["train", *SPLITS])
+        known = {split: [s for s in table.subjects_of(split) if s in labels.is_case_of] for split in ["train", *SPLITS]}
+        is_case, sites = labels.rows(known["train"])
+        fit = fit_logistic(table.rows(known["train"]), is_case, sites=sites, config=config.baselines)
+        connectivity, site_only = {}, {}
+        for split in SPLITS:
+            truth, split_sites = labels.rows(known[split])
+            names = tuple(known[split])
+            values = fit.score(table.rows(known[split]), split_sites)
+            connectivity[split] = Scores(names, values, truth, split_sites)
+            site_only[split] = Scores(names, site_prevalence(sites, is_case, split_sites), truth, split_sites)
+        note = f"{table.num_regions} regions, C = {fit.strength:g} chosen on training subjects"
+        rows = {"connectivity + logistic": (connectivity, note), "site alone": (site_only, "the site's share of cases")}
+        return {name: self._classifier(scores, best_cut(scores), note) for name, (scores, note) in rows.items()}
+
+    def _write_bundle(self, task: AdhdClassification, threshold: float) -> None:
+        setup = self.setup
+        backbone = bundle.load(setup.backbone.folder)
+        stem: StemSpec = backbone.stems["bold"]
+        stem.needs_brain_mask = setup.shard_set.needs_brain_mask("bold")
+        label = setup.config.task.label
+        head = HeadSpec(
+            config=setup.config.task.head,
+            segment_frames=task.num_frames,
+            positive=label.cases[0],
+            negative=label.controls[0],
+            threshold=1 / (1 + math.exp(-threshold)),
+        )
+        made_by = {"part": "finetune", "run": setup.config.run.name, "set": setup.shard_set.fingerprint}
+        model = task.model
+        saved = Bundle(model.encoder, backbone.spaces, backbone.stems, head, model, made_by)
+        folder = bundle.save(self.folder / "bundle", saved)
+        seen = set(setup.shard_set.runs("bold", ["train"])["subject"])
+        write_seen(folder, seen, also=setup.backbone.seen or ())
+
+    def _overlap(self) -> tuple[str, ...] | None:
+        """Test subjects the backbone was pretrained on; None when the backbone does not say."""
+        seen = self.setup.backbone.seen
+        return None if seen is None else tuple(overlap(self.scores["test"].subjects, seen))
+
+    def _history(self) -> dict[str, dict]:
+        """The run's curves and the steps to point out in them."""
+        rows = read_history(store_for(self.setup.config.run.folder))
+        task = self.setup.config.task
+        return {
+            "losses": {name: rows[name] for name in ("train/loss", "validation/loss") if name in rows},
+            "metrics": {
+                name.removeprefix("validation/"): points
+                for name, points in rows.items()
+                if name.startswith("validation/") and name != "validation/loss"
+            },
+            "marks": {"encoder opens": task.unfreezing.first_block_opens_at_step, "chosen": self.commit.step},
+        }
+
+    def _lineage(self) -> dict[str, str]:
+        runs = {split: self.setup.shard_set.runs("bold", [split]) for split in ["train", *SPLITS]}
+        return self.tags | {
+            "subjects": ", ".join(f"{split} {table['subject'].nunique()}" for split, table in runs.items()),
+            "subjects without a label, never used": str(self.setup.labels.num_unlabelled),
+            "config hash": self.result.config_hash,
+            "commit": f"step {self.commit.step}",
+            "MLflow run": self.result.mlflow_run_id or "none",
+        }
+
+    def _register(self, contents: report.ReportContents) -> str | None:
+        """The registered model as name@alias; champion only without overlap and above chance within sites."""
+        config = self.setup.config
+        if config.register is None or config.train.tracking.uri is None:
+            return None
+        found = contents.classifiers[report.MODEL].evaluation
+        numbers = {
+            "callosum.config_hash": self.result.config_hash,
+            "callosum.test_within_site_auroc": report.show_interval(found.within_site_auroc),
+            "callosum.test_subjects": str(found.num_subjects),
+            "callosum.overlap": "unknown" if contents.overlap is None else str(len(contents.overlap)),
+        }
+        gate = config.register.champion_within_site_low
+        is_champion = gate is not None and contents.overlap == () and found.within_site_auroc.low > gate
+        return registry.register(
+            self.folder / "bundle",
+            name=config.register.name,
+            tags=self.tags | numbers | {"callosum.gate": "passed" if is_champion else "refused"},
+            alias=config.register.alias,
+            uri=config.train.tracking.uri,
+            run_id=self.result.mlflow_run_id,
+            experiment=config.train.tracking.experiment,
+        )
+
+    def _upload(self) -> None:
+        store = store_for(self.setup.config.run.folder)
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            store.put(path.relative_to(self.folder).as_posix(), path)
+
+
+def best_cut(scores: Mapping[str, Scores]) -> float:
+    """The threshold with the best balanced accuracy on validation subjects."""
+    return choose_threshold(scores["validation"].values, scores["validation"].is_case)
+
+
+def is_phantom(setup: Setup) -> bool:
+    """True when the set's manifest says that its scans were made by a program."""
+    manifest = setup.shard_set.manifest
+    return any("phantom" in text.lower() for text in [manifest.name, *manifest.notes])
+
+
+def read_history(store: Store) -> dict[str, list[tuple[int, float]]]:
+    """Every tracked metric of a run over its steps."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in store.read("metrics.jsonl").splitlines():
+        row = json.loads(line)
+        curves.setdefault(row["key"], []).append((int(row["step"]), float(row["value"])))
+    return curves

@@ -1,0 +1,164 @@
+"""What a configuration would do, and everything wrong with it, without doing it."""
+
+from __future__ import annotations
+
+import math
+
+from brain_models import bundle
+from brain_models.errors import BundleError
+from cluster.config import validate_cluster
+from cluster.errors import StorageError
+from data_sharding.errors import ShardError
+from data_sharding.reader import ShardSet, open_set
+from finetune.config import FinetuneConfig
+from finetune.errors import FinetuneError
+from finetune.labels import Labels, read_labels
+from finetune.tasks.adhd_classification import AdhdClassification
+from finetune.train import build_task, fetch_backbone, fit_problems
+from training.config import validate_train
+from training.errors import RegistryError
+
+SPLITS = ("train", "validation", "test")
+
+
+def validate(config: FinetuneConfig) -> list[str]:
+    """All problems of a configuration, those that need the shard set and the backbone included."""
+    problems = (
+        validate_cluster(config.cluster, "cluster")
+        + validate_train(config.train, "train", num_workers=config.cluster.num_workers)
+        + number_problems(config)
+        + rule_problems(config)
+    )
+    try:
+        shard_set = open_set(config.shards)
+        labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
+    except (ShardError, StorageError, FinetuneError) as error:
+        return [*problems, str(error)]
+    problems += split_problems(config, shard_set, labels)
+    try:
+        backbone = bundle.load(fetch_backbone(config).folder)
+    except (RegistryError, BundleError) as error:
+        return [*problems, f"encoder={config.encoder}: {error}"]
+    problems += fit_problems(config, shard_set, backbone)
+    if "bold" in backbone.stems and config.task.num_windows > 0:
+        problems += length_problems(config, shard_set, backbone.stems["bold"].window_frames)
+    return problems
+
+
+def number_problems(config: FinetuneConfig) -> list[str]:
+    """Problems of single numbers."""
+    data, task = config.data, config.task
+    positive = {
+        "data.batch_size": data.batch_size,
+        "data.micro_batch_size": data.micro_batch_size,
+        "data.shuffle_shards": data.shuffle_shards,
+        "task.num_windows": task.num_windows,
+        "task.head.num_channels": task.head.num_channels,
+        "task.unfreezing.depth_decay": task.unfreezing.depth_decay,
+        "bootstrap.num_resamples": config.bootstrap.num_resamples,
+    }
+    problems = [f"{key}: {value}; must be above 0" for key, value in positive.items() if value <= 0]
+    shares = {"bootstrap.confidence": config.bootstrap.confidence}
+    problems += [f"{key}: {value}; must lie between 0 and 1" for key, value in shares.items() if not 0 < value < 1]
+    if not 0 <= task.head.dropout < 1:
+        problems.append(f"task.head.dropout: {task.head.dropout}; must be at least 0 and below 1")
+    if data.batch_size < config.cluster.num_workers:
+        problems.append(
+            f"data.batch_size: {data.batch_size} for {config.cluster.num_workers} workers; give each at least one run"
+        )
+    probes = {"baselines": config.baselines} | ({"task.probe": task.probe} if task.probe else {})
+    for key, probe in probes.items():
+        if not probe.strengths or min(probe.strengths) <= 0:
+            problems.append(f"{key}.strengths: {probe.strengths}; give at least one inverse penalty, all above 0")
+        if probe.num_folds < 2:
+            problems.append(f"{key}.num_folds: {probe.num_folds}; give at least 2")
+    return problems
+
+
+def rule_problems(config: FinetuneConfig) -> list[str]:
+    """Settings that would let the test split, or nothing at all, choose the model."""
+    evaluation, checkpoint = config.train.evaluation, config.train.checkpoint
+    problems = []
+    if "test" in (evaluation.split, *evaluation.final_splits):
+        problems.append(
+            "train.evaluation: the test split is looked at once, at the end, by finetune itself; use validation here"
+        )
+    if config.choose == "best" and checkpoint.every_steps % evaluation.every_steps:
+        problems.append(
+            f"train.checkpoint.every_steps: {checkpoint.every_steps} is no multiple of train.evaluation.every_steps "
+            f"{evaluation.every_steps}, so commits have no score and choose=best cannot choose; make it one"
+        )
+    if config.choose == "best" and checkpoint.best_metric is None:
+        problems.append("train.checkpoint.best_metric: null with choose=best; name one, e.g. validation/auroc")
+    if config.train.start.registered is not None:
+        problems.append("train.start.registered: finetune takes its weights from encoder=...; set it to null")
+    return problems
+
+
+def split_problems(config: FinetuneConfig, shard_set: ShardSet, labels: Labels) -> list[str]:
+    """Splits without labelled cases or controls."""
+    problems = []
+    for split in SPLITS:
+        subjects = {subject for subject in shard_set.runs("bold", [split])["subject"] if subject in labels.is_case_of}
+        num_cases = sum(labels.is_case_of[subject] for subject in subjects)
+        needed = 2 if split == "train" else 1
+        if min(num_cases, len(subjects) - num_cases) < needed:
+            problems.append(
+                f"shards={config.shards}: split '{split}' has {num_cases} cases and {len(subjects) - num_cases} "
+                f"controls with a BOLD run; at least {needed} of each are needed: split anew (data_sharding splits.*)"
+            )
+    return problems
+
+
+def length_problems(config: FinetuneConfig, shard_set: ShardSet, window_frames: int) -> list[str]:
+    """A decision that needs more frames than the runs of a split have."""
+    needed = config.task.num_windows * window_frames
+    problems = []
+    for split in SPLITS:
+        lengths = shard_set.runs("bold", [split])["num_frames"]
+        if len(lengths) and int(lengths.max()) < needed:
+            problems.append(
+                f"task.num_windows: {config.task.num_windows} windows of {window_frames} frames are {needed}; the longest "
+                f"run of '{split}' has {int(lengths.max())}: use at most {int(lengths.max()) // window_frames}"
+            )
+    return problems
+
+
+def plan(config: FinetuneConfig) -> str:
+    """What would happen: subjects, samples, steps, bytes, parameters by the step they open at, one line each."""
+    shard_set = open_set(config.shards)
+    labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
+    task = build_task(config, shard_set, labels, bundle.load(fetch_backbone(config).folder))
+    runs = shard_set.runs("bold", ["train"])
+    samples = int((runs["num_frames"] // task.num_frames).sum())
+    too_short = int((runs["num_frames"] < task.num_frames).sum())
+    drawn = config.train.steps * config.data.batch_size
+    sample_bytes = task.num_frames * shard_set.space.num_voxels
+    share = math.ceil(config.data.batch_size / config.cluster.num_workers)
+    lines = {
+        "set": f"{config.shards}, space {shard_set.space.name}, {shard_set.space.num_voxels:,} voxels",
+        "labels": f"{sum(labels.is_case_of.values()):,} cases, {len(labels.is_case_of):,} labelled, "
+        f"{labels.num_unlabelled:,} without a label are never used",
+        "samples an epoch": f"{samples:,} of {task.num_frames} frames ({config.task.num_windows} windows); "
+        f"{too_short:,} of {len(runs):,} training runs are too short",
+        "steps": f"{config.train.steps:,} of {config.data.batch_size} runs: {drawn / max(samples, 1):.1f} epochs",
+        "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} a sample)",
+        **{f"opens at step {step}": text for step, text in openings(task, config.train.steps).items()},
+        "workers": f"{config.cluster.num_workers} ({config.cluster.kind}), "
+        f"{math.ceil(share / config.data.micro_batch_size)} forward passes a step on each",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def openings(task: AdhdClassification, num_steps: int) -> dict[int, str]:
+    """Parameters by the step at which they start to move; those that never do are said so."""
+    by_step: dict[int, list[str]] = {}
+    for group in task.parameter_groups():
+        size = sum(parameter.numel() for parameter in group.parameters)
+        rate = f"{group.name} ({size:,} parameters, {group.learning_rate_scale:.2g} of the learning rate)"
+        by_step.setdefault(group.opens_at_step, []).append(rate)
+    return {
+        step: ", ".join(names) + (" — never, the run ends before" if step >= num_steps else "")
+        for step, names in sorted(by_step.items())
+    }
