@@ -4,7 +4,7 @@ Promise: training and serving see the same numbers, because both call the functi
 did not cover, what never varies and what is not finite is marked not measured, never filled in.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header, stream_frames
 from brain_models.resample import resampler_for
 from brain_models.space import BrainSpace
+from brain_models.transform import Transform
 
 UNITS_PER_SCALE = 21
 CLIP_AT = 6.0
@@ -54,25 +55,36 @@ class StandardisedT1:
     std: float
 
 
-def pack_bold(path: Path | str, space: BrainSpace, *, brain_mask: Path | None) -> PackedScan:
-    """Returns a run on `space`; voxels outside `brain_mask` (a NIfTI file) count as not measured."""
-    return _pack(read_header(path, "bold"), space, brain_mask)
+def pack_bold(
+    path: Path | str, space: BrainSpace, *, brain_mask: Path | None, transform: Transform | None = None
+) -> PackedScan:
+    """Returns a run on `space`; voxels outside `brain_mask` (a NIfTI file) count as not measured.
+
+    A raw run needs its `transform`: each frame is then sampled once, at the places its head had moved to.
+    """
+    return _pack(read_header(path, "bold"), space, brain_mask, transform)
 
 
-def pack_t1(path: Path | str, space: BrainSpace, *, brain_mask: Path | None) -> PackedScan:
-    """Returns a T1 on `space` as one frame; voxels outside `brain_mask` (a NIfTI file) count as not measured."""
-    return _pack(read_header(path, "t1w"), space, brain_mask)
+def pack_t1(
+    path: Path | str, space: BrainSpace, *, brain_mask: Path | None, transform: Transform | None = None
+) -> PackedScan:
+    """Returns a T1 on `space` as one frame; voxels outside `brain_mask` (a NIfTI file) count as not measured.
+
+    A raw T1 needs its `transform`; the mask lies in the scan's own space.
+    """
+    return _pack(read_header(path, "t1w"), space, brain_mask, transform)
 
 
-def _pack(header: ScanHeader, space: BrainSpace, brain_mask: Path | None) -> PackedScan:
+def _pack(header: ScanHeader, space: BrainSpace, brain_mask: Path | None, transform: Transform | None) -> PackedScan:
     if not header.has_orientation:
         raise ScanError(f"{header.path}: sform and qform codes are 0: left and right are unknown; restore the geometry")
-    resampler = resampler_for(header, space)
+    resampler = resampler_for(header, space, transform)
     is_measured = resampler.is_covered.copy()
     if brain_mask is not None:
         mask_header = read_header(brain_mask, "t1w")
         mask = next(stream_frames(mask_header))
-        mask_resampler = resampler_for(mask_header, space)
+        at_rest = transform and replace(transform, motion=None)
+        mask_resampler = resampler_for(mask_header, space, at_rest)
         is_measured &= mask_resampler.is_covered & (mask_resampler((mask > 0).astype(np.float32))[0] > 0.5)
     if not is_measured.any():
         raise ScanError(
@@ -81,9 +93,9 @@ def _pack(header: ScanHeader, space: BrainSpace, brain_mask: Path | None) -> Pac
     values = np.empty((header.num_frames, space.num_voxels), dtype=np.float32)
     first = 0
     for block in stream_frames(header):
-        values[first : first + len(block)] = resampler(block)
+        values[first : first + len(block)] = resampler(block, first)
         first += len(block)
-    is_measured &= np.isfinite(values).all(axis=0)
+    is_measured &= resampler.is_covered & np.isfinite(values).all(axis=0)
     values[:, ~is_measured] = 0.0
     return PackedScan(values, is_measured, header)
 

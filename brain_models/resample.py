@@ -1,16 +1,19 @@
-"""Trilinear resampling of a scan grid onto a brain space, as one sparse matrix used for all frames.
+"""Trilinear resampling of a scan grid onto a brain space: one sparse matrix for all frames, or frame by frame.
 
 Promise: W = T G, trilinear sampling T after a Gaussian G of FWHM sqrt(target^2 - source^2) along every axis where the
-target is coarser (nothing aliases); a plain index when the grids coincide. Follows scipy.ndimage conventions.
+target is coarser (nothing aliases); a plain index when the grids coincide. Follows scipy.ndimage conventions. Both ways
+compute the same W: the matrix pays off over many frames; one 0.7 mm image would need gigabytes of it.
 """
 
 from functools import lru_cache
 
 import numpy as np
-from scipy import sparse
+from scipy import ndimage, sparse
 
+from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader
 from brain_models.space import BrainSpace, require_grid
+from brain_models.transform import Transform, apply_matrix
 
 FWHM_PER_SIGMA = 2.354820045
 VOXELS_A_BLOCK = 1 << 16  # bounds the memory of building the matrix
@@ -20,25 +23,18 @@ class Resampler:
     """Maps [source voxel, frame] arrays of one grid to [voxel, frame] of one space; False in `is_covered`: outside."""
 
     def __init__(self, affine: np.ndarray, shape: tuple[int, int, int], space: BrainSpace) -> None:
-        to_source = np.linalg.inv(affine)
-        coordinates = space.positions_mm.astype(np.float64) @ to_source[:3, :3].T + to_source[:3, 3]
-        coordinates = np.where(np.abs(coordinates - np.rint(coordinates)) < 1e-3, np.rint(coordinates), coordinates)
-        upper = np.array(shape) - 1
-        self.is_covered = np.all((coordinates >= -0.5) & (coordinates <= upper + 0.5), axis=1)
-        coordinates = np.clip(coordinates, 0, upper)
+        coordinates, self.is_covered = _coordinates(affine, shape, space.positions_mm.astype(np.float64))
         sigmas = _sigmas_voxels(affine, space)
-        self.index: np.ndarray | None = None
+        self.index = _index(coordinates, sigmas, shape)
         self.matrix: sparse.csr_matrix | None = None
-        if not sigmas.any() and np.array_equal(coordinates, np.rint(coordinates)):
-            self.index = np.ravel_multi_index(tuple(coordinates.astype(np.int64).T), shape, order="F")
-        else:
+        if self.index is None:
             blocks = [
                 _matrix(coordinates[start : start + VOXELS_A_BLOCK], sigmas, shape)
                 for start in range(0, len(coordinates), VOXELS_A_BLOCK)
             ]
             self.matrix = sparse.vstack(blocks, format="csr")
 
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
+    def __call__(self, frames: np.ndarray, first_frame: int = 0) -> np.ndarray:
         """Returns [frame, voxel] float32 from [frame, source voxel] (Fortran order of the grid)."""
         if self.index is not None:
             return np.take(frames, self.index, axis=1)
@@ -46,9 +42,59 @@ class Resampler:
         return np.ascontiguousarray((self.matrix @ np.ascontiguousarray(frames.T)).T)
 
 
-def resampler_for(header: ScanHeader, space: BrainSpace) -> Resampler:
-    """Returns the resampler of a scan's grid; the last few are kept, a data set usually has one or two grids."""
-    return _cached(header.affine.tobytes(), header.shape, _Keyed(space))
+class FrameResampler:
+    """The same for single images and runs whose head moved: each frame is smoothed, then sampled at its own places.
+
+    False in `is_covered`: outside the field of view in at least one of the frames seen so far.
+    """
+
+    def __init__(self, header: ScanHeader, space: BrainSpace, transform: Transform | None) -> None:
+        self.affine, self.shape = header.affine, header.shape
+        self.places_mm = space.positions_mm.astype(np.float64)
+        self.motion: np.ndarray | None = None
+        in_template = header.affine
+        if transform is not None:
+            self.places_mm = transform.to_scan_mm(self.places_mm)
+            self.motion = transform.motion
+            in_template = transform.scan_to_template @ header.affine
+        self.coordinates, self.is_covered = _coordinates(self.affine, self.shape, self.places_mm)
+        self.sigmas = _sigmas_voxels(in_template, space)
+        self.index = _index(self.coordinates, self.sigmas, self.shape) if self.motion is None else None
+
+    def __call__(self, frames: np.ndarray, first_frame: int = 0) -> np.ndarray:
+        """Returns [frame, voxel] float32 from [frame, source voxel]; the first of them is frame `first_frame`."""
+        if self.index is not None:
+            return np.take(frames, self.index, axis=1)
+        resampled = np.empty((len(frames), len(self.places_mm)), dtype=np.float32)
+        for row, frame in enumerate(frames):
+            coordinates = self._coordinates_in_frame(first_frame + row)
+            resampled[row] = _sample(frame.reshape(self.shape, order="F"), coordinates, self.sigmas)
+        return resampled
+
+    def _coordinates_in_frame(self, frame: int) -> np.ndarray:
+        if self.motion is None:
+            return self.coordinates
+        places_mm = apply_matrix(self.motion[frame], self.places_mm)
+        coordinates, is_covered = _coordinates(self.affine, self.shape, places_mm)
+        self.is_covered &= is_covered
+        return coordinates
+
+
+def resampler_for(
+    header: ScanHeader, space: BrainSpace, transform: Transform | None = None
+) -> Resampler | FrameResampler:
+    """Returns the resampler of a scan; matrices of the last few grids are kept, a data set usually has one or two.
+
+    ScanError when `transform` holds motion of another number of frames.
+    """
+    if transform is not None and transform.motion is not None and len(transform.motion) != header.num_frames:
+        raise ScanError(
+            f"{header.path} has {header.num_frames} frames, its stored transform has motion of "
+            f"{len(transform.motion)}; delete the transform and register the scan again"
+        )
+    if transform is None and header.num_frames > 1:
+        return _cached(header.affine.tobytes(), header.shape, _Keyed(space))
+    return FrameResampler(header, space, transform)
 
 
 class _Keyed:
@@ -67,6 +113,37 @@ class _Keyed:
 @lru_cache(maxsize=4)
 def _cached(affine: bytes, shape: tuple[int, int, int], keyed: _Keyed) -> Resampler:
     return Resampler(np.frombuffer(affine, dtype=np.float64).reshape(4, 4), shape, keyed.space)
+
+
+def _coordinates(
+    affine: np.ndarray, shape: tuple[int, int, int], places_mm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns voxel coordinates [voxel, 3] of places, clipped to the grid, and which lie in its field of view."""
+    coordinates = apply_matrix(np.linalg.inv(affine), places_mm)
+    coordinates = np.where(np.abs(coordinates - np.rint(coordinates)) < 1e-3, np.rint(coordinates), coordinates)
+    upper = np.array(shape) - 1
+    is_covered = np.all((coordinates >= -0.5) & (coordinates <= upper + 0.5), axis=1)
+    return np.clip(coordinates, 0, upper), is_covered
+
+
+def _index(coordinates: np.ndarray, sigmas: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """Returns the source voxel of each voxel where the grids coincide, else None."""
+    if sigmas.any() or not np.array_equal(coordinates, np.rint(coordinates)):
+        return None
+    return np.ravel_multi_index(tuple(coordinates.astype(np.int64).T), shape, order="F")
+
+
+def _sample(image: np.ndarray, coordinates: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """Returns one image [voxel]: the rows of `_matrix` without building them; weights add up to 1 at the edges too."""
+    weights = np.ones(len(coordinates))
+    for axis, sigma in enumerate(sigmas):
+        if sigma > 0:
+            radius = int(np.ceil(3 * sigma))
+            smooth = {"sigma": float(sigma), "mode": "constant", "radius": radius}
+            image = ndimage.gaussian_filter1d(image, axis=axis, **smooth)
+            line = ndimage.gaussian_filter1d(np.ones(image.shape[axis]), **smooth)
+            weights *= np.interp(coordinates[:, axis], np.arange(len(line)), line)
+    return (ndimage.map_coordinates(image, coordinates.T, order=1, mode="nearest") / weights).astype(np.float32)
 
 
 def _sigmas_voxels(affine: np.ndarray, space: BrainSpace) -> np.ndarray:
