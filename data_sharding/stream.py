@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
@@ -15,22 +13,18 @@ from data_sharding.errors import ShardError
 
 def read_shard(store: Store, shard: str) -> dict[str, np.ndarray]:
     """Every array of a shard by its member's name, read front to back in one pass."""
-    import webdataset
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    with tempfile.TemporaryDirectory(prefix="callosum-stream-") as folder:
-        local = Path(store.join(shard))
-        if not local.is_file():
-            local = Path(folder) / "shard.tar"
-            store.get_file(shard, local)
-        arrays: dict[str, np.ndarray] = {}
-        try:
-            for entry in webdataset.WebDataset(str(local), shardshuffle=False):
-                for kind in (kind for kind in entry if kind.endswith(".npy")):
-                    name = f"{entry['__key__']}.{kind}"
-                    arrays[name] = _array(entry[kind], f"{store.join(shard)} {name}")
-        except tarfile.TarError as error:
-            raise ShardError(f"{store.join(shard)} is no whole tar ({error}); restore the shard") from error
-        return arrays
+    source = {"url": store.join(shard), "stream": io.BytesIO(store.read(shard))}
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        for entry in group_by_keys(tar_file_expander([source])):
+            for kind in (kind for kind in entry if kind.endswith(".npy")):
+                name = f"{entry['__key__']}.{kind}"
+                arrays[name] = _array(entry[kind], f"{store.join(shard)} {name}")
+    except tarfile.TarError as error:
+        raise ShardError(f"{store.join(shard)} is no whole tar ({error}); restore the shard") from error
+    return arrays
 
 
 def _array(data: bytes, label: str) -> np.ndarray:

@@ -1,0 +1,227 @@
+"""The reader gives the same samples on any number of ranks, after any resume, by either reader, and never a bad one."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from brain_models.preprocess import dequantise
+from data_sharding import schema
+from data_sharding.build import build
+from data_sharding.errors import ShardError
+from data_sharding.fetch import decode
+from data_sharding.reader import Batch, BatchSource, ReaderConfig, open_set
+from tests.helpers_scans import sharding_config, write_study
+from tests.test_shards import copy_set, flip, npy
+
+READER = ReaderConfig(
+    kind="bold",
+    split="train",
+    window_frames=4,
+    batch_size=6,
+    micro_batch_size=2,
+    shuffle_shards=2,
+    seed=3,
+    num_workers=0,
+    prefetch=2,
+    reader="indexed",
+    max_bad_fraction=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def location(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = write_study(tmp_path_factory.mktemp("study"))
+    out = tmp_path_factory.mktemp("written") / "set"
+    build(sharding_config(root, out))
+    return str(out)
+
+
+def source_of(location: str, rank: int = 0, world_size: int = 1, **changes: object) -> BatchSource:
+    return BatchSource(open_set(location), replace(READER, **changes), rank=rank, world_size=world_size)  # type: ignore[arg-type]
+
+
+def rows_of(batches: list[Batch]) -> list[tuple[str, int, int, bytes]]:
+    """(scan, first frame, seed, values) of every sample that counts."""
+    return [
+        (batch.scan_ids[row], batch.first_frame[row], int(batch.sample_seed[row]), batch.values[row].numpy().tobytes())
+        for batch in batches
+        for row in range(len(batch.scan_ids))
+        if batch.weight[row] > 0
+    ]
+
+
+def steps_of(source: BatchSource, num_steps: int, state: dict[str, object] | None = None) -> list[list[Batch]]:
+    steps = source.steps(state or source.initial_state())
+    taken = [batches for batches, _ in itertools.islice(steps, num_steps)]
+    steps.close()  # type: ignore[attr-defined]
+    return taken
+
+
+def test_a_window_is_the_frames_of_its_run_across_chunks(location: str) -> None:
+    shard_set = open_set(location)
+    crossing = 0
+    for batches in steps_of(source_of(location, window_frames=6), 12):
+        for batch in batches:
+            for row, scan_id in enumerate(batch.scan_ids):
+                frames = np.concatenate(npy(shard_set, scan_id, schema.BOLD))
+                first = batch.first_frame[row]
+                expected = frames[first : first + 6]
+                np.testing.assert_array_equal(batch.values[row].numpy(), dequantise(expected))
+                np.testing.assert_array_equal(batch.is_measured[row].numpy(), expected[0] != -128)
+                crossing += any(first < start < first + 6 for start, _ in schema.chunk_bounds(len(frames), 8))
+            assert batch.repetition_time_s.tolist() == [2.0] * len(batch.scan_ids)
+            assert batch.subjects == [scan_id[4:6] for scan_id in batch.scan_ids]
+    assert crossing > 0
+
+
+@pytest.mark.parametrize("changes", [{"reader": "stream"}, {"num_workers": 2}, {"prefetch": 1, "micro_batch_size": 3}])
+def test_every_way_to_read_gives_the_same_samples(location: str, changes: dict[str, object]) -> None:
+    reference = [rows_of(batches) for batches in steps_of(source_of(location), 8)]
+    assert [rows_of(batches) for batches in steps_of(source_of(location, **changes), 8)] == reference
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_the_ranks_together_read_the_steps_of_one_rank(location: str, world_size: int) -> None:
+    reference = [rows_of(batches) for batches in steps_of(source_of(location), 6)]
+    ranks = [steps_of(source_of(location, rank, world_size), 6) for rank in range(world_size)]
+    assert len({len(batches) for steps in ranks for batches in steps}) == 1
+    assert all(len(batches) == source_of(location, 0, world_size).num_micro_batches for batches in ranks[0])
+    assert [[row for steps in ranks for row in rows_of(steps[step])] for step in range(6)] == reference
+
+
+@pytest.mark.parametrize("num_done", [1, 4, 9])
+def test_a_resumed_source_goes_on_where_it_stopped(location: str, num_done: int) -> None:
+    whole = [rows_of(batches) for batches in steps_of(source_of(location), 12)]
+    stopped = source_of(location)
+    steps = stopped.steps(stopped.initial_state())
+    *_, (_, state) = itertools.islice(steps, num_done)
+    steps.close()  # type: ignore[attr-defined]
+    assert state["samples_consumed"] == 6 * num_done
+    resumed = [rows_of(batches) for batches in steps_of(source_of(location), 12 - num_done, state)]
+    assert resumed == whole[num_done:]
+    with pytest.raises(ShardError, match="belongs to seed 3, this source reads 4; resume with the same set and seed"):
+        next(source_of(location, seed=4).steps(state))
+    with pytest.raises(ShardError, match="belongs to shard set other"):
+        next(source_of(location).steps(state | {"fingerprint": "other"}))
+
+
+def test_evaluation_sees_every_window_once_over_the_ranks(location: str) -> None:
+    expected = [
+        (run.scan_id, first)
+        for run in open_set(location).runs("bold", ["test", "train"]).itertuples()
+        if run.split == "train"
+        for first in range(0, run.num_frames - 3, 4)
+    ]
+    for world_size in (1, 3):
+        batches = [
+            list(source_of(location, rank, world_size).evaluation("train", limit=None)) for rank in range(world_size)
+        ]
+        assert len({len(mine) for mine in batches}) == 1
+        assert [row[:2] for mine in batches for row in rows_of(mine)] == expected
+    subset = rows_of(list(source_of(location).evaluation("train", limit=7)))
+    assert len(subset) == 7
+    assert [row[:2] for row in subset] == [row for row in expected if row in {row[:2] for row in subset}]
+
+
+def test_evaluating_in_the_middle_of_training_changes_nothing(location: str) -> None:
+    reference = [rows_of(batches) for batches in steps_of(source_of(location), 5)]
+    source = source_of(location)
+    steps = source.steps(source.initial_state())
+    taken = []
+    for _ in range(5):
+        taken.append(rows_of(next(steps)[0]))
+        assert len(rows_of(list(source.evaluation("test", limit=2)))) == 2
+    steps.close()  # type: ignore[attr-defined]
+    assert taken == reference
+
+
+def test_t1_batches_hold_one_frame_in_standard_deviations(location: str) -> None:
+    shard_set = open_set(location)
+    (batch,) = steps_of(source_of(location, kind="t1", window_frames=1, micro_batch_size=6), 1)[0]
+    assert batch.values.shape == (6, 1, shard_set.space.num_voxels)
+    assert batch.repetition_time_s.tolist() == [0.0] * 6
+    (stored,) = npy(shard_set, batch.scan_ids[0], schema.T1)
+    np.testing.assert_array_equal(batch.values[0, 0].numpy(), np.nan_to_num(stored.astype(np.float32)))
+    np.testing.assert_array_equal(batch.is_measured[0].numpy(), ~np.isnan(stored))
+
+
+def test_decoding_equals_what_packing_promised() -> None:
+    codes = np.arange(-128, 128, dtype=np.int8).reshape(1, 1, 256)
+    values, is_measured = decode(torch.from_numpy(codes.copy()))
+    np.testing.assert_array_equal(values.numpy(), dequantise(codes))
+    assert is_measured[0].tolist() == [False, *[True] * 255]
+
+
+def test_a_damaged_sample_is_replaced_counted_and_kept_out_of_metrics(location: str, tmp_path: Path) -> None:
+    damaged, member = damaged_copy(location, tmp_path / "copy")
+    scan_id = member.rsplit("_", 1)[0]
+    bad_frames = range(8, 16)  # the whole member: every one of its frames
+    healthy = [rows_of(batches) for batches in steps_of(source_of(location), 10)]
+    source = source_of(damaged, max_bad_fraction=1.0)
+    steps = list(itertools.islice(source.steps(source.initial_state()), 10))
+    found = [rows_of(batches) for batches, _ in steps]
+    replaced = 0
+    for before, after in zip(itertools.chain(*healthy), itertools.chain(*found), strict=True):
+        if before[0] == scan_id and set(range(before[1], before[1] + 4)) & set(bad_frames):
+            assert after[:2] != before[:2]
+            assert after[2] == before[2]
+            replaced += 1
+        else:
+            assert after == before
+    assert replaced > 0
+    quarantine = steps[-1][1]["quarantine"]
+    assert isinstance(quarantine, list)
+    assert 0 < len(quarantine) <= replaced
+    assert all(name.startswith(f"{scan_id}:") for name in quarantine)
+    for changes in ({"reader": "stream"}, {"num_workers": 1}):
+        again = steps_of(source_of(damaged, max_bad_fraction=1.0, **changes), 10)
+        assert [rows_of(batches) for batches in again] == found
+    evaluated = {row[:2] for row in rows_of(list(source.evaluation("train", limit=None)))}
+    assert not evaluated & {(scan_id, 8), (scan_id, 12)}
+    assert (scan_id, 4) in evaluated
+
+
+def damaged_copy(location: str, target: Path) -> tuple[str, str]:
+    """A copy of the set with every frame of one chunk of a training run flipped."""
+    copy_set(Path(location), target)
+    shard_set = open_set(str(target))
+    rows = shard_set.index[(shard_set.index.kind == schema.BOLD) & (shard_set.index.split == "train")]
+    row = rows[(rows.first_frame == 8) & (rows.num_frames == 8)].iloc[0]
+    for frame in range(8):
+        flip(target / row.shard, row.offset + schema.NPY_HEADER_BYTES + frame * shard_set.space.num_voxels + 3)
+    return str(target), row.member
+
+
+def test_more_damage_than_tolerated_stops_with_the_place(location: str, tmp_path: Path) -> None:
+    damaged, member = damaged_copy(location, tmp_path / "copy")
+    with pytest.raises(ShardError, match=rf"damaged samples, more than max_bad_fraction=0\.0.*{member}: frame \d"):
+        steps_of(source_of(damaged), 20)
+
+
+def test_what_no_split_or_window_holds_is_said(location: str) -> None:
+    with pytest.raises(ShardError, match=r"split 'train' holds no bold window of 99 frames \(the longest run has 40"):
+        next(source_of(location, window_frames=99).steps(source_of(location).initial_state()))
+    with pytest.raises(ShardError, match="split 'holdout' holds no bold window"):
+        list(source_of(location).evaluation("holdout", limit=None))
+
+
+def test_reading_needs_no_nifti_library(location: str) -> None:
+    program = f"""
+import sys
+for name in ("nibabel", "nilearn", "ray"):
+    sys.modules[name] = None
+from data_sharding.reader import BatchSource, ReaderConfig, open_set
+shard_set = open_set({location!r})
+config = ReaderConfig("bold", "train", 4, 6, 2, 2, 3, 0, 2, "indexed", 0.0)
+source = BatchSource(shard_set, config, rank=0, world_size=1)
+batches, state = next(source.steps(source.initial_state()))
+print(len(batches), state["samples_consumed"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["3", "6"], done.stderr
