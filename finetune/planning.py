@@ -112,14 +112,15 @@ def split_problems(config: FinetuneConfig, shard_set: ShardSet, labels: Labels) 
 
 def length_problems(config: FinetuneConfig, shard_set: ShardSet, window_frames: int) -> list[str]:
     """A decision that needs more frames than the runs of a split have."""
-    needed = config.task.num_windows * window_frames
+    windows, needed = config.task.num_windows, config.task.num_windows * window_frames
     problems = []
     for split in SPLITS:
-        lengths = shard_set.runs("bold", [split])["num_frames"]
-        if len(lengths) and int(lengths.max()) < needed:
+        runs = shard_set.runs("bold", [split])
+        longest = int(runs["num_frames"].max()) if len(runs) else needed
+        if longest < needed:
             problems.append(
-                f"task.num_windows: {config.task.num_windows} windows of {window_frames} frames are {needed}; the longest "
-                f"run of '{split}' has {int(lengths.max())}: use at most {int(lengths.max()) // window_frames}"
+                f"task.num_windows: {windows} windows of {window_frames} frames are {needed}; the longest run of "
+                f"'{split}' has {longest}: use at most {longest // window_frames}"
             )
     return problems
 
