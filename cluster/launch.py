@@ -51,13 +51,21 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         return
     attach = cluster.kind == "ray" or "RAY_ADDRESS" in os.environ
     if attach:
-        ray.init(address="auto", logging_level=logging.WARNING)
+        ray.init(address="auto", logging_level=logging.ERROR)
     else:
         _start_embedded_ray(cluster)
+    _protect_token()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _protect_token() -> None:
+    """Ray authenticates by a token it writes readable for everyone on the machine."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists() and token.stat().st_uid == os.getuid():
+        token.chmod(0o600)
 
 
 def _start_embedded_ray(cluster: ClusterConfig) -> None:
@@ -70,7 +78,7 @@ def _start_embedded_ray(cluster: ClusterConfig) -> None:
         address="local",
         num_cpus=num_cpus,
         include_dashboard=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         log_to_driver=False,  # what rank 0 prints is relayed below, without a prefix on every line
     )
 
@@ -178,11 +186,11 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
     import ray.train
 
-    from cluster.ray_backend import BoundTorchConfig, EmbeddedTorchTrainer, TorchTrainer
+    from cluster.ray_backend import BoundTorchConfig, BoundTorchTrainer
 
     outcome: Any = ray.remote(num_cpus=0)(Outcome).remote()
     is_embedded = cluster.kind == "local" and "RAY_ADDRESS" not in os.environ
-    trainer = (EmbeddedTorchTrainer if is_embedded else TorchTrainer)(
+    trainer = BoundTorchTrainer(
         _on_worker,
         train_loop_config={
             "function": function,

@@ -53,9 +53,9 @@ class BoundTorchConfig(TorchConfig):
         return BoundTorchBackend
 
 
-class EmbeddedTorchTrainer(TorchTrainer):
-    """TorchTrainer without the actor that watches the controller. That actor asks the dashboard, which an embedded Ray
-    has not, complains every second and may hold up the end for 12 s; an embedded Ray dies with its driver anyway."""
+class BoundTorchTrainer(TorchTrainer):
+    """TorchTrainer without the actor that frees workers of a controller that died: it costs one more import of torch,
+    asks a dashboard that an embedded Ray has not, complains every second, and the end of the job frees them anyway."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # TorchTrainer is V1 or V2, by environment

@@ -37,19 +37,25 @@ def newest(config: TrainConfig) -> Path:
     return Path(store.join(committed_folders(store)[-1]))
 
 
-@pytest.mark.parametrize(("engine", "num_ranks"), [("plain", 1), ("zero2", 2), ("zero3", 2)])
-def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(tmp_path: Path, engine: str, num_ranks: int) -> None:
-    whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-    job = {"engine": engine, "steps": STEPS, "checkpoint_every": 2, "opens_at": 4}
-    codes = run_jobs(tmp_path, [{**job, "folder": whole}, {**job, "folder": killed, "kill_at": 5}], num_ranks=num_ranks)
-    assert codes == [9] * num_ranks
-    assert run_jobs(tmp_path, [{**job, "folder": killed}], num_ranks=num_ranks) == [0] * num_ranks
+@pytest.mark.parametrize(("engines", "num_ranks"), [(["plain"], 1), (["zero2", "zero3"], 2)])
+def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(
+    tmp_path: Path, engines: list[str], num_ranks: int
+) -> None:
+    job = {"steps": STEPS, "checkpoint_every": 2, "opens_at": 4}
+    whole = [{**job, "engine": engine, "folder": str(tmp_path / f"{engine}-whole")} for engine in engines]
+    killed = [{**job, "engine": engine, "folder": str(tmp_path / f"{engine}-killed")} for engine in engines]
+    assert run_jobs(tmp_path, [*whole, {**killed[0], "kill_at": 5}], num_ranks=num_ranks) == [9] * num_ranks
+    for other in killed[1:]:
+        assert run_jobs(tmp_path, [{**other, "kill_at": 5}], num_ranks=num_ranks) == [9] * num_ranks
+    assert run_jobs(tmp_path, killed, num_ranks=num_ranks) == [0] * num_ranks
 
-    assert report(Path(killed))["start"] == "own"
-    assert len(losses(Path(whole))) == STEPS
-    assert losses(Path(killed)) == losses(Path(whole))
-    assert largest_difference(exported(Path(killed)), exported(Path(whole))) == 0.0
-    assert report(Path(killed))["metrics"] == report(Path(whole))["metrics"]
+    for engine in engines:
+        rerun, uninterrupted = tmp_path / f"{engine}-killed", tmp_path / f"{engine}-whole"
+        assert report(rerun)["start"] == "own"
+        assert len(losses(uninterrupted)) == STEPS
+        assert losses(rerun) == losses(uninterrupted)
+        assert largest_difference(exported(rerun), exported(uninterrupted)) == 0.0
+        assert report(rerun)["metrics"] == report(uninterrupted)["metrics"]
 
 
 def test_a_finished_run_run_again_trains_no_step_and_says_the_same(trained: TrainConfig) -> None:

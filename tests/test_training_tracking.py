@@ -66,6 +66,7 @@ def dead_server() -> Iterator[str]:
     threading.Thread(target=http_server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{http_server.server_address[1]}"
     http_server.shutdown()
+    http_server.server_close()
 
 
 def test_every_metric_of_a_run_is_one_row_there_with_the_spool_s_timestamps(tmp_path: Path, server: str) -> None:
@@ -103,7 +104,7 @@ def test_rows_the_server_has_seen_before_are_not_sent_again(tmp_path: Path, serv
         for step in range(1 if last == 4 else 3, last + 1):
             spool.add(step, {"loss": 1 / step})
         sender = Sender(tracking(server), path, label)
-        assert sender.close(60)
+        assert sender.close(60, status="FINISHED")
         spool.close()
         time.sleep(0.01)
     assert sender.run_id is not None
@@ -118,5 +119,7 @@ def test_the_spool_writes_a_key_and_step_once(tmp_path: Path) -> None:
     spool.add(1, {"loss": 3.0, "rate": 1.0})
     again = Spool(tmp_path / "metrics.jsonl", start=(tmp_path / "metrics.jsonl").read_bytes())
     again.add(1, {"loss": 4.0})
+    spool.close()
+    again.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["key"], row["step"], row["value"]) for row in rows] == [("loss", 1, 2.0), ("rate", 1, 1.0)]

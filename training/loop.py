@@ -145,10 +145,15 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     if start.kind == "own":
         checkpoints.latest = start.folder
     tracker = open_tracker(config, services, run_key, start, fetched if start.kind == "own" else None)
+    is_finished = False
     try:
         yield Run(task, source, config, services, store, start, engine, tracker, checkpoints)
+        is_finished = True
+    except TrainingError:
+        checkpoints.wait()  # every rank stops here: what was saved before is still worth committing
+        raise
     finally:
-        tracker.close()
+        tracker.close(is_finished=is_finished)
         source.close()
     engine.close()
 

@@ -110,6 +110,7 @@ class Sender:
         self.position = 0  # bytes of the spool the server has
         self.last_steps: dict[str, int] = {}  # of each key, on the server before this process
         self.last_error: str | None = None
+        self.status = "RUNNING"
         self.is_closing = threading.Event()
         self.wake = threading.Event()
         self.thread = threading.Thread(target=self._run, name="metric-sender", daemon=True)
@@ -119,8 +120,9 @@ class Sender:
         """There may be new rows."""
         self.wake.set()
 
-    def close(self, wait_s: float) -> bool:
-        """True when the server has every row; waits at most `wait_s`."""
+    def close(self, wait_s: float, *, status: str) -> bool:
+        """True when the server has every row and knows how the run ended; waits at most `wait_s`."""
+        self.status = status
         self.is_closing.set()
         self.wake.set()
         self.thread.join(wait_s)
@@ -202,7 +204,7 @@ class Sender:
 
     def _finish(self, client: MlflowClient) -> None:
         assert self.run_id is not None
-        client.set_terminated(self.run_id, "FINISHED")
+        client.set_terminated(self.run_id, self.status)
 
 
 class Tracker:
@@ -234,8 +236,8 @@ class Tracker:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.spool.path.read_bytes()[: self.position])
 
-    def close(self) -> None:
+    def close(self, *, is_finished: bool) -> None:
         if self.spool is not None:
             self.spool.close()
         if self.sender is not None:
-            self.sender.close(self.config.drain_s)
+            self.sender.close(self.config.drain_s, status="FINISHED" if is_finished else "FAILED")
