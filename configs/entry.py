@@ -35,7 +35,7 @@ def compose(part: str, overrides: list[str]) -> dict[str, Any]:
             return OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        hint = f"see 'python -m {part} --show' for every key and --help for an example"
+        hint = f"see 'python -m {command_name()} --show' for every key and --help for an example"
         raise ConfigError(f"configs/{part}.yaml with overrides {overrides}: {error}{cause}; {hint}") from error
 
 
@@ -68,7 +68,7 @@ def main(
         if "--plan" in flags:
             print(plan(config))
         elif "--validate" in flags:
-            print(f"{part}: the configuration is valid")
+            print(f"python -m {command_name()}: the configuration is valid")
         else:
             run(config)
     except Exception as error:  # noqa: BLE001 - only to print our own errors without a traceback; others are re-raised
@@ -76,6 +76,12 @@ def main(
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def command_name() -> str:
+    """Returns what `python -m` was given, e.g. data_sharding.phantom."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else "<part>"
 
 
 def is_for_users(error: BaseException) -> bool:
