@@ -18,6 +18,7 @@ from finetune.baselines import fit_logistic, site_prevalence
 from finetune.connectomes import read_connectomes
 from finetune.evaluation import Scores, choose_threshold, evaluate
 from finetune.probe import ProbeResult
+from finetune.promotion import promote, refusals
 from finetune.tasks.adhd_classification import AdhdClassification
 from training import registry
 from training.checkpoint import Commit, StartingPoint, committed_folders, fetch, read_commit
@@ -189,29 +190,29 @@ class Publisher:
             "MLflow run": self.result.mlflow_run_id or "none",
         }
 
-    def _register(self, contents: report.ReportContents) -> str | None:
-        """The registered model as name@alias; champion only without overlap and above chance within sites."""
+    def _register(self, contents: report.ReportContents) -> list[str]:
+        """The registered model as name@alias, and as name@champion when nothing speaks against it; or none."""
         config = self.setup.config
         if config.register is None or config.train.tracking.uri is None:
-            return None
+            return []
         found = contents.classifiers[report.MODEL].evaluation
+        reasons = refusals(found, contents.overlap, needed_low=config.register.champion_within_site_low)
         numbers = {
             "callosum.config_hash": self.result.config_hash,
             "callosum.test_within_site_auroc": report.show_interval(found.within_site_auroc),
             "callosum.test_subjects": str(found.num_subjects),
             "callosum.overlap": "unknown" if contents.overlap is None else str(len(contents.overlap)),
         }
-        gate = config.register.champion_within_site_low
-        is_champion = gate is not None and contents.overlap == () and found.within_site_auroc.low > gate
-        return registry.register(
+        registered = registry.register(
             self.folder / "bundle",
             name=config.register.name,
-            tags=self.tags | numbers | {"callosum.gate": "passed" if is_champion else "refused"},
+            tags=self.tags | numbers | {"callosum.champion": "refused: " + "; ".join(reasons) if reasons else "yes"},
             alias=config.register.alias,
             uri=config.train.tracking.uri,
             run_id=self.result.mlflow_run_id,
             experiment=config.train.tracking.experiment,
         )
+        return [registered] if reasons else [registered, promote(registered, uri=config.train.tracking.uri)]
 
     def _upload(self) -> None:
         store = store_for(self.setup.config.run.folder)

@@ -56,7 +56,7 @@ class FinetuneConfig:
 class PredictConfig:
     """One run of `python -m finetune.predict`."""
 
-    model: str
+    classifier: str  # a registered model, models:/name@alias
     scans: list[str]  # NIfTI files, folders or glob patterns
     brain_masks: bool  # look for a desc-brain_mask beside each scan
     uri: str

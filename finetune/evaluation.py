@@ -63,7 +63,7 @@ class Evaluation:
     balanced_accuracy: Interval
     auroc: Interval
     within_site_auroc: Interval
-    sites: dict[str, dict[str, float]]
+    sites: dict[str, dict[str, int | float]]
 
 
 def subject_scores(values: np.ndarray, subjects: list[str], *, is_case: np.ndarray, sites: np.ndarray) -> Scores:
@@ -160,9 +160,9 @@ def evaluate(scores: Scores, *, threshold: float, config: BootstrapConfig) -> Ev
     )
 
 
-def _by_site(scores: Scores, is_called: np.ndarray) -> dict[str, dict[str, float]]:
+def _by_site(scores: Scores, is_called: np.ndarray) -> dict[str, dict[str, int | float]]:
     """Per site: subjects, cases, accuracy, AUROC (NaN where a site has one class)."""
-    rows = {}
+    rows: dict[str, dict[str, int | float]] = {}
     for site in np.unique(scores.sites):
         here = scores.sites == site
         rows[str(site)] = {

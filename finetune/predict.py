@@ -2,10 +2,10 @@ r"""Classify NIfTI files with a registered model: a table on the screen and a CS
 
 Example:
 
-  python -m finetune.predict model=models:/finetune-adhd_classification@candidate \
+  python -m finetune.predict classifier=models:/finetune-adhd_classification@candidate \
       scans=[out/phantom/sub-0001,out/phantom/sub-0002] out=out/predictions.csv
 
-Required: model=<models:/name@alias>  scans=[<files, folders or patterns>]  out=<file.csv>
+Required: classifier=<models:/name@alias>  scans=[<files, folders or patterns>]  out=<file.csv>
 
 The model is loaded by mlflow.pyfunc and does its own preprocessing; this command only finds files.
 """
@@ -82,12 +82,12 @@ def predict(config: PredictConfig) -> pd.DataFrame:
     mlflow_environment(timeout_s=60)
     mlflow.set_tracking_uri(config.uri)
     mlflow.set_registry_uri(config.uri)
-    location = config.model if config.model.startswith("models:/") else f"models:/{config.model}"
+    location = config.classifier if config.classifier.startswith("models:/") else f"models:/{config.classifier}"
     try:
         model = mlflow.pyfunc.load_model(location)
     except mlflow.exceptions.MlflowException as error:
         raise FinetuneError(
-            f"model={config.model}: cannot be loaded from {config.uri} ({error}); "
+            f"classifier={config.classifier}: cannot be loaded from {config.uri} ({error}); "
             f"'python -m training.runs {config.uri}' lists what is registered"
         ) from error
     answers = pd.concat([table[["bold"]], model.predict(table)], axis=1)
@@ -111,7 +111,7 @@ def validate(config: PredictConfig) -> list[str]:
 def plan(config: PredictConfig) -> str:
     """Which files would be classified."""
     scans = find_scans(config.scans)
-    return "\n".join([f"{len(scans)} scans by {config.model} into {config.out}", *(f"  {scan}" for scan in scans)])
+    return "\n".join([f"{len(scans)} scans by {config.classifier} into {config.out}", *(f"  {scan}" for scan in scans)])
 
 
 def run(config: PredictConfig) -> None:
@@ -122,4 +122,4 @@ def run(config: PredictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(part="predict", schema=PredictConfig, help_text=__doc__ or "", run=run, validate=validate, plan=plan)
+    main(part="finetune.predict", schema=PredictConfig, help_text=__doc__ or "", run=run, validate=validate, plan=plan)

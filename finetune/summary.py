@@ -26,7 +26,8 @@ def show(numbers: Mapping[str, object], *, folder: str) -> str:
     lines.append(f"test split: {people}; seen by the backbone: {seen}")
     if numbers["is_phantom"]:
         lines.append("phantom data: the effect was put in on purpose; nothing here is about a person")
-    lines.append(f"registered: {numbers['registered'] or 'no (register=null or no tracking.uri)'}")
+    registered = ", ".join(cast(list, numbers["registered"]))
+    lines.append(f"registered: {registered or 'no (register=null or train.tracking.uri=null)'}")
     lines.append(f"report: {folder.rstrip('/')}/report.html")
     return "\n".join(lines)
 
