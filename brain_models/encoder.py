@@ -19,13 +19,16 @@ from brain_models.patches import PatchLayout
 
 TokenKind = Literal["bold", "t1"]
 
-WAVELENGTHS_MM = (16.0, 480.0)  # from below the smallest patch in use to more than twice the head
-WAVELENGTHS_S = (1.0, 64.0)
+# Over these distances positions stop resembling one another: a patch and its neighbours do, far ends of the head do not.
+LENGTHS_MM = (12.0, 48.0)
+LENGTHS_S = (4.0, 16.0)
+LENGTHS = (LENGTHS_MM, LENGTHS_MM, LENGTHS_MM, LENGTHS_S)
+POSITION_SEED = 1998
 
 
 @dataclass
 class EncoderConfig:
-    """Sizes of the trunk; `num_frequencies` is per axis of (x, y, z, time)."""
+    """Sizes of the trunk; `num_frequencies` plane waves code positions."""
 
     width: int
     depth: int
@@ -162,50 +165,58 @@ class PatchDecoder(nn.Module):
     """Predicts the features of hidden tokens from visible ones: hidden queries attend to the visible, then to nothing.
 
     Cross-attention only (as CrossMAE, Fu 2024): cost grows with hidden x visible. The output starts at zero, which is
-    the train split's mean.
+    the train split's mean, and attention starts as a smoothing kernel over millimetres: queries and keys are at first
+    the positions themselves. From random ones, a tiny model needs several times the steps to find its neighbours.
     """
 
     def __init__(self, config: EncoderConfig, *, width: int, depth: int, num_features: int) -> None:
         super().__init__()
         self.embed = nn.Linear(config.width, width)
         self.embed_position = PositionEmbedding(width, config.num_frequencies)
-        self.query = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(CrossBlock(width, config.num_heads, config.mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.predict = nn.Linear(width, num_features)
+        for block in self.blocks:
+            nn.init.eye_(block.attention.query.weight)
+            nn.init.eye_(block.attention.key_value.weight[:width])
         nn.init.zeros_(self.predict.weight)
         nn.init.zeros_(self.predict.bias)
 
     def forward(
         self,
         visible: Float[Tensor, "batch visible width"],
+        visible_positions: Float[Tensor, "batch visible 4"],
         hidden_positions: Float[Tensor, "batch hidden 4"],
     ) -> Float[Tensor, "batch hidden feature"]:
         """Returns predicted features of the hidden tokens."""
-        context = self.embed(visible)
-        tokens = self.query + self.embed_position(hidden_positions)
+        context = self.embed(visible) + self.embed_position(visible_positions)
+        tokens = self.embed_position(hidden_positions)
         for block in self.blocks:
             tokens = block(tokens, context)
         return self.predict(self.norm(tokens))
 
 
 class PositionEmbedding(nn.Module):
-    """Sines and cosines of millimetres and seconds at fixed wavelengths, through a small network."""
+    """Sines and cosines of random plane waves through millimetres and seconds (Rahimi and Recht 2007), projected.
+
+    The inner product of two embeddings starts as a Gaussian kernel of their distance, so attention can tell near from
+    far before anything is learned. The waves are fixed, and travel with the weights.
+    """
 
     wavenumbers: Float[Tensor, "coordinate frequency"]
 
     def __init__(self, width: int, num_frequencies: int) -> None:
         super().__init__()
-        ranges = (WAVELENGTHS_MM, WAVELENGTHS_MM, WAVELENGTHS_MM, WAVELENGTHS_S)
-        wavelengths = [torch.logspace(math.log10(low), math.log10(high), num_frequencies) for low, high in ranges]
-        self.register_buffer("wavenumbers", 2 * math.pi / torch.stack(wavelengths), False)
-        self.project = nn.Sequential(nn.Linear(8 * num_frequencies, width), nn.GELU(), nn.Linear(width, width))
+        generator = torch.Generator().manual_seed(POSITION_SEED)
+        waves = torch.randn(4, num_frequencies, generator=generator)
+        lengths = [torch.logspace(math.log10(low), math.log10(high), num_frequencies) for low, high in LENGTHS]
+        self.register_buffer("wavenumbers", waves / torch.stack(lengths))
+        self.project = nn.Linear(2 * num_frequencies, width)
+        nn.init.orthogonal_(self.project.weight, gain=math.sqrt(width / num_frequencies))  # unit variance
+        nn.init.zeros_(self.project.bias)
 
     def forward(self, positions: Float[Tensor, "batch token 4"]) -> Float[Tensor, "batch token width"]:
-        phases = rearrange(
-            positions[..., None] * self.wavenumbers,
-            "batch token coordinate frequency -> batch token (coordinate frequency)",
-        )
+        phases = positions @ self.wavenumbers
         return self.project(torch.cat([phases.sin(), phases.cos()], dim=-1))
 
 

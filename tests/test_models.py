@@ -97,7 +97,7 @@ def test_positions_are_millimetres_and_seconds_of_the_tubelets_centre(space: Bra
 
 def test_a_fresh_decoder_predicts_zero_everywhere(space: BrainSpace, encoder: BrainEncoder) -> None:
     decoder = PatchDecoder(CONFIG, width=16, depth=1, num_features=encoder.stem("bold").num_features)
-    predicted = decoder(torch.randn(2, 5, 32), torch.randn(2, 3, 4))
+    predicted = decoder(torch.randn(2, 5, 32), torch.randn(2, 5, 4), torch.randn(2, 3, 4))
     assert predicted.shape == (2, 3, 16)
     assert (predicted == 0).all()
 
