@@ -3,3 +3,7 @@
 
 class StorageError(ValueError):
     """A location that cannot be read or written as asked."""
+
+
+class StoreUnavailableError(StorageError):
+    """The store did not answer, or not let us in: nothing is known about the object, so nothing is wrong with it."""

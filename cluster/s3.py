@@ -1,147 +1,181 @@
-"""The store of s3://bucket/prefix locations, on s3fs. Credentials come from the standard AWS chain only."""
+"""The store of s3://bucket/prefix locations. Reads give the bytes of one version of an object or an error; a write is
+seen whole or not at all."""
 
 from __future__ import annotations
 
-import errno
+import io
 import os
-import time
-import uuid
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import s3fs
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import ClientError
 
+from cluster import s3_create
 from cluster.errors import StorageError
-from cluster.storage import Names, checked_name
+from cluster.s3_body import may_be_mixed, open_range, read_body
+from cluster.s3_client import PART_BYTES, PARTS_AT_ONCE, client, transfer_config
+from cluster.s3_errors import NO_SUCH_KEY, code_of, explained
+from cluster.storage import CreateGuarantee, Names, checked_name, is_hidden, partial_file, sync_folder
 
-OWNER_SUFFIX = ".owner"
-OWNER_SETTLES_S = 1.0  # longer than the round trips of two writers that race
+NUM_READS_OF_A_CHANGING_OBJECT = 5
 
 
 class S3RangeReader:
-    """Ranged reads of one object."""
+    """Ranged reads of one object; all see the version the first one saw."""
 
     def __init__(self, store: S3Store, name: str) -> None:
         self.store = store
         self.name = name
+        self.version: str | None = None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self.store.read(self.name, offset, len(buffer))
+        """Fill the whole buffer from `offset`; StorageError when the object ends before, or was replaced."""
+        if len(buffer):
+            self.version = self.store.fill(self.name, offset, buffer, version=self.version)
 
     def close(self) -> None:
         return None
 
 
 class S3Store:
-    """A bucket's prefix. The client is made at first use, in the process that uses it: s3fs does not survive a fork."""
+    """A bucket's prefix. Holds no client, so it travels to other processes."""
 
     def __init__(self, location: str) -> None:
-        self.location = location.rstrip("/")
-        self._client: s3fs.S3FileSystem | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"location": self.location, "_client": None}
-
-    @property
-    def client(self) -> s3fs.S3FileSystem:
-        if self._client is None:
-            # Stores that are not AWS reject the checksums newer clients add unasked.
-            config = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-            self._client = s3fs.S3FileSystem(
-                config_kwargs=config, use_listings_cache=False, skip_instance_cache=True, max_concurrency=2
-            )
-        return self._client
+        self.bucket, _, prefix = location.removeprefix("s3://").rstrip("/").partition("/")
+        self.location = f"s3://{self.bucket}/{prefix}".rstrip("/")
+        self.root = f"{prefix}/" if prefix else ""
+        if not self.bucket:
+            raise StorageError(f"{location!r} names no bucket; give s3://<bucket>/<prefix>")
 
     def join(self, name: str) -> str:
         return f"{self.location}/{checked_name(name, self.location)}"
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        end = None if size is None else offset + size
-        try:
-            data = self.client.cat_file(self.join(name), start=offset or None, end=end)
-        except FileNotFoundError as error:
-            raise self._missing(name) from error
+        if size == 0:
+            self.size(name)
+            return b""
+        where = self.join(name)
+        answer, data = self._read(name, offset, size)
         if size is not None and len(data) != size:
-            raise StorageError(f"{self.join(name)} ends before byte {end}; it is cut short, restore or rewrite it")
-        return data
+            raise _ends_early(where, offset + size)
+        for _ in range(NUM_READS_OF_A_CHANGING_OBJECT):
+            if offset or size is not None or not may_be_mixed(answer, data):
+                return data
+            first = data
+            answer, data = self._read(name, offset, size)
+            if data == first:
+                return data
+        raise StorageError(f"{where} was replaced again and again while it was read; read it when its writer is done")
+
+    def _read(self, name: str, offset: int, size: int | None) -> tuple[dict[str, Any], bytes]:
+        where = self.join(name)
+        with explained(where, doing="read"):
+            answer = open_range(self.key(name), offset, size, where=where)
+            data = bytearray(answer["ContentLength"])
+            read_body(self.key(name), answer, offset, memoryview(data), where=where)
+        return answer, bytes(data)
+
+    def fill(self, name: str, offset: int, buffer: memoryview, *, version: str | None) -> str:
+        """The version read; `buffer` is then filled from `offset`. StorageError when the object is another version."""
+        where = self.join(name)
+        with explained(where, doing="read"):
+            answer = open_range(self.key(name), offset, len(buffer), where=where, version=version)
+            if answer["ContentLength"] != len(buffer):
+                raise _ends_early(where, offset + len(buffer))
+            read_body(self.key(name), answer, offset, buffer, where=where)
+        return str(answer["ETag"])
 
     def open_ranges(self, name: str) -> S3RangeReader:
         return S3RangeReader(self, name)
 
     def get_file(self, name: str, local: Path) -> None:
+        """Copy an object to a local file, which appears whole or not at all; holds PARTS_AT_ONCE parts in memory."""
+        head = self._head(name)
+        size, version = int(head["ContentLength"]), str(head["ETag"])
         local.parent.mkdir(parents=True, exist_ok=True)
-        partial = local.parent / f".partial-{uuid.uuid4().hex}"
-        try:
-            self.client.get_file(self.join(name), str(partial))
+        with partial_file(local.parent) as partial, partial.open("wb") as file:
+
+            def copy_part(offset: int) -> None:
+                part = memoryview(bytearray(min(PART_BYTES, size - offset)))
+                self.fill(name, offset, part, version=version)
+                os.pwrite(file.fileno(), part, offset)
+
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+                list(pool.map(copy_part, range(0, size, PART_BYTES)))
+            os.fsync(file.fileno())
             os.replace(partial, local)
-        except FileNotFoundError as error:
-            raise self._missing(name) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        sync_folder(local.parent)
 
     def put(self, name: str, source: bytes | Path) -> None:
-        """One request or one multipart upload: an interrupted one leaves nothing. A file object would not do: its close
-        on an exception publishes half of it."""
-        if isinstance(source, bytes):
-            self.client.pipe_file(self.join(name), source)
-        else:
-            self.client.put_file(str(source), self.join(name))
+        """One request, or a multipart upload that is given up whole when it fails."""
+        where = self.join(name)
+        with explained(where, doing="write"):
+            try:
+                self._upload(name, source)
+            except (ClientError, Boto3Error) as error:
+                if code_of(error) != "NoSuchUpload":
+                    raise
+                self._upload(name, source)  # it was completed, and the answer lost: an upload can only end once
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """True when this call created the object. A store that ignores If-None-Match is found out by a probe; there the
-        writers leave an owner file one after the other, and only the one whose token stays goes on."""
-        if self.exists(name):
-            return False
-        if not self.is_conditional:
-            token = uuid.uuid4().hex.encode()
-            owner = self.join(f"{name}{OWNER_SUFFIX}")
-            self.client.pipe_file(owner, token)
-            time.sleep(OWNER_SETTLES_S)
-            if self.client.cat_file(owner) != token or self.exists(name):
-                return False
-        return self._create(name, data)
+        """True when this call created the object, False when it was there; `create_guarantee` says how surely."""
+        with explained(self.join(name), doing="write"):
+            return s3_create.put_if_absent(self, name, data)
 
-    @cached_property
-    def is_conditional(self) -> bool:
-        """True when the store refuses to create an object that exists."""
-        probe = f".probe-{uuid.uuid4().hex}"
-        self.client.pipe_file(self.join(probe), b"1")
-        try:
-            return not self._create(probe, b"2")
-        finally:
-            self.client.rm_file(self.join(probe))
-
-    def _create(self, name: str, data: bytes) -> bool:
-        try:
-            self.client.pipe_file(self.join(name), data, mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # how s3fs passes on a 412 whose answer names no condition
-                return False
-            raise
-        return True
+    def create_guarantee(self) -> CreateGuarantee:
+        with explained(self.location, doing="write"):
+            return s3_create.guarantee(self)
 
     def list(self, prefix: str = "") -> Names:
-        folder = prefix.rpartition("/")[0]
-        start = f"{self.location}/{folder}".rstrip("/")
-        root = self.location.removeprefix("s3://") + "/"
-        names = (found.removeprefix(root) for found in self.client.find(start))
-        return sorted(name for name in names if name.startswith(prefix) and not name.endswith(OWNER_SUFFIX))
+        names: Names = []
+        with explained(self.location, doing="list"):
+            pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.root + prefix)
+            for page in pages:
+                names += [entry["Key"].removeprefix(self.root) for entry in page.get("Contents", [])]
+        return sorted(name for name in names if not is_hidden(name) and not name.endswith("/"))
 
     def exists(self, name: str) -> bool:
-        return bool(self.client.exists(self.join(name)))
+        with explained(self.join(name), doing="read"):
+            try:
+                client().head_object(**self.key(name))
+            except ClientError as error:
+                if code_of(error) not in NO_SUCH_KEY:
+                    raise
+                return False
+        return True
 
     def size(self, name: str) -> int:
-        try:
-            return int(self.client.info(self.join(name))["size"])
-        except FileNotFoundError as error:
-            raise self._missing(name) from error
+        return int(self._head(name)["ContentLength"])
 
     def delete(self, name: str) -> None:
-        for stored in (name, f"{name}{OWNER_SUFFIX}"):
-            if self.exists(stored):
-                self.client.rm_file(self.join(stored))
+        with explained(self.join(name), doing="delete"):
+            client().delete_object(**self.key(name))
 
-    def _missing(self, name: str) -> StorageError:
-        return StorageError(f"{self.join(name)} does not exist; check the location, or write it first")
+    def _head(self, name: str) -> dict[str, Any]:
+        with explained(self.join(name), doing="read"):
+            try:
+                return client().head_object(**self.key(name))
+            except ClientError as error:
+                if code_of(error) in NO_SUCH_KEY:
+                    client().list_objects_v2(
+                        Bucket=self.bucket, MaxKeys=1
+                    )  # says when it is the bucket that is missing
+                raise
+
+    def _upload(self, name: str, source: bytes | Path) -> None:
+        if isinstance(source, Path):
+            client().upload_file(str(source), *self.key(name).values(), Config=transfer_config())
+        elif len(source) <= PART_BYTES:
+            client().put_object(**self.key(name), Body=source)
+        else:
+            client().upload_fileobj(io.BytesIO(source), *self.key(name).values(), Config=transfer_config())
+
+    def key(self, name: str) -> dict[str, str]:
+        """The name as boto3 wants it."""
+        return {"Bucket": self.bucket, "Key": self.root + checked_name(name, self.location)}
+
+
+def _ends_early(where: str, end: int) -> StorageError:
+    return StorageError(f"{where} ends before byte {end}; it is cut short, restore or rewrite it")

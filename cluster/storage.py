@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -19,6 +20,14 @@ Names = list[str]
 
 # Files being written start with this and are never listed: a killed writer leaves one behind.
 PARTIAL_PREFIX = ".partial-"
+
+
+@dataclass(frozen=True)
+class CreateGuarantee:
+    """What `put_if_absent` promises at a location: exactly one winner whatever happens, or only under a condition."""
+
+    is_exact: bool
+    words: str
 
 
 class RangeReader(Protocol):
@@ -44,6 +53,8 @@ class Store(Protocol):
 
     def put_if_absent(self, name: str, data: bytes) -> bool: ...
 
+    def create_guarantee(self) -> CreateGuarantee: ...
+
     def list(self, prefix: str = "") -> Names: ...
 
     def exists(self, name: str) -> bool: ...
@@ -59,7 +70,7 @@ def store_for(location: str | Path) -> Store:
     """The store of a location: s3://bucket/prefix, or a local folder (made at the first write)."""
     text = str(location)
     if text.startswith("s3://"):
-        from cluster.s3 import S3Store  # s3fs takes half a second to import, and most commands never touch it
+        from cluster.s3 import S3Store  # boto3 takes half a second to import, and most commands never touch it
 
         return S3Store(text)
     if "://" in text:
@@ -73,6 +84,11 @@ def checked_name(name: str, location: str) -> str:
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise StorageError(f"{name!r} is not a name inside {location}; give a relative path without '..'")
     return name
+
+
+def is_hidden(name: str) -> bool:
+    """True for what a killed writer may have left behind, which no list shows."""
+    return name.rpartition("/")[2].startswith(PARTIAL_PREFIX)
 
 
 class LocalRangeReader:
@@ -134,23 +150,24 @@ class LocalStore:
         """True when this call created the object, False when it was there before; of several callers one gets True."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _partial_file(path.parent) as partial:
+        with partial_file(path.parent) as partial:
             _fill(partial, data)
             try:
                 os.link(partial, path)  # unlike rename, link fails when the target exists: also on NFS
             except FileExistsError:
                 return False
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return True
+
+    def create_guarantee(self) -> CreateGuarantee:
+        return CreateGuarantee(True, "exactly one writer creates a name: a hard link fails when its target exists")
 
     def list(self, prefix: str = "") -> Names:
         """Every name that starts with `prefix`, sorted, in all folders below."""
         start = self.root / prefix.rpartition("/")[0]
         files = (Path(folder) / name for folder, _, names in os.walk(start) for name in names)
-        relative = (
-            file.relative_to(self.root).as_posix() for file in files if not file.name.startswith(PARTIAL_PREFIX)
-        )
-        return sorted(name for name in relative if name.startswith(prefix))
+        relative = (file.relative_to(self.root).as_posix() for file in files)
+        return sorted(name for name in relative if name.startswith(prefix) and not is_hidden(name))
 
     def exists(self, name: str) -> bool:
         return self._path(name).exists()
@@ -176,7 +193,8 @@ def _missing_is_an_error(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _partial_file(folder: Path) -> Iterator[Path]:
+def partial_file(folder: Path) -> Iterator[Path]:
+    """A new empty file that no list shows, removed at the end if it has not become something else."""
     descriptor, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, dir=folder)
     os.fchmod(descriptor, 0o644)
     os.close(descriptor)
@@ -199,13 +217,14 @@ def _fill(path: Path, source: bytes | Path) -> None:
 
 def _write_atomically(path: Path, source: bytes | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial_file(path.parent) as partial:
+    with partial_file(path.parent) as partial:
         _fill(partial, source)
         os.replace(partial, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # otherwise a power cut may forget the new name though the bytes are on disk

@@ -1,0 +1,151 @@
+"""The S3 client of a process, and how long it keeps trying. Settings come from the standard AWS chain alone:
+environment, config files, roles. Never takes, keeps or prints a credential.
+
+boto3 rather than s3fs: 1.7 times the ranged reads a second (470 against 280, 500 kB each, one core, `rclone serve s3`),
+no event loop that a fork would lose, a body that ends early is an error, and no file object whose close on an exception
+publishes half an object.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.session
+from boto3.s3.transfer import TransferConfig
+from botocore.client import BaseClient
+from botocore.config import Config
+from botocore.exceptions import ConnectionError as NoConnectionError
+from botocore.exceptions import HTTPClientError
+
+from cluster.errors import StoreUnavailableError
+
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 30.0  # of silence; a slow answer that keeps coming is read to its end
+RETRY_FOR_S = 120.0  # of failures in a row: a server restarts in less
+LONGEST_PAUSE_S = 5.0
+WARN_AFTER_S = 3.0
+MAX_CONNECTIONS = 16
+
+PART_BYTES = 8 << 20  # objects up to this size are one request
+PARTS_AT_ONCE = 4
+
+PASSING_STATUS = {429, 500, 502, 503, 504}
+PASSING_CODES = {
+    "BadDigest",  # bytes were damaged on the way
+    "ConditionalRequestConflict",  # another conditional write of the same name is under way
+    "IncompleteBody",
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
+}
+
+_CLIENTS: dict[int, BaseClient] = {}
+
+log = logging.getLogger(__name__)
+
+
+def client() -> BaseClient:
+    """The client of this process, made at its first use: sockets shared with a forked child would mix their answers."""
+    process_id = os.getpid()
+    if process_id not in _CLIENTS:
+        _CLIENTS.setdefault(process_id, _make_client())
+    return _CLIENTS[process_id]
+
+
+def forget_clients() -> None:
+    """The next call reads the AWS settings anew."""
+    _CLIENTS.clear()
+
+
+def endpoint() -> str:
+    """scheme://host[:port] of the server in use."""
+    parts = urlsplit(client().meta.endpoint_url)
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{parts.hostname}{port}"  # netloc could hold a password
+
+
+def transfer_config() -> TransferConfig:
+    """Multipart above PART_BYTES; parts are read from the file as they are sent."""
+    return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+
+
+def pause_before_retry_s(error: Exception | None, status: int | None, code: str, *, num_attempts: int) -> float | None:
+    """How long to wait before the next attempt, or None when another would end the same way."""
+    if error is not None:
+        is_refused_certificate = "CERTIFICATE_VERIFY_FAILED" in str(error)
+        is_passing = isinstance(error, NoConnectionError | HTTPClientError) and not is_refused_certificate
+    else:
+        is_passing = status in PASSING_STATUS or code in PASSING_CODES
+    return backoff_s(num_attempts) if is_passing else None
+
+
+def backoff_s(num_attempts: int) -> float:
+    """The pause after so many failures in a row: doubled each time, and spread so that readers come back apart."""
+    return min(LONGEST_PAUSE_S, 0.1 * 2 ** min(num_attempts, 10)) * random.uniform(0.5, 1.0)
+
+
+def _make_client() -> BaseClient:
+    logging.getLogger("botocore").setLevel(logging.INFO)  # its DEBUG lines hold session tokens
+    core = botocore.session.get_session()
+    session = boto3.session.Session(botocore_session=core)
+    settings = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": 1},  # ours are the hook below, bounded by time
+        max_pool_connections=MAX_CONNECTIONS,
+        tcp_keepalive=True,
+    )
+    try:
+        made = session.client("s3", config=settings)
+    except ValueError as error:
+        raise StoreUnavailableError(f"no S3 client can be made ({error}); check AWS_ENDPOINT_URL_S3") from error
+    if not _is_aws(made.meta.endpoint_url):
+        # Other stores refuse, or store as content, the checksums newer clients add unasked.
+        when_required = Config(
+            request_checksum_calculation="when_required", response_checksum_validation="when_required"
+        )
+        made = session.client("s3", config=settings.merge(when_required))
+    made.meta.events.register("needs-retry.s3", _Retries(core.get_config_variable("max_attempts")))
+    return made
+
+
+def _is_aws(endpoint_url: str) -> bool:
+    return (urlsplit(endpoint_url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+class _Retries:
+    """Called by botocore after every attempt; a number is the pause before the next one, None ends the trying."""
+
+    def __init__(self, max_attempts: int | None) -> None:
+        self.max_attempts = max_attempts  # AWS_MAX_ATTEMPTS or max_attempts in the AWS config, when a site sets it
+
+    def __call__(
+        self,
+        response: tuple[Any, dict[str, Any]] | None,
+        attempts: int,
+        caught_exception: Exception | None,
+        request_dict: dict[str, Any],
+        **_: object,
+    ) -> float | None:
+        http_response, parsed = response if response is not None else (None, {})
+        code = str(parsed.get("Error", {}).get("Code", ""))
+        status = None if http_response is None else http_response.status_code
+        pause_s = pause_before_retry_s(caught_exception, status, code, num_attempts=attempts)
+        now = time.monotonic()
+        waited_s = now - request_dict["context"].setdefault("first_answer_at", now)
+        if pause_s is None or waited_s >= RETRY_FOR_S or attempts >= (self.max_attempts or attempts + 1):
+            return None
+        if waited_s > WARN_AFTER_S and "is_warned" not in request_dict["context"]:
+            request_dict["context"]["is_warned"] = True
+            reason = code or status or type(caught_exception).__name__
+            log.warning("%s keeps failing (%s); trying for another %.0f s", endpoint(), reason, RETRY_FOR_S - waited_s)
+        return min(pause_s, RETRY_FOR_S - waited_s)

@@ -1,0 +1,424 @@
+"""Whatever an S3 server or the way to it does, reads and writes succeed afterwards or fail with StorageError: never
+wrong bytes, never part of an object, never without end."""
+
+from __future__ import annotations
+
+import filecmp
+import logging
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, SSLError
+from s3_servers import (  # noqa: F401  (servers is a fixture)
+    ACCESS_KEY,
+    BUCKET,
+    SECRET_KEY,
+    Fault,
+    FaultProxy,
+    Server,
+    fault_proxy,
+    rclone_server,
+    servers,
+    use,
+)
+
+from cluster import s3_client, s3_create
+from cluster.errors import StorageError, StoreUnavailableError
+from cluster.s3_errors import storage_error
+from cluster.storage import Store, store_for
+
+DATA = random.Random(0).randbytes(300_000)
+LARGE = random.Random(1).randbytes(s3_client.PART_BYTES + 54_321)
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits; the client is made after this."""
+    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 15.0)
+    monkeypatch.setattr(s3_client, "READ_TIMEOUT_S", 0.5)
+
+
+@pytest.fixture
+def proxy(
+    request: pytest.FixtureRequest,
+    servers: dict[str, Server],  # noqa: F811
+    patience: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[FaultProxy]:
+    """A proxy that this process's S3 calls go through, before rclone or the server a test names."""
+    with fault_proxy(servers[getattr(request, "param", "rclone")].endpoint) as running:
+        use(monkeypatch, running.endpoint)
+        yield running
+
+
+@pytest.fixture
+def store(proxy: FaultProxy, tmp_path: Path) -> Store:
+    store = store_for(f"s3://{BUCKET}/{tmp_path.name}")
+    store.put("a", DATA)
+    return store
+
+
+before_moto = pytest.mark.parametrize("proxy", ["moto"], indirect=True)
+
+PASSING_FAULTS = {
+    "an internal error": [Fault("answer")],
+    "slow down, twice": [Fault("answer", status=503, code="SlowDown")] * 2,
+    "a closed connection": [Fault("drop")],
+    "no answer": [Fault("hang")],
+    "a trickle": [Fault("slow")],
+    "a body cut short": [Fault("cut")],
+    "bodies cut short, with errors between": [Fault("cut"), Fault("answer"), Fault("cut"), Fault("drop"), Fault("cut")],
+}
+
+
+@pytest.mark.parametrize("faults", PASSING_FAULTS.values(), ids=PASSING_FAULTS)
+def test_reads_survive(store: Store, proxy: FaultProxy, tmp_path: Path, faults: list[Fault]) -> None:
+    proxy.faults = list(faults)
+    assert store.read("a") == DATA
+    proxy.faults = list(faults)
+    buffer = bytearray(200_000)
+    store.open_ranges("a").read_into(77, memoryview(buffer))
+    assert buffer == DATA[77:200_077]
+    proxy.faults = list(faults)
+    store.get_file("a", tmp_path / "local")
+    assert (tmp_path / "local").read_bytes() == DATA
+    assert proxy.faults == []
+
+
+def test_a_listing_survives(store: Store, proxy: FaultProxy) -> None:
+    proxy.faults = [Fault("answer"), Fault("cut"), Fault("drop")]
+    assert store.list() == ["a"]
+    assert proxy.faults == []
+
+
+@pytest.mark.parametrize("kind", ["answer", "drop", "hang", "lost", "cut_upload"])
+def test_writes_survive(store: Store, proxy: FaultProxy, kind: str) -> None:
+    proxy.faults = [Fault(kind, method="PUT")]
+    store.put("a", DATA[::-1])
+    assert store.read("a") == DATA[::-1]
+    assert proxy.faults == []
+
+
+@pytest.mark.parametrize("proxy", ["rclone", "moto"], indirect=True)
+def test_a_multipart_upload_survives_faults_in_its_parts_and_at_its_end(
+    store: Store, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    (tmp_path / "large").write_bytes(LARGE)
+    proxy.faults = [Fault("cut_upload", "PUT", path="partNumber=1"), Fault("answer", "PUT", path="partNumber=2")]
+    proxy.faults += [Fault("lost", "POST", path="uploadId=")]
+    store.put("large", tmp_path / "large")
+    proxy.faults += [Fault("cut", path="large"), Fault("answer", path="large"), Fault("drop", path="large")]
+    store.get_file("large", tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == LARGE
+    assert proxy.faults == []
+
+
+@before_moto
+def test_an_upload_that_fails_for_good_leaves_the_old_object_and_nothing_else(
+    store: Store, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 0.5)
+    (tmp_path / "large").write_bytes(LARGE)
+    proxy.always = [Fault("answer", "PUT", path="partNumber=2")]
+    with pytest.raises(
+        StoreUnavailableError, match=r"/a: http://127\.0\.0\.1:\d+ answered InternalError \(as ordered\)"
+    ):
+        store.put("a", tmp_path / "large")
+    with pytest.raises(StoreUnavailableError):
+        store.put("new", tmp_path / "large")
+    assert store.read("a") == DATA
+    assert store.list() == ["a"]
+    assert "Uploads" not in s3_client.client().list_multipart_uploads(Bucket=BUCKET)
+
+
+@pytest.mark.parametrize("kind", ["answer", "drop", "hang", "bare"])
+def test_what_never_passes_ends_in_an_error_within_bounds(
+    store: Store, proxy: FaultProxy, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 0.4)
+    proxy.always = [Fault(kind), Fault(kind, "PUT")]
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailableError, match=rf"s3://{BUCKET}/.*/a: http://127\.0\.0\.1:\d+ (answered|did not)"):
+        store.read("a")
+    with pytest.raises(StoreUnavailableError):
+        store.get_file("a", tmp_path / "local")
+    if kind != "bare":
+        with pytest.raises(StoreUnavailableError):
+            store.put("new", DATA)
+    assert time.monotonic() - started < 3 * (0.4 + 0.5 + 1.0)  # RETRY_FOR_S, a last attempt, a slow machine
+    assert not (tmp_path / "local").exists()
+    proxy.always = []
+    assert store.list() == ["a"]
+
+
+def test_max_attempts_of_the_aws_settings_is_a_limit_too(
+    store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    s3_client.forget_clients()
+    proxy.always = [Fault("answer")]
+    proxy.requests.clear()
+    with pytest.raises(StoreUnavailableError):
+        store.read("a")
+    assert len(proxy.requests) == 2
+
+
+@before_moto
+def test_a_server_that_ignores_ranges_is_found_out(store: Store, proxy: FaultProxy) -> None:
+    proxy.always = [Fault("whole")]
+    with pytest.raises(StorageError, match=r"ignores ranged reads; read whole objects \(reader=stream\)"):
+        store.read("a", 10, 5)
+
+
+@before_moto
+def test_the_writer_whose_answer_was_lost_still_knows_it_won(store: Store, proxy: FaultProxy) -> None:
+    assert store.create_guarantee().is_exact
+    proxy.faults = [Fault("lost", "PUT", path="COMMIT")]
+    assert store.put_if_absent("COMMIT.json", b"mine")
+    assert proxy.faults == []
+    assert not store.put_if_absent("COMMIT.json", b"mine")
+
+
+def test_a_server_that_dies_and_returns_interrupts_nothing(
+    tmp_path: Path, patience: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = rclone_server(tmp_path)
+    server.start()
+    try:
+        server.wait_until_ready()
+        use(monkeypatch, server.endpoint)
+        monkeypatch.setattr(s3_client, "WARN_AFTER_S", 0.3)
+        store = store_for(f"s3://{BUCKET}/set")
+        for attempt in (lambda: store.put("a", DATA), lambda: store.read("a")):
+            attempt()
+            server.kill()
+            revival = threading.Timer(0.6, server.start)
+            revival.start()
+            attempt()
+            revival.join()
+        assert store.read("a") == DATA
+        assert "keeps failing (EndpointConnectionError); trying for another" in caplog.text
+    finally:
+        server.kill()
+    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 0.5)
+    with pytest.raises(StoreUnavailableError, match=r"did not answer within 0 s.*check that the server runs"):
+        store.read("a")
+
+
+def test_another_secret_is_refused_with_what_to_do(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3_client.forget_clients()
+    for attempt in (store.read, store.exists, store.size, lambda name: store.put(name, b"")):
+        with pytest.raises(StoreUnavailableError, match=r"/a: .*(not accept these credentials|access denied)"):
+            attempt("a")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    s3_client.forget_clients()
+    with pytest.raises(StoreUnavailableError, match=r"no AWS credentials were found; set AWS_PROFILE"):
+        store.read("a")
+
+
+def test_a_missing_bucket_is_named(store: Store) -> None:
+    elsewhere = store_for("s3://no-such-bucket/set")
+    for attempt in (
+        elsewhere.read,
+        elsewhere.size,
+        elsewhere.list,
+        lambda name: elsewhere.put(name, b""),
+        lambda name: elsewhere.put_if_absent(name, b""),
+    ):
+        with pytest.raises(StoreUnavailableError, match=r"there is no bucket 'no-such-bucket' at http.*create it"):
+            attempt("a")
+    with pytest.raises(StorageError, match="names no bucket; give s3://<bucket>/<prefix>"):
+        store_for("s3://")
+
+
+def test_wrong_settings_are_named(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    s3_client.forget_clients()
+    with pytest.raises(StoreUnavailableError, match=r"profile \(nobody\) could not be found; check the AWS settings"):
+        store.read("a")
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "minio:9000")
+    s3_client.forget_clients()
+    with pytest.raises(StoreUnavailableError, match=r"no S3 client can be made \(.*minio:9000.*AWS_ENDPOINT_URL_S3"):
+        store.read("a")
+
+
+def refusal(code: str, status: int = 403) -> ClientError:
+    answer = {"Error": {"Code": code, "Message": "so it says"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(answer, "GetObject")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("AccessDenied", r"may not read there \(so it says\); have that right granted"),
+        ("403", "may not read there"),
+        ("ExpiredToken", "have expired; renew them"),
+        ("RequestTimeTooSkewed", "clock"),
+        ("PermanentRedirect", "another region; set AWS_DEFAULT_REGION"),
+        ("QuotaExceeded", r"answered QuotaExceeded \(so it says\)"),
+    ],
+)
+def test_each_refusal_says_what_to_do(code: str, words: str, proxy: FaultProxy) -> None:
+    error = storage_error(refusal(code), "s3://brains/set/a", doing="read")
+    assert isinstance(error, StoreUnavailableError)
+    assert str(error).startswith("s3://brains/set/a: ")
+    with pytest.raises(StoreUnavailableError, match=words):
+        raise error
+
+
+def test_only_what_may_pass_is_tried_again() -> None:
+    def is_tried(error: Exception | None = None, status: int | None = None, code: str = "") -> bool:
+        return s3_client.pause_before_retry_s(error, status, code, num_attempts=1) is not None
+
+    assert all(is_tried(status=status) for status in (429, 500, 502, 503, 504))
+    assert all(is_tried(status=409, code=code) for code in ("OperationAborted", "ConditionalRequestConflict"))
+    assert not any(is_tried(status=status) for status in (200, 206, 301, 400, 403, 404, 412, 416))
+    assert is_tried(EndpointConnectionError(endpoint_url="http://a"))
+    assert not is_tried(SSLError(endpoint_url="https://a", error="CERTIFICATE_VERIFY_FAILED"))
+    pauses = [s3_client.backoff_s(num_attempts) for num_attempts in range(1, 30)]
+    assert 0.1 <= pauses[0] <= 0.2
+    assert max(pauses) <= s3_client.LONGEST_PAUSE_S
+
+
+def test_checksums_nobody_asked_for_go_to_aws_only(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert s3_client.client().meta.config.request_checksum_calculation == "when_required"
+    assert s3_client.client().meta.config.response_checksum_validation == "when_required"
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    s3_client.forget_clients()
+    assert s3_client.endpoint() == "https://s3.amazonaws.com"
+    assert s3_client.client().meta.config.request_checksum_calculation == "when_supported"
+
+
+def test_no_secret_is_written_or_logged(
+    store: Store,
+    proxy: FaultProxy,
+    servers: dict[str, Server],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    token = "plantedSessionToken4711"
+    monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    s3_client.forget_clients()
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(s3_create, "SETTLES_S", 0.1)
+    messages = []
+    store.put_if_absent("COMMIT.json", DATA)
+    store.create_guarantee()
+    for fault in (Fault("answer"), Fault("cut"), Fault("drop")):
+        proxy.faults = [fault]
+        store.read("a")
+    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 0.2)
+    proxy.always = [Fault("answer", status=403, code="SignatureDoesNotMatch"), Fault("drop", "PUT")]
+    for attempt in (lambda: store.read("a"), lambda: store.put("a", b""), lambda: store.read("missing")):
+        with pytest.raises(StorageError) as caught:
+            attempt()
+        messages += [str(caught.value), repr(caught.value.__cause__)]
+    written = b"".join(path.read_bytes() for path in servers["rclone"].log.parent.rglob("*") if path.is_file())
+    printed = "".join(capfd.readouterr())
+    for secret in (SECRET_KEY, token):
+        assert secret.encode() not in written
+        assert secret not in printed + caplog.text + "".join(messages) + repr(vars(store))
+    assert ACCESS_KEY not in "".join(messages)
+    assert len(caplog.text) > 1000  # something was logged, at DEBUG
+
+
+LARGE_TRANSFER = """
+import re, sys
+from pathlib import Path
+from cluster.storage import store_for
+def peak_kib():  # not ru_maxrss, which starts at the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+store, folder = store_for(sys.argv[1]), Path(sys.argv[2])
+store.put("small", b"1")
+before = peak_kib()
+store.put("large", folder / "large")
+store.get_file("large", folder / "fetched")
+print((peak_kib() - before) / 1024)
+"""
+
+
+@pytest.mark.faults
+def test_memory_stays_bounded_for_an_object_of_any_size(
+    servers: dict[str, Server],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    use(monkeypatch, servers["rclone"].endpoint)
+    with (tmp_path / "large").open("wb") as file:
+        for number in range(300):
+            file.write(random.Random(number).randbytes(1 << 20))
+    command = [sys.executable, "-c", LARGE_TRANSFER, f"s3://{BUCKET}/{tmp_path.name}", str(tmp_path)]
+    growth_mib = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert filecmp.cmp(tmp_path / "large", tmp_path / "fetched", shallow=False)
+    print(f"peak memory grew by {growth_mib:.0f} MiB for 300 MiB")
+    assert growth_mib < 100
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["rclone", "moto"])
+def test_a_writer_killed_at_any_moment_leaves_the_old_object_or_the_new(
+    kind: str,
+    servers: dict[str, Server],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    use(monkeypatch, servers[kind].endpoint)
+    store = store_for(f"s3://{BUCKET}/{tmp_path.name}")
+    (tmp_path / "large").write_bytes(LARGE)
+    script = "import sys; from pathlib import Path; from cluster.storage import store_for; s = store_for(sys.argv[1])\n"
+    script += "s.exists('a'); print(flush=True); s.put('a', Path(sys.argv[2])); s.put('new', Path(sys.argv[2]))"
+    outcomes = set()
+    for number in range(12):
+        store.put("a", DATA)
+        store.delete("new")
+        command = [sys.executable, "-c", script, store.location, str(tmp_path / "large")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(number * 0.05)
+            writer.kill()
+        content = store.read("a")
+        assert content in (DATA, LARGE)
+        assert not store.exists("new") or store.read("new") == LARGE
+        outcomes.add(len(content))
+    assert len(outcomes) == 2, "no kill came before the end, or none after it"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("proxy", ["rclone", "moto"], indirect=True)
+def test_a_storm_of_faults_never_changes_a_byte(store: Store, proxy: FaultProxy, tmp_path: Path) -> None:
+    generator = random.Random(4)
+    expected = {"a": DATA}
+    for number in range(120):
+        kinds = generator.choices(["answer", "drop", "cut", "slow", "lost", "cut_upload"], k=generator.randint(0, 3))
+        proxy.faults = [Fault(kind, generator.choice(["GET", "PUT", "HEAD", "POST"])) for kind in kinds]
+        name = generator.choice("abc")
+        action = generator.choice(["put", "read", "range", "fetch", "list", "delete"])
+        if action == "put":
+            expected[name] = generator.randbytes(generator.choice([0, 1, 1000, 300_000, s3_client.PART_BYTES + 1]))
+            store.put(name, expected[name])
+        elif action == "delete":
+            store.delete(name)
+            expected.pop(name, None)
+        elif action == "list":
+            assert store.list() == sorted(expected)
+        elif name not in expected:
+            assert not store.exists(name)
+        elif action == "read":
+            assert store.read(name) == expected[name]
+        elif action == "fetch":
+            store.get_file(name, tmp_path / str(number))
+            assert (tmp_path / str(number)).read_bytes() == expected[name]
+        elif len(expected[name]) > 1:
+            first, last = sorted(generator.sample(range(len(expected[name])), 2))
+            assert store.read(name, first, last - first) == expected[name][first:last]
