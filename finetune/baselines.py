@@ -16,6 +16,9 @@ from sklearn.model_selection import StratifiedKFold
 
 from finetune.errors import FinetuneError
 
+# Of a calibration: held-out logits that point the wrong way are made small, not turned round.
+SMALLEST_SLOPE = 0.05
+
 
 @dataclass
 class LogisticConfig:
@@ -88,9 +91,11 @@ class LogisticFit:
 def fit_logistic(
     features: np.ndarray, is_case: np.ndarray, *, sites: np.ndarray, config: LogisticConfig
 ) -> LogisticFit:
-    """L2 logistic regression whose strength had the best AUROC in stratified inner folds (ties: strongest penalty).
+    """L2 logistic regression whose strength had the best AUROC in stratified inner folds; ties: the strongest penalty.
 
-    Standardisation is redone inside every fold, so no fold's test subject touches its training.
+    Its logits are then scaled and shifted to fit the inner folds' held-out subjects (Platt 1999), both classes counting
+    alike: a fit that separates few subjects with many features is overconfident. Standardisation is redone inside every
+    fold, so no fold's test subject touches its training.
     """
     smallest = int(min(is_case.sum(), (~is_case).sum()))
     if smallest < 2:
@@ -105,10 +110,17 @@ def fit_logistic(
             held_out[index, test] = asked @ weights + bias
     quality = [roc_auc_score(is_case, values) for values in held_out]
     best = int(np.argmax(quality))
+    slope, shift = _calibration(held_out[best], is_case)
     scale = standardiser(features, sites, by_site=config.regress_out_site)
     strength = sorted(config.strengths)[best]
     weights, bias = _solve(scale.apply(features, sites), is_case, strength)
-    return LogisticFit(scale, weights, bias, strength, float(quality[best]))
+    return LogisticFit(scale, slope * weights, slope * bias + shift, strength, float(quality[best]))
+
+
+def _calibration(values: np.ndarray, is_case: np.ndarray) -> tuple[float, float]:
+    """Slope (kept above 0, so ranks stay) and shift that make held-out logits fit, both classes counting alike."""
+    model = LogisticRegression(C=1e3, class_weight="balanced", max_iter=2000).fit(values[:, None], is_case)
+    return max(float(model.coef_[0, 0]), SMALLEST_SLOPE), float(model.intercept_[0])
 
 
 def _solve(features: np.ndarray, is_case: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
@@ -126,3 +138,9 @@ def site_prevalence(train_sites: np.ndarray, train_is_case: np.ndarray, sites: n
     overall = float(train_is_case.mean())
     shares = {str(site): float(train_is_case[train_sites == site].mean()) for site in np.unique(train_sites)}
     return np.array([shares.get(str(site), overall) for site in sites])
+
+
+def log_odds(shares: np.ndarray) -> np.ndarray:
+    """Logit of each share, kept finite: shares below 0.001 and above 0.999 count as those."""
+    inside = np.clip(shares, 0.001, 0.999)
+    return np.log(inside / (1 - inside))

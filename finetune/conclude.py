@@ -8,13 +8,13 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from brain_models import bundle
 from brain_models.bundle import Bundle, HeadSpec, StemSpec
 from cluster.storage import Store, store_for
 from finetune import report
-from finetune.baselines import fit_logistic, site_prevalence
+from finetune.baselines import fit_logistic, log_odds, site_prevalence
 from finetune.connectomes import read_connectomes
 from finetune.evaluation import Scores, choose_threshold, evaluate
 from finetune.probe import ProbeResult
@@ -96,7 +96,7 @@ class Publisher:
     def publish(self, task: AdhdClassification, probe: ProbeResult | None, seconds: Mapping[str, float]) -> dict:
         """Write and register everything; the numbers of metrics.json."""
         started = time.monotonic()
-        threshold = best_cut(self.scores)
+        threshold = cut(self.setup.config.threshold, self.scores)
         self._write_bundle(task, threshold)
         rows = {report.MODEL: self._classifier(self.scores, threshold, self._chosen(probe))} | self._baselines()
         seconds = {**seconds, "baselines": time.monotonic() - started}
@@ -136,10 +136,13 @@ class Publisher:
             names = tuple(known[split])
             values = fit.score(table.rows(known[split]), split_sites)
             connectivity[split] = Scores(names, values, truth, split_sites)
-            site_only[split] = Scores(names, site_prevalence(sites, is_case, split_sites), truth, split_sites)
+            odds = log_odds(site_prevalence(sites, is_case, split_sites))
+            site_only[split] = Scores(names, odds, truth, split_sites)
         note = f"{table.num_regions} regions, C = {fit.strength:g} chosen on training subjects"
         rows = {"connectivity + logistic": (connectivity, note), "site alone": (site_only, "the site's share of cases")}
-        return {name: self._classifier(scores, best_cut(scores), note) for name, (scores, note) in rows.items()}
+        return {
+            name: self._classifier(scores, cut(config.threshold, scores), note) for name, (scores, note) in rows.items()
+        }
 
     def _write_bundle(self, task: AdhdClassification, threshold: float) -> None:
         setup = self.setup
@@ -220,8 +223,10 @@ class Publisher:
             store.put(path.relative_to(self.folder).as_posix(), path)
 
 
-def best_cut(scores: Mapping[str, Scores]) -> float:
-    """The threshold with the best balanced accuracy on validation subjects."""
+def cut(rule: Literal["validation", "half"], scores: Mapping[str, Scores]) -> float:
+    """The logit above which a subject is called a case: best on validation subjects, or 0 (even odds)."""
+    if rule == "half":
+        return 0.0
     return choose_threshold(scores["validation"].values, scores["validation"].is_case)
 
 

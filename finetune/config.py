@@ -45,6 +45,7 @@ class FinetuneConfig:
     task: AdhdConfig
     data: DataConfig
     choose: Literal["best", "last"]  # which commit is evaluated and registered: by checkpoint.best_metric, or the last
+    threshold: Literal["validation", "half"]  # a case from the best cut on validation subjects, or from even odds
     bootstrap: BootstrapConfig
     baselines: LogisticConfig
     train: TrainConfig
@@ -59,5 +60,5 @@ class PredictConfig:
     classifier: str  # a registered model, models:/name@alias
     scans: list[str]  # NIfTI files, folders or glob patterns
     brain_masks: bool  # look for a desc-brain_mask beside each scan
-    uri: str
+    tracking_uri: str
     out: str

@@ -91,5 +91,5 @@ def scores_by_site(scores: Scores, *, threshold: float) -> str:
     axes.axhline(threshold, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(sites)), sites)
     axes.set_ylabel("score (logit)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _as_svg(figure)

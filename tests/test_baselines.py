@@ -34,15 +34,30 @@ def test_a_region_not_measured_or_constant_has_no_connectivity() -> None:
         connectivity(series[:2])
 
 
-def test_logistic_equals_scikit_learn_at_the_strength_it_chose() -> None:
+def test_logistic_ranks_as_scikit_learn_does_and_its_logits_are_calibrated() -> None:
     generator = np.random.default_rng(1)
     is_case = generator.random(60) < 0.5
     features = generator.normal(size=(60, 200)) + 0.4 * is_case[:, None] * (np.arange(200) < 20)
     fit = fit_logistic(features, is_case, sites=np.full(60, "a"), config=CONFIG)
     scaled = (features - features.mean(axis=0)) / features.std(axis=0)
     reference = LogisticRegression(C=fit.strength, max_iter=2000, tol=1e-8).fit(scaled, is_case)
-    np.testing.assert_allclose(fit.score(features, np.full(60, "a")), reference.decision_function(scaled), atol=5e-3)
+    ours, theirs = fit.score(features, np.full(60, "a")), reference.decision_function(scaled)
+    slope, shift = np.polyfit(theirs, ours, 1)
+    np.testing.assert_allclose(ours, slope * theirs + shift, atol=5e-3)
+    assert slope > 0
     assert fit.inner_auroc > 0.6
+
+
+def test_an_overconfident_fit_is_calibrated_on_held_out_folds() -> None:
+    generator = np.random.default_rng(4)
+    is_case = np.arange(400) % 4 == 0
+    features = generator.normal(size=(400, 300)) + 0.35 * is_case[:, None] * (np.arange(300) < 30)
+    config = LogisticConfig(strengths=[10.0], num_folds=5, regress_out_site=False, seed=0)
+    sites = np.full(200, "a")
+    fit = fit_logistic(features[:200], is_case[:200], sites=sites, config=config)
+    held_out = fit.score(features[200:], sites)
+    slope = LogisticRegression(C=1e3, class_weight="balanced").fit(held_out[:, None], is_case[200:]).coef_[0, 0]
+    assert 0.5 < slope < 2
 
 
 def test_penalty_is_chosen_honestly_so_noise_scores_near_chance_inside() -> None:
