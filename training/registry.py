@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
-import subprocess
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import brain_models
+from brain_models.bundle import code_commit
 from training.errors import RegistryError
 from training.tracking import experiment_id, mlflow_environment
 
@@ -25,6 +26,7 @@ SERVED_PACKAGES = (
     "scipy",
     "pandas",
     "nibabel",
+    "isal",
     "safetensors",
     "einops",
     "jaxtyping",
@@ -42,10 +44,17 @@ def register(
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
+
+    columns = {"bold": AnyType(), "t1w": AnyType(), "brain_mask": DataType.string, "repetition_time_s": DataType.double}
+    inputs = Schema([ColSpec(kind, column, required=False) for column, kind in columns.items()])
     tags = {**tags, **source_tags()}
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     mlflow.set_experiment(experiment_id=experiment_id(client, experiment, uri))
-    with mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
+    with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
+        for advice in ("Add type hints", "An input example was not provided"):  # the signature below says it all
+            warnings.filterwarnings("ignore", message=f".*{advice}")
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(CODE_FOLDER / "served.py"),
@@ -53,6 +62,7 @@ def register(
             code_paths=[str(CODE_FOLDER)],
             pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVED_PACKAGES],
             registered_model_name=name,
+            signature=ModelSignature(inputs=inputs),
         )
     version = str(logged.registered_model_version)
     for key, value in tags.items():
@@ -108,17 +118,7 @@ def version_tags(model: str, *, uri: str) -> dict[str, str]:
 
 def source_tags() -> dict[str, str]:
     """The git commit of this repository ('unknown' outside one) and the hash of the code that travels along."""
-    return {"callosum.git_commit": git_commit(), CODE_HASH_TAG: code_hash(CODE_FOLDER)}
-
-
-def git_commit() -> str:
-    """The commit checked out where brain_models lives, with '+changes' when files differ from it."""
-    git = ["git", "-C", str(CODE_FOLDER)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
-        return "unknown"
-    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return {"callosum.git_commit": code_commit(), CODE_HASH_TAG: code_hash(CODE_FOLDER)}
 
 
 def code_hash(folder: Path) -> str:
