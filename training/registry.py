@@ -47,7 +47,12 @@ def register(
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
-    columns = {"bold": AnyType(), "t1w": AnyType(), "brain_mask": DataType.string, "repetition_time_s": DataType.double}
+    columns: dict[str, AnyType | DataType] = {
+        "bold": AnyType(),
+        "t1w": AnyType(),
+        "brain_mask": DataType.string,
+        "repetition_time_s": DataType.double,
+    }
     inputs = Schema([ColSpec(kind, column, required=False) for column, kind in columns.items()])
     tags = {**tags, **source_tags()}
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
