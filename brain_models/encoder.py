@@ -19,7 +19,7 @@ from brain_models.patches import PatchLayout
 
 TokenKind = Literal["bold", "t1"]
 
-# Over these distances positions stop resembling one another: a patch and its neighbours do, far ends of the head do not.
+# Distances over which two positions stop resembling one another: neighbouring patches do, far ends of the head do not.
 LENGTHS_MM = (12.0, 48.0)
 LENGTHS_S = (4.0, 16.0)
 LENGTHS = (LENGTHS_MM, LENGTHS_MM, LENGTHS_MM, LENGTHS_S)

@@ -28,7 +28,7 @@ class DataConfig:
 class RegisterConfig:
     """Under which name the backbone enters the registry."""
 
-    name: str
+    names: dict[str, str]  # by kind
     alias: str
 
 

@@ -130,7 +130,7 @@ class MaskedVolumes(Task):
         stem.voxel_offset.copy_(mean)
         stem.voxel_scale.copy_(deviation)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """The loss: weighted squared error over measured voxels of hidden tokens, divided by a constant."""
         choice = self.masker.choose(batch.sample_seed)
         features = self._features(batch)
@@ -140,7 +140,7 @@ class MaskedVolumes(Task):
         squared = (residual * counted).square().sum(dim=(1, 2))
         return {"loss": (batch.weight * squared).sum() / self.loss_constant}
 
-    def predict(self, batch: Batch) -> dict[str, Tensor]:
+    def predict(self, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Per sample and region (the last column: no region): squared error of the model and of each reference, total
         about the training mean, and the number of values they are summed over."""
         choice = self.masker.choose(batch.sample_seed)
@@ -208,8 +208,9 @@ class MaskedVolumes(Task):
     ) -> Float[Tensor, "batch hidden feature"]:
         """Standardised voxels of the hidden tokens, guessed from the visible ones."""
         positions = self.encoder.positions(self.kind, self.masker.num_tubelets, batch.repetition_time_s)
-        encoded = self.encoder(_at(features, choice.visible), _at(positions, choice.visible), self.kind)
-        return self.decoder(encoded, _at(positions, choice.hidden))
+        visible_positions = _at(positions, choice.visible)
+        encoded = self.encoder(_at(features, choice.visible), visible_positions, self.kind)
+        return self.decoder(encoded, visible_positions, _at(positions, choice.hidden))
 
     def _weights(self, batch: Batch, choice: TokenChoice) -> Float[Tensor, "batch hidden feature"]:
         """The voxel's scale where a hidden feature stands for a measured voxel, else 0."""

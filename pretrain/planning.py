@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from torch import nn
+
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
 from data_sharding.errors import ShardError
@@ -83,6 +85,8 @@ def number_problems(config: PretrainConfig) -> list[str]:
         problems.append(f"baselines.ridge_penalties: {baselines.ridge_penalties}; give at least one, all above 0")
     if not 0 < baselines.choice_share < 1:
         problems.append(f"baselines.choice_share: {baselines.choice_share}; give a share between 0 and 1")
+    if config.register is not None and config.kind not in config.register.names:
+        problems.append(f"register.names: no name for kind={config.kind}; add register.names.{config.kind}=<name>")
     if config.weight_decay < 0:
         problems.append(f"weight_decay: {config.weight_decay}; must not be negative")
     return problems
@@ -164,6 +168,6 @@ def ridge_bytes(geometry: Geometry) -> int:
     return 2 * (8 * patches * patches + 4 * patches * geometry.space.num_voxels)
 
 
-def count(module: MaskedVolumes | object) -> int:
+def count(module: nn.Module) -> int:
     """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())  # type: ignore[attr-defined]
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -185,7 +185,7 @@ class Exporter:
             }
             summary["registered"] = registry.register(
                 self.folder,
-                name=config.register.name,
+                name=config.register.names[config.kind],
                 alias=config.register.alias,
                 tags=tags,
                 uri=config.train.tracking.uri,

@@ -209,8 +209,8 @@ def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) ->
     assert task.references.penalty == 1e-3
     with torch.no_grad():
         metrics = task.metrics(task.predict(training[0]))
-    assert metrics["r2/ridge"] > 0.97
-    assert metrics["r2/neighbour"] > 0.95
+    assert metrics["r2/ridge"] > 0.95
+    assert metrics["r2/neighbour"] > 0.9
     assert metrics["r2"] < 0.5
 
 
