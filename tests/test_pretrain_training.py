@@ -1,0 +1,174 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_scans import sharding_config
+
+from brain_models import bundle
+from configs.entry import compose
+from configs.parse import parse
+from data_sharding.build import build
+from data_sharding.config import SplitConfig
+from data_sharding.phantom.config import PhantomConfig
+from data_sharding.phantom.write import write_phantom
+from data_sharding.reader import BatchSource, open_set
+from pretrain.config import PretrainConfig
+from pretrain.masking import Masker
+from pretrain.planning import plan, validate
+from pretrain.train import build_task, geometry_of, reader_config, train
+from training import registry
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pretrain")
+    overrides = [f"out={folder / 'bids'}", "num_subjects=14", "num_frames=48", "spacing_mm=12.0", "t1_spacing_mm=12.0"]
+    write_phantom(parse(compose("phantom", [*overrides, "num_processes=1"]), PhantomConfig))
+    config = sharding_config(folder / "bids", folder / "set")
+    build(
+        dataclasses.replace(config, atlas="template", splits=SplitConfig("ranked", 0, None, None, 3, 2, None, [], None))
+    )
+    return str(folder / "set")
+
+
+def config_of(shards: str, folder: Path, *overrides: str, kind: str = "bold") -> PretrainConfig:
+    """A tiny model for a 12 mm set, in this process."""
+    small = [
+        f"experiment=demo_{kind}",
+        f"shards={shards}",
+        f"run.folder={folder / 'run'}",
+        f"run.scratch={folder / 'scratch'}",
+        f"windows.{kind}.patch_voxels=3",
+        "engine=plain",
+        "cluster=inline",
+        "cluster.num_workers=1",
+        "model.encoder.width=32",
+        "model.decoder.width=32",
+        "model.encoder.depth=1",
+        "model.decoder.depth=1",
+        "data.num_workers=0",
+        "baselines.fit_samples=64",
+        "train.steps=60",
+        "train.schedule.warmup_steps=5",
+        "train.evaluation.every_steps=10",
+        "train.tracking.uri=null",
+    ]
+    return parse(compose("pretrain", [*small, *overrides]), PretrainConfig)
+
+
+def validation_losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [row["value"] for row in rows if row["key"] == "validation/loss"]
+
+
+@pytest.mark.parametrize("kind", ["bold", "t1"])
+def test_a_short_run_lowers_the_validation_loss_below_the_mean_and_its_bundle_loads(
+    shards: str, tmp_path: Path, kind: str
+) -> None:
+    config = config_of(shards, tmp_path, kind=kind)
+    summary = train(config)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == json.loads(json.dumps(summary))
+    report = summary["reconstruction"]["validation"]  # type: ignore[index]
+    losses = validation_losses(tmp_path)
+    assert losses[-1] < losses[0]
+    assert report["r2"] > 0.02
+    assert report["mean"] == 0
+    assert {"neighbour", "ridge", "groups", "regions"} <= report.keys()
+    loaded = bundle.load(tmp_path / "run" / "bundle")
+    stem = loaded.encoder.stem(config.kind)
+    assert float(stem.voxel_offset.abs().max()) > 0
+    assert loaded.stems[config.kind].window_frames == config.window.window_frames
+
+
+def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: str, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    overrides = ["train.steps=6", f"train.tracking.uri={uri}", "train.evaluation.subset=4"]
+    summary = train(config_of(shards, tmp_path, *overrides))
+    assert summary["registered"] == "callosum-bold@candidate"
+    encoder = bundle.load(registry.pull("callosum-bold@candidate", tmp_path / "pulled", uri=uri)).encoder
+    tags = registry.version_tags("callosum-bold@candidate", uri=uri)
+    assert tags["callosum.set_fingerprint"] == open_set(shards).fingerprint
+    again = config_of(shards, tmp_path / "again", *overrides)
+    task = build_task(again, geometry_of(again, open_set(shards)))
+    task.load_registered(tmp_path / "run" / "bundle")
+    theirs = encoder.state_dict()
+    assert all(torch.equal(values, theirs[name]) for name, values in task.encoder.state_dict().items())
+
+
+def test_every_arm_trains_on_the_same_number_of_hidden_tokens(shards: str, tmp_path: Path) -> None:
+    budgets = set()
+    for kind in ("random", "tube", "region", "future"):
+        config = config_of(shards, tmp_path, f"masking={kind}", "windows.bold.tubelet_frames=2")
+        masker = geometry_of(config, open_set(shards)).masker(config.masking)
+        assert isinstance(masker, Masker)
+        budgets.add(masker.num_hidden)
+    assert len(budgets) == 1
+
+
+def test_plan_says_the_samples_and_bytes_that_reading_then_finds(shards: str, tmp_path: Path) -> None:
+    config = config_of(shards, tmp_path)
+    shard_set = open_set(shards)
+    source = BatchSource(shard_set, reader_config(config), rank=0, world_size=1)
+    text = plan(config)
+    assert f"{source.num_samples_per_epoch:,} of the train split" in text
+    values = 60 * 16 * 4 * shard_set.space.num_voxels
+    assert f"bytes read        {values:,} " in text
+    task = build_task(config, geometry_of(config, shard_set))
+    assert f"{sum(p.numel() for p in task.encoder.parameters()):,} encoder" in text
+    assert f"{task.masker.num_tokens:,}, {task.masker.num_hidden:,} of them hidden" in text
+
+
+def test_validate_lists_every_problem_with_its_key(shards: str, tmp_path: Path) -> None:
+    assert validate(config_of(shards, tmp_path)) == []
+    overrides = [
+        "masking.groups=[limbic]",
+        "windows.bold.window_frames=400",
+        "model.decoder.width=30",
+        "train.evaluation.split=dev",
+        "cluster.num_workers=2",
+        "weight_decay=-1",
+    ]
+    problems = "\n".join(validate(config_of(shards, tmp_path, *overrides)))
+    assert "of the groups ['limbic'] reaches" in problems
+    assert "windows.bold.window_frames: 400, but the longest run of split 'train' has 48 frames" in problems
+    assert "model.decoder.width: 30 is no multiple of model.encoder.num_heads 4" in problems
+    assert "no bold scan in split 'dev'" in problems
+    assert "plain runs in one process" in problems
+    assert "weight_decay: -1" in problems
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["atlas=aal3"], r"atlas=aal3: .* holds \['template'\]; choose one of them"),
+        (["shards=/nowhere"], "/nowhere holds no shard set"),
+        (["masking.groups=[limbick]"], r"no group \['limbick'\] in this atlas; it has"),
+        (["windows.bold.window_frames=5"], "5 is no multiple of tubelet_frames 4"),
+        (["masking=future"], "'future' needs windows of at least 2 tubelets"),
+        (["kind=t1", "windows.t1.window_frames=2"], "a T1 is one frame; set it to 1"),
+    ],
+)
+def test_validate_says_what_is_wrong_and_what_to_do(
+    shards: str, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    (problem,) = validate(config_of(shards, tmp_path, *overrides))
+    assert re.search(message, problem)
+
+
+@pytest.mark.parametrize(("model", "millions"), [("tiny", 0.45), ("small", 22), ("base", 86), ("large", 304)])
+def test_model_sizes_are_what_their_headers_say(shards: str, tmp_path: Path, model: str, millions: float) -> None:
+    overrides = [
+        f"shards={shards}",
+        f"run.folder={tmp_path}",
+        "kind=bold",
+        f"model={model}",
+        "windows.bold.patch_voxels=3",
+    ]
+    config = parse(compose("pretrain", overrides), PretrainConfig)
+    geometry = geometry_of(config, open_set(shards))
+    with torch.device("meta"):
+        encoder = bundle.BrainEncoder(config.model.encoder, {"bold": (geometry.layout, 4)})
+    assert sum(parameter.numel() for parameter in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
