@@ -21,6 +21,7 @@ from brain_models.errors import ScanError
 
 ScanKind = Literal["bold", "t1w"]
 
+BLOCK_BYTES = 1 << 20
 MAX_FRAME_VOXELS = 1 << 29  # 800^3: no scanner makes more; a header that says more lies
 SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "unknown": 1.0}
 
@@ -41,6 +42,7 @@ class ScanHeader:
     shape: tuple[int, int, int]
     affine: np.ndarray  # float64 [4, 4], voxel index -> mm
     has_orientation: bool  # False: sform and qform codes are 0, so left and right are unknown
+    conflict_mm: float  # how far the qform would put a corner from where the sform, which is used, puts it
     num_frames: int
     repetition_time_s: float | None
     dtype: np.dtype
@@ -58,20 +60,27 @@ def read_header(path: Path | str, kind: ScanKind) -> ScanHeader:
     path = Path(path)
     header, is_single = _parse(path)
     shape = _shape(path, header, kind)
-    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    try:
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        slope, intercept = header.get_slope_inter()
+        data_offset = int(header.get_data_offset())
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise ScanError(f"{path}: damaged NIfTI header ({error}); convert the scan again") from error
+    if data_offset < 0:
+        raise ScanError(f"{path}: the header puts the data at byte {data_offset}; convert the scan again")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ScanError(f"{path}: the affine is singular or not finite; restore the geometry")
-    slope, intercept = header.get_slope_inter()
     return ScanHeader(
         path=path,
         data_path=path if is_single else _data_file(path),
         shape=shape[:3],
         affine=affine,
         has_orientation=bool(header["qform_code"] or header["sform_code"]),
+        conflict_mm=_conflict_mm(header, shape[:3]),
         num_frames=shape[3],
         repetition_time_s=_repetition_time_s(header),
         dtype=_dtype(path, header),
-        data_offset=int(header.get_data_offset()),
+        data_offset=data_offset,
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
     )
@@ -82,7 +91,8 @@ def stream_frames(header: ScanHeader, frames_a_block: int = 16) -> Iterator[np.n
     frame_voxels = int(np.prod(header.shape))
     frame_bytes = frame_voxels * header.dtype.itemsize
     with _opened(header.data_path) as file:
-        _read(file, header.data_offset, header, frame=0)
+        for done in range(0, header.data_offset, BLOCK_BYTES):  # piecewise: an offset may lie, too
+            _read(file, min(BLOCK_BYTES, header.data_offset - done), header, frame=0)
         for first in range(0, header.num_frames, frames_a_block):
             count = min(frames_a_block, header.num_frames - first)
             block = np.empty((count, frame_voxels), dtype=np.float32)
@@ -164,6 +174,19 @@ def _shape(path: Path, header: Any, kind: ScanKind) -> tuple[int, int, int, int]
     if kind == "t1w" and (len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] != 1)):
         raise ScanError(f"{path}: shape {full} where one 3D T1w image is expected; average or select the repeats")
     return (*shape, 1)[:4]  # type: ignore[return-value]
+
+
+def _conflict_mm(header: Any, shape: tuple[int, ...]) -> float:
+    """0 where only one of the two geometries is given, or the qform is no rotation."""
+    if not (header["qform_code"] and header["sform_code"]):
+        return 0.0
+    try:
+        difference = header.get_sform() - header.get_qform()
+    except HeaderDataError:
+        return 0.0
+    corners = np.stack(np.meshgrid(*([0, size - 1] for size in shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    distances_mm = np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1)
+    return float(distances_mm.max()) if np.isfinite(distances_mm).all() else 0.0
 
 
 def _dtype(path: Path, header: Any) -> np.dtype:

@@ -1,11 +1,13 @@
-"""Scan -> packed array: the one code path used by the sharder and by the served model.
+"""Scan -> packed array -> stored array: the one code path used by the sharder and by the served model.
 
-Promise: training and serving see the same numbers, because both call the functions of this file. What the field of view
-did not cover, what never varies and what is not finite is marked not measured, never filled in.
+Promise: training and serving see the same numbers, because both call the functions of this file (and of cleaning.py in
+between). What the field of view did not cover, what never varies and what is not finite is marked not measured, never
+filled in.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Int8, UInt8
@@ -22,6 +24,9 @@ NOT_MEASURED = -128
 MAD_TO_SIGMA = 1.4826  # of a Gaussian
 VOXELS_A_BLOCK = 1 << 14  # bounds the copies of the median
 
+BoldType = Literal["int8", "float16"]
+UnknownOrientation = Literal["refuse", "accept_as_stored"]
+
 
 @dataclass(frozen=True)
 class PackedScan:
@@ -34,16 +39,17 @@ class PackedScan:
 
 @dataclass(frozen=True)
 class StandardisedRun:
-    """A BOLD run as it is stored: x = mean + scale * quantised / 21; -128 where not measured."""
+    """A BOLD run as it is stored: x = mean + scale * quantised / 21, -128 where not measured; or, as float16,
+    x = mean + scale * quantised, NaN where not measured."""
 
     mean: Float32[np.ndarray, "voxel"]
     scale: Float32[np.ndarray, "voxel"]
-    quantised: Int8[np.ndarray, "time voxel"]
+    quantised: Int8[np.ndarray, "time voxel"] | Float16[np.ndarray, "time voxel"]
     clipped_fraction: Float32[np.ndarray, "time"]
 
     @property
     def is_measured(self) -> Bool[np.ndarray, "voxel"]:
-        return self.quantised[0] != NOT_MEASURED
+        return measured(self.quantised)
 
 
 @dataclass(frozen=True)
@@ -56,28 +62,48 @@ class StandardisedT1:
 
 
 def pack_bold(
-    path: Path | str, space: BrainSpace, *, brain_mask: Path | None, transform: Transform | None = None
+    path: Path | str,
+    space: BrainSpace,
+    *,
+    brain_mask: Path | None,
+    transform: Transform | None = None,
+    unknown_orientation: UnknownOrientation = "refuse",
 ) -> PackedScan:
     """Returns a run on `space`; voxels outside `brain_mask` (a NIfTI file) count as not measured.
 
     A raw run needs its `transform`: each frame is then sampled once, at the places its head had moved to.
     """
-    return _pack(read_header(path, "bold"), space, brain_mask, transform)
+    header = read_header(path, "bold")
+    _require_orientation(header, unknown_orientation)
+    return _pack(header, space, brain_mask, transform)
 
 
 def pack_t1(
-    path: Path | str, space: BrainSpace, *, brain_mask: Path | None, transform: Transform | None = None
+    path: Path | str,
+    space: BrainSpace,
+    *,
+    brain_mask: Path | None,
+    transform: Transform | None = None,
+    unknown_orientation: UnknownOrientation = "refuse",
 ) -> PackedScan:
     """Returns a T1 on `space` as one frame; voxels outside `brain_mask` (a NIfTI file) count as not measured.
 
     A raw T1 needs its `transform`; the mask lies in the scan's own space.
     """
-    return _pack(read_header(path, "t1w"), space, brain_mask, transform)
+    header = read_header(path, "t1w")
+    _require_orientation(header, unknown_orientation)
+    return _pack(header, space, brain_mask, transform)
+
+
+def _require_orientation(header: ScanHeader, policy: UnknownOrientation) -> None:
+    if not header.has_orientation and policy == "refuse":
+        raise ScanError(
+            f"{header.path}: sform and qform codes are 0: left and right are unknown; restore the geometry, or take "
+            "the axes as they are stored (right to left, back to front, up) by unknown_orientation=accept_as_stored"
+        )
 
 
 def _pack(header: ScanHeader, space: BrainSpace, brain_mask: Path | None, transform: Transform | None) -> PackedScan:
-    if not header.has_orientation:
-        raise ScanError(f"{header.path}: sform and qform codes are 0: left and right are unknown; restore the geometry")
     resampler = resampler_for(header, space, transform)
     is_measured = resampler.is_covered.copy()
     if brain_mask is not None:
@@ -100,15 +126,15 @@ def _pack(header: ScanHeader, space: BrainSpace, brain_mask: Path | None, transf
     return PackedScan(values, is_measured, header)
 
 
-def standardise_bold(packed: PackedScan) -> StandardisedRun:
-    """Returns the run in robust units: (x - mean) / (1.4826 * median absolute deviation), in 1/21, clipped at 6.
+def standardise_bold(packed: PackedScan, *, stored_as: BoldType = "int8") -> StandardisedRun:
+    """Returns the run in robust units: (x - mean) / (1.4826 * median absolute deviation), clipped at 6; int8 in 1/21.
 
     A voxel that never varies is not measured. ScanError when no voxel varies.
     """
     num_frames, num_voxels = packed.values.shape
     mean = np.zeros(num_voxels, dtype=np.float32)
     scale = np.zeros(num_voxels, dtype=np.float32)
-    quantised = np.full((num_frames, num_voxels), NOT_MEASURED, dtype=np.int8)
+    quantised = np.empty((num_frames, num_voxels), dtype=stored_as)
     num_clipped = np.zeros(num_frames, dtype=np.int64)
     for start in range(0, num_voxels, VOXELS_A_BLOCK):
         block = slice(start, start + VOXELS_A_BLOCK)
@@ -118,13 +144,22 @@ def standardise_bold(packed: PackedScan) -> StandardisedRun:
         varies = packed.is_measured[block] & (scales > 1e-6 * np.abs(means)) & (scales > 0)
         units = (voxels - means[:, None]) / np.where(varies, scales, 1)[:, None]
         num_clipped += ((np.abs(units) > CLIP_AT) & varies[:, None]).sum(axis=0)
-        coded = np.rint(np.clip(units, -CLIP_AT, CLIP_AT) * UNITS_PER_SCALE).astype(np.int8)
-        quantised[:, block] = np.where(varies[:, None], coded, np.int8(NOT_MEASURED)).T
+        np.clip(units, -CLIP_AT, CLIP_AT, out=units)
+        quantised[:, block] = _coded(units, varies, stored_as).T
         mean[block], scale[block] = np.where(varies, means, 0), np.where(varies, scales, 0)
-    num_measured = int((quantised[0] != NOT_MEASURED).sum())
+    num_measured = int((scale > 0).sum())
     if num_measured == 0:
         raise ScanError(f"{packed.header.path}: no voxel varies over time; this is not a BOLD run")
     return StandardisedRun(mean, scale, quantised, (num_clipped / num_measured).astype(np.float32))
+
+
+def _coded(
+    units: Float32[np.ndarray, "voxel time"], varies: Bool[np.ndarray, "voxel"], stored_as: BoldType
+) -> np.ndarray:
+    if stored_as == "float16":
+        return np.where(varies[:, None], units, np.nan).astype(np.float16)
+    coded = np.rint(units * UNITS_PER_SCALE).astype(np.int8)
+    return np.where(varies[:, None], coded, np.int8(NOT_MEASURED))
 
 
 def standardise_t1(packed: PackedScan) -> StandardisedT1:
@@ -137,9 +172,20 @@ def standardise_t1(packed: PackedScan) -> StandardisedT1:
     return StandardisedT1(values.astype(np.float16), mean, std)
 
 
-def dequantise(quantised: Int8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+def dequantise(
+    quantised: Int8[np.ndarray, "*shape"] | Float16[np.ndarray, "*shape"],
+) -> Float32[np.ndarray, "*shape"]:
     """Returns values in robust units; 0.0 where not measured."""
+    if quantised.dtype == np.float16:
+        return np.nan_to_num(quantised.astype(np.float32))
     return _DEQUANTISED[quantised.view(np.uint8)]
+
+
+def measured(
+    quantised: Int8[np.ndarray, "time voxel"] | Float16[np.ndarray, "time voxel"],
+) -> Bool[np.ndarray, "voxel"]:
+    """Returns which voxels of a stored run were measured."""
+    return ~np.isnan(quantised[0]) if quantised.dtype == np.float16 else quantised[0] != NOT_MEASURED
 
 
 def dvars(run: StandardisedRun) -> Float32[np.ndarray, "time"]:
