@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -23,15 +24,55 @@ class RunTable:
     shard: np.ndarray  # int64 [run]
     num_frames: np.ndarray  # int64 [run]
     window_frames: int
+    grids: Mapping[int, SlotGrids] = field(default_factory=dict)  # of the runs with censored frames only
 
     @cached_property
     def num_slots(self) -> np.ndarray:
-        """int64 [run], floor(frames / window): 0 for a run shorter than one window."""
-        return self.num_frames // self.window_frames
+        """int64 [run], floor(frames / window): 0 for a run shorter than one window; less where windows are censored."""
+        return self._counts(lambda grids: grids.num_slots)
+
+    @cached_property
+    def num_tiled(self) -> np.ndarray:
+        """int64 [run]: the windows that may be drawn when the first starts at frame 0."""
+        return self._counts(lambda grids: len(grids.starts(0)))
 
     @cached_property
     def num_samples(self) -> int:
         return int(self.num_slots.sum())
+
+    def _counts(self, of_grids: Callable[[SlotGrids], int]) -> np.ndarray:
+        counts = self.num_frames // self.window_frames
+        for run, grids in self.grids.items():
+            counts[run] = of_grids(grids)
+        return counts
+
+
+class SlotGrids:
+    """The windows of a run with censored frames: for every phase, the starts of those that may be drawn.
+
+    Only phases that leave the most windows are used, so an epoch has the same number of samples each time.
+    """
+
+    def __init__(
+        self, *, num_frames: int, window_frames: int, censored: np.ndarray, max_censored_fraction: float
+    ) -> None:
+        self.window_frames = window_frames
+        num_slots = num_frames // window_frames
+        num_phases = num_frames - num_slots * window_frames + 1 if num_slots else 0
+        is_censored = np.zeros(num_frames, dtype=np.int64)
+        is_censored[censored] = 1
+        before = np.concatenate([[0], np.cumsum(is_censored)])
+        grid = np.arange(num_phases)[:, None] + window_frames * np.arange(num_slots)
+        self._may_be_drawn = before[grid + window_frames] - before[grid] <= max_censored_fraction * window_frames
+        counts = self._may_be_drawn.sum(axis=1)
+        self.num_slots = int(counts.max(initial=0))
+        self.phases = np.flatnonzero(counts == self.num_slots)
+
+    def starts(self, phase: int) -> np.ndarray:
+        """int64 [slot]: the first frame of each window that may be drawn."""
+        if phase >= len(self._may_be_drawn):
+            return np.empty(0, dtype=np.int64)
+        return phase + self.window_frames * np.flatnonzero(self._may_be_drawn[phase])
 
 
 @dataclass(frozen=True)
@@ -93,13 +134,15 @@ class SampleOrder:
 
     def _permuted_block(self, epoch: int, number: int) -> Samples:
         key = hash_name(self.fingerprint, self.seed, epoch)
-        run, slot = every_slot(self.runs, self._blocks(epoch).runs[number])
+        chosen = self._blocks(epoch).runs[number]
+        run, slot = every_slot(self.runs.num_slots, chosen)
+        phase = phases(self.runs, hash_name(key, "phase"))[chosen]
+        first_frame = first_frames(self.runs, chosen, phase, self.runs.num_slots[chosen])
         sample_hash = mix(slot, 0) ^ self.runs.scan_hash[run]
         permutation = np.argsort(mix(sample_hash, hash_name(key, "samples")), kind="stable")
-        run, slot = run[permutation], slot[permutation]
-        first_frame = phases(self.runs, hash_name(key, "phase"))[run] + slot * self.runs.window_frames
         seeds = mix(sample_hash[permutation], hash_name(self.seed, epoch, "seed"))
-        return Samples(np.full(len(run), epoch), run, slot, first_frame, (seeds >> np.uint64(1)).astype(np.int64))
+        columns = (run[permutation], slot[permutation], first_frame[permutation])
+        return Samples(np.full(len(run), epoch), *columns, (seeds >> np.uint64(1)).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -124,29 +167,46 @@ def epoch_blocks(runs: RunTable, key: int, shuffle_shards: int) -> EpochBlocks:
     return EpochBlocks(members, np.concatenate([[0], np.cumsum(sizes[:-1])]).astype(np.int64))
 
 
-def every_slot(runs: RunTable, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def every_slot(num_slots: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(run, slot), int64 [sample] each: all slots of the chosen runs, run by run."""
-    counts = runs.num_slots[chosen]
+    counts = num_slots[chosen]
     run = np.repeat(chosen, counts)
     slot = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
     return run, slot
 
 
+def first_frames(runs: RunTable, chosen: np.ndarray, phase: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64 [sample]: where the chosen runs' windows start, run by run; `phase` and `counts` of windows are by run."""
+    ends = np.cumsum(counts)
+    starts = np.repeat(phase, counts)
+    starts += (np.arange(len(starts)) - np.repeat(ends - counts, counts)) * runs.window_frames
+    for place in np.flatnonzero(np.isin(chosen, list(runs.grids))) if runs.grids else ():
+        own = slice(ends[place] - counts[place], ends[place])
+        starts[own] = runs.grids[int(chosen[place])].starts(int(phase[place]))
+    return starts
+
+
 def phases(runs: RunTable, key: int) -> np.ndarray:
     """int64 [run]: the frame where slot 0 starts, uniform over what floor(frames / window) leaves free."""
-    num_free = runs.num_frames - runs.num_slots * runs.window_frames + 1
-    return (mix(runs.scan_hash, key) % num_free.astype(np.uint64)).astype(np.int64)
+    num_free = runs.num_frames - runs.num_frames // runs.window_frames * runs.window_frames + 1
+    for run, grids in runs.grids.items():
+        num_free[run] = max(1, len(grids.phases))
+    drawn = (mix(runs.scan_hash, key) % num_free.astype(np.uint64)).astype(np.int64)
+    for run, grids in runs.grids.items():
+        drawn[run] = grids.phases[drawn[run]] if len(grids.phases) else 0
+    return drawn
 
 
 def tiled(runs: RunTable, *, fingerprint: str, limit: int | None) -> Samples:
     """Evaluation's samples: every slot with phase 0, run by run; `limit` keeps the lowest hashes."""
-    run, slot = every_slot(runs, np.arange(len(runs.num_frames)))
+    chosen = np.arange(len(runs.num_frames))
+    run, slot = every_slot(runs.num_tiled, chosen)
+    first_frame = first_frames(runs, chosen, np.zeros(len(chosen), dtype=np.int64), runs.num_tiled)
     sample_hash = mix(slot, 0) ^ runs.scan_hash[run]
     if limit is not None and limit < len(run):
-        chosen = np.sort(np.argsort(mix(sample_hash, hash_name(fingerprint, "subset")), kind="stable")[:limit])
-        run, slot, sample_hash = run[chosen], slot[chosen], sample_hash[chosen]
+        kept = np.sort(np.argsort(mix(sample_hash, hash_name(fingerprint, "subset")), kind="stable")[:limit])
+        run, slot, sample_hash, first_frame = run[kept], slot[kept], sample_hash[kept], first_frame[kept]
     seeds = mix(sample_hash, hash_name("evaluation"))
-    first_frame = slot * runs.window_frames
     return Samples(np.full(len(run), -1), run, slot, first_frame, (seeds >> np.uint64(1)).astype(np.int64))
 
 
@@ -178,7 +238,8 @@ def substitute(runs: RunTable, sample_seed: int, attempt: int) -> tuple[int, int
     usable = np.flatnonzero(runs.num_slots)
     run = int(usable[int(drawn[0] % np.uint64(len(usable)))])
     slot = int(drawn[1] % np.uint64(runs.num_slots[run]))
-    return run, slot * runs.window_frames
+    grids = runs.grids.get(run)
+    return run, slot * runs.window_frames if grids is None else int(grids.starts(int(grids.phases[0]))[slot])
 
 
 def concatenate(parts: list[Samples]) -> Samples:

@@ -1,0 +1,87 @@
+"""Windows with too many censored frames are never drawn; everything else about the order stays as it was."""
+
+import numpy as np
+
+from data_sharding.hashing import hash_names
+from data_sharding.order import RunTable, SampleOrder, SlotGrids, substitute, tiled
+
+WINDOW, NUM_FRAMES = 5, 33
+CENSORED = {1: [0, 1, 2, 3, 4, 5, 6, 7, 20, 21], 3: list(range(NUM_FRAMES)), 5: [12], 6: [2, 3]}
+
+
+def run_table(*, with_censored: bool = True) -> RunTable:
+    grids = {
+        run: SlotGrids(
+            num_frames=NUM_FRAMES, window_frames=WINDOW, censored=np.array(frames), max_censored_fraction=0.2
+        )
+        for run, frames in CENSORED.items()
+    }
+    return RunTable(
+        scan_hash=hash_names([f"sub-{run}" for run in range(8)]),
+        shard=np.arange(8) % 3,
+        num_frames=np.full(8, NUM_FRAMES),
+        window_frames=WINDOW,
+        grids=grids if with_censored else {},
+    )
+
+
+def order_of(runs: RunTable) -> SampleOrder:
+    return SampleOrder(runs, fingerprint="set", seed=1, shuffle_shards=2)
+
+
+def num_censored(run: int, first_frame: int) -> int:
+    return len(set(CENSORED.get(run, ())) & set(range(first_frame, first_frame + WINDOW)))
+
+
+def test_no_drawn_window_has_more_than_a_fifth_of_its_frames_censored() -> None:
+    runs = run_table()
+    samples = order_of(runs).stretch(0, 30 * runs.num_samples)
+    windows = list(zip(samples.run.tolist(), samples.first_frame.tolist(), strict=True))
+    assert max(num_censored(run, first) for run, first in windows) == 1  # one of five is a fifth: still allowed
+    assert all(first + WINDOW <= NUM_FRAMES for _, first in windows)
+    assert 3 not in samples.run
+    assert runs.num_slots.tolist() == [6, 4, 6, 0, 6, 6, 6, 6]
+    phases_of = {run: {first % WINDOW for of, first in windows if of == run} for run in (0, 5, 6)}
+    assert phases_of[0] == {0, 1, 2, 3}
+    assert phases_of[6] == {3}  # the only phase that leaves six windows: 2 and 3 fall before, or into different ones
+
+
+def test_an_epoch_has_the_same_number_of_samples_each_time_and_no_window_overlaps_another() -> None:
+    runs = run_table()
+    for epoch in range(12):
+        samples = order_of(runs).stretch(epoch * runs.num_samples, (epoch + 1) * runs.num_samples)
+        assert set(samples.epoch.tolist()) == {epoch}
+        for run in range(8):
+            starts = np.sort(samples.first_frame[samples.run == run])
+            assert len(starts) == runs.num_slots[run]
+            assert (np.diff(starts) >= WINDOW).all()
+
+
+def test_runs_without_censored_frames_are_drawn_as_before() -> None:
+    with_censored, without = run_table(), run_table(with_censored=False)
+    for epoch in range(3):
+        drawn = []
+        for runs in (with_censored, without):
+            samples = order_of(runs).stretch(epoch * runs.num_samples, (epoch + 1) * runs.num_samples)
+            is_clean = ~np.isin(samples.run, list(CENSORED))
+            columns = (samples.run, samples.first_frame, samples.seed)
+            drawn.append([tuple(column[is_clean].tolist()) for column in columns])
+        assert drawn[0] == drawn[1]
+
+
+def test_evaluation_tiles_and_substitutes_only_what_may_be_drawn() -> None:
+    runs = run_table()
+    samples = tiled(runs, fingerprint="set", limit=None)
+    windows = list(zip(samples.run.tolist(), samples.first_frame.tolist(), strict=True))
+    expected = [
+        (run, first)
+        for run in range(8)
+        for first in range(0, NUM_FRAMES - WINDOW + 1, WINDOW)
+        if num_censored(run, first) < 2
+    ]
+    assert windows == expected
+    subset = tiled(runs, fingerprint="set", limit=5)
+    assert set(zip(subset.run.tolist(), subset.first_frame.tolist(), strict=True)) < set(expected)
+    drawn = [substitute(runs, seed, attempt) for seed in range(60) for attempt in range(2)]
+    assert max(num_censored(run, first) for run, first in drawn) < 2
+    assert {run for run, _ in drawn} == {0, 1, 2, 4, 5, 6, 7}
