@@ -116,7 +116,8 @@ class MaskedVolumes(Task):
             num_features=self.encoder.stem(kind).num_features,
         )
         values_per_token = float(layout.voxels_per_patch.mean()) * window.tubelet_frames
-        self.loss_constant = batch_size * self.masker.num_hidden * values_per_token
+        self.values_per_sample = self.masker.num_hidden * values_per_token  # hidden ones, as if all were measured
+        self.batch_size = batch_size
         self.regions = Regions.of(geometry.atlas)
         self.register_buffer("region_of_voxel", torch.from_numpy(self.regions.column_of_voxel), persistent=False)
         self.register_buffer("patch_of_voxel", torch.from_numpy(layout.patch_of_voxel), persistent=False)
@@ -138,7 +139,7 @@ class MaskedVolumes(Task):
         residual = guess.float() - _at(features, choice.hidden)
         counted = self._weights(batch, choice)  # voxel scale where measured, else 0
         squared = (residual * counted).square().sum(dim=(1, 2))
-        return {"loss": (batch.weight * squared).sum() / self.loss_constant}
+        return {"loss": (batch.weight * squared).sum() / (self.batch_size * self.values_per_sample)}
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Per sample and region (the last column: no region): squared error of the model and of each reference, total
@@ -164,11 +165,11 @@ class MaskedVolumes(Task):
         return sums
 
     def metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
-        return metrics_of(predictions, self.regions)
+        return metrics_of(predictions, self.regions, values_per_sample=self.values_per_sample)
 
     def report(self, predictions: dict[str, Tensor]) -> dict[str, object]:
         """The whole table of a split; see pretrain.scores."""
-        return report_of(predictions, self.regions)
+        return report_of(predictions, self.regions, values_per_sample=self.values_per_sample)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return split_decay(

@@ -45,10 +45,13 @@ def explained(error: Tensor, total: Tensor) -> float:
     return float(1 - error.sum() / total.sum()) if float(total.sum()) > 0 else float("nan")
 
 
-def metrics_of(predictions: dict[str, Tensor], regions: Regions) -> dict[str, float]:
-    """loss (mean squared error), r2, r2/<baseline> and r2/group/<group>, from sums [sample, region]."""
+def metrics_of(predictions: dict[str, Tensor], regions: Regions, *, values_per_sample: float) -> dict[str, float]:
+    """loss (as in training), r2, r2/<baseline> and r2/group/<group>, from sums [sample, region]."""
     error, total, count = (predictions[name].double().sum(dim=0) for name in ("error", "total", "count"))
-    metrics = {"loss": float(error.sum() / count.sum().clamp(min=1)), "r2": explained(error, total)}
+    metrics = {
+        "loss": float(error.sum() / (len(predictions["error"]) * values_per_sample)),
+        "r2": explained(error, total),
+    }
     for name, sums in predictions.items():
         if name.startswith("error_"):
             metrics[f"r2/{name.removeprefix('error_')}"] = explained(sums.double(), total)
@@ -58,9 +61,9 @@ def metrics_of(predictions: dict[str, Tensor], regions: Regions) -> dict[str, fl
     return metrics
 
 
-def report_of(predictions: dict[str, Tensor], regions: Regions) -> dict[str, object]:
+def report_of(predictions: dict[str, Tensor], regions: Regions, *, values_per_sample: float) -> dict[str, object]:
     """The whole table: r2 of model and baselines, over everything, by group and by region."""
-    metrics = metrics_of(predictions, regions)
+    metrics = metrics_of(predictions, regions, values_per_sample=values_per_sample)
     error, total, count = (predictions[name].double().sum(dim=0) for name in ("error", "total", "count"))
     baselines = {key.removeprefix("r2/"): value for key, value in metrics.items() if key.count("/") == 1}
     return {

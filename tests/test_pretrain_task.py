@@ -148,7 +148,8 @@ def test_prediction_sums_agree_with_the_loss(geometry: Geometry) -> None:
     task, batch = make_task(geometry), make_batch(geometry)
     with torch.no_grad():
         sums, loss = task.predict(batch), task(batch)["loss"]
-    assert float(sums["error"].sum()) == pytest.approx(float(loss) * task.loss_constant, rel=1e-4)
+    assert float(sums["error"].sum()) == pytest.approx(float(loss) * BATCH_SIZE * task.values_per_sample, rel=1e-4)
+    assert task.metrics(sums)["loss"] == pytest.approx(float(loss), rel=1e-4)
     voxels = [(geometry.atlas.labels == label).sum() for label in geometry.atlas.region_ids]
     assert sums["count"].shape == (4, len(voxels) + 1)
     assert bool((sums["count"][:, :-1] <= torch.tensor(voxels) * 4).all())
@@ -167,11 +168,11 @@ def test_r2_of_a_perfect_guess_is_one_and_of_the_mean_zero(geometry: Geometry) -
     regions = Regions.of(geometry.atlas)
     total = torch.rand(5, regions.num_columns) + 1
     sums = {"error": torch.zeros_like(total), "total": total, "count": total * 3, "error_ridge": total}
-    metrics = metrics_of(sums, regions)
+    metrics = metrics_of(sums, regions, values_per_sample=7.0)
     assert metrics["r2"] == metrics["r2/group/left"] == 1
     assert metrics["r2/ridge"] == metrics["loss"] == 0
     assert "r2/group/absent" not in metrics
-    assert report_of(sums, regions)["regions"]["octant 3"] == 1
+    assert report_of(sums, regions, values_per_sample=7.0)["regions"]["octant 3"] == 1
 
 
 def test_r2_pools_sums_over_the_split_and_by_region() -> None:
@@ -180,8 +181,9 @@ def test_r2_pools_sums_over_the_split_and_by_region() -> None:
     assert regions.column_of_voxel.tolist() == [0, 1, 1, 2]
     error = torch.tensor([[1.0, 2.0, 0.0], [0.0, 2.0, 3.0]])
     total = torch.tensor([[2.0, 4.0, 1.0], [2.0, 12.0, 11.0]])
-    report = report_of({"error": error, "total": total, "count": total}, regions)
+    report = report_of({"error": error, "total": total, "count": total}, regions, values_per_sample=2.0)
     assert report["r2"] == pytest.approx(1 - 8 / 32)
+    assert report["loss"] == pytest.approx(8 / (2 * 2.0))
     assert report["groups"] == {"both": pytest.approx(1 - 5 / 20)}
     assert report["regions"] == {"four": pytest.approx(0.75), "nine": pytest.approx(0.75)}
 
