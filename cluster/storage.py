@@ -6,6 +6,7 @@ Names are relative to the location, with `/`. A `put` is seen whole or not at al
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -20,6 +21,18 @@ Names = list[str]
 
 # Files being written start with this and are never listed: a killed writer leaves one behind.
 PARTIAL_PREFIX = ".partial-"
+
+
+FREE_SPACE = "free some, or give another location"
+ALLOW_WRITING = "have writing allowed there (with hard links), or give another location"
+REFUSALS = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: ALLOW_WRITING,
+    errno.EPERM: ALLOW_WRITING,
+    errno.EROFS: ALLOW_WRITING,
+    errno.ENOTSUP: ALLOW_WRITING,
+}
 
 
 @dataclass(frozen=True)
@@ -149,14 +162,15 @@ class LocalStore:
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """True when this call created the object, False when it was there before; of several callers one gets True."""
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial_file(path.parent) as partial:
-            _fill(partial, data)
-            try:
-                os.link(partial, path)  # unlike rename, link fails when the target exists: also on NFS
-            except FileExistsError:
-                return False
-        sync_folder(path.parent)
+        with _refusal_is_an_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial_file(path.parent) as partial:
+                _fill(partial, data)
+                try:
+                    os.link(partial, path)  # unlike rename, link fails when the target exists: also on NFS
+                except FileExistsError:
+                    return False
+            sync_folder(path.parent)
         return True
 
     def create_guarantee(self) -> CreateGuarantee:
@@ -193,6 +207,17 @@ def _missing_is_an_error(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _refusal_is_an_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        refused = os.strerror(error.errno)
+        raise StorageError(f"{path} cannot be written: {refused}; {REFUSALS[error.errno]}") from error
+
+
+@contextlib.contextmanager
 def partial_file(folder: Path) -> Iterator[Path]:
     """A new empty file that no list shows, removed at the end if it has not become something else."""
     descriptor, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, dir=folder)
@@ -216,11 +241,12 @@ def _fill(path: Path, source: bytes | Path) -> None:
 
 
 def _write_atomically(path: Path, source: bytes | Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial_file(path.parent) as partial:
-        _fill(partial, source)
-        os.replace(partial, path)
-    sync_folder(path.parent)
+    with _refusal_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_file(path.parent) as partial:
+            _fill(partial, source)
+            os.replace(partial, path)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -30,6 +30,7 @@ from s3_servers import (  # noqa: F401  (servers is a fixture)
 
 from cluster import s3_client, s3_create
 from cluster.errors import StorageError, StoreUnavailableError
+from cluster.s3 import S3Store
 from cluster.s3_errors import storage_error
 from cluster.storage import Store, store_for
 
@@ -185,6 +186,49 @@ def test_the_writer_whose_answer_was_lost_still_knows_it_won(store: Store, proxy
     assert not store.put_if_absent("COMMIT.json", b"mine")
 
 
+class SlowStore(S3Store):
+    """A store whose final write hangs for longer than the owner file's bound on time."""
+
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.is_writing = threading.Event()
+
+    def put(self, name: str, source: bytes | Path) -> None:
+        if name == "COMMIT.json":
+            self.is_writing.set()
+            time.sleep(4 * s3_create.SETTLES_S)
+        super().put(name, source)
+
+
+def test_a_writer_that_hangs_beyond_the_bound_fails_instead_of_winning_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_create, "SETTLES_S", 0.4)
+    slow = SlowStore(store.location)
+    outcomes: list[str] = []
+
+    def write_slowly() -> None:
+        try:
+            outcomes.append(str(slow.put_if_absent("COMMIT.json", b"slow")))
+        except StorageError as error:
+            outcomes.append(str(error))
+
+    writer = threading.Thread(target=write_slowly)
+    writer.start()
+    assert slow.is_writing.wait(10)
+    assert store.put_if_absent("COMMIT.json", b"quick")
+    writer.join()
+    assert "COMMIT.json: another writer claimed this name" in outcomes[0]
+    assert "stop all but one run that writes there" in outcomes[0]
+
+
+def test_what_a_killed_writer_claimed_is_free_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_create, "SETTLES_S", 0.2)
+    store.put(".partial-owner-COMMIT.json", b"token of the dead")
+    assert store.put_if_absent("COMMIT.json", b"alive")
+    assert not store.exists(".partial-owner-COMMIT.json")
+
+
 def test_a_server_that_dies_and_returns_interrupts_nothing(
     tmp_path: Path, patience: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -256,23 +300,22 @@ def refusal(code: str, status: int = 403) -> ClientError:
     return ClientError(answer, "GetObject")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("AccessDenied", r"may not read there \(so it says\); have that right granted"),
-        ("403", "may not read there"),
-        ("ExpiredToken", "have expired; renew them"),
-        ("RequestTimeTooSkewed", "clock"),
-        ("PermanentRedirect", "another region; set AWS_DEFAULT_REGION"),
-        ("QuotaExceeded", r"answered QuotaExceeded \(so it says\)"),
-    ],
-)
-def test_each_refusal_says_what_to_do(code: str, words: str, proxy: FaultProxy) -> None:
-    error = storage_error(refusal(code), "s3://brains/set/a", doing="read")
-    assert isinstance(error, StoreUnavailableError)
-    assert str(error).startswith("s3://brains/set/a: ")
-    with pytest.raises(StoreUnavailableError, match=words):
-        raise error
+REFUSALS = {
+    "AccessDenied": r"may not read there \(so it says\); have that right granted",
+    "403": "may not read there",
+    "ExpiredToken": "have expired; renew them",
+    "RequestTimeTooSkewed": "clock is more than minutes off that of http.*; synchronise it",
+    "PermanentRedirect": "another region; set AWS_DEFAULT_REGION",
+    "QuotaExceeded": r"answered QuotaExceeded \(so it says\)",
+}
+
+
+def test_each_refusal_says_what_to_do(proxy: FaultProxy) -> None:
+    for code, words in REFUSALS.items():
+        error = storage_error(refusal(code), "s3://brains/set/a", doing="read")
+        assert str(error).startswith("s3://brains/set/a: ")
+        with pytest.raises(StoreUnavailableError, match=words):
+            raise error
 
 
 def test_only_what_may_pass_is_tried_again() -> None:
