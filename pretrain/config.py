@@ -45,6 +45,9 @@ class PretrainConfig:
     masking: MaskingConfig
     data: DataConfig
     weight_decay: float  # of matrices; norms and biases have none
+    min_mean_subjects: (
+        int  # with fewer training subjects no voxel mean is taken off: it would be theirs, not a population's
+    )
     deviation_floor: float  # no voxel's deviation counts as less than this share of the median voxel's
     baselines: BaselineConfig
     train: TrainConfig

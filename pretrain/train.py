@@ -75,12 +75,15 @@ def fit_to_training_split(task: MaskedVolumes, config: PretrainConfig, shard_set
         yield from source.evaluation("train", limit=config.baselines.fit_samples)
         source.close()
 
-    statistics = voxel_statistics(batches(), geometry.space.num_voxels)
-    task.set_voxel_statistics(statistics.mean, statistics.deviation(config.deviation_floor))
+    mean, deviation = torch.zeros(geometry.space.num_voxels), torch.ones(geometry.space.num_voxels)
+    if shard_set.runs(config.kind, ["train"])["subject"].nunique() >= config.min_mean_subjects:
+        statistics = voxel_statistics(batches(), geometry.space.num_voxels)
+        mean, deviation = statistics.mean, statistics.deviation(config.deviation_floor)
+    task.set_voxel_statistics(mean, deviation)
     task.references = fit_references(
         batches,
         config.baselines,
-        offset=statistics.mean,
+        offset=mean,
         patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
         centres_mm=torch.from_numpy(geometry.layout.centres_mm),
         hidden_patches=task.hidden_patches,

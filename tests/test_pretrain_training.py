@@ -16,7 +16,7 @@ from data_sharding.reader import BatchSource, open_set
 from pretrain.config import PretrainConfig
 from pretrain.masking import Masker
 from pretrain.planning import plan, validate
-from pretrain.train import build_task, geometry_of, reader_config, train
+from pretrain.train import build_task, fit_to_training_split, geometry_of, reader_config, train
 from training import registry
 
 
@@ -59,6 +59,17 @@ def config_of(shards: str, folder: Path, *overrides: str, kind: str = "bold") ->
 def validation_losses(folder: Path) -> list[float]:
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [row["value"] for row in rows if row["key"] == "validation/loss"]
+
+
+def test_a_few_subjects_mean_is_not_taken_for_a_population_mean(shards: str, tmp_path: Path) -> None:
+    """One subject's mean T1 is that T1: nothing would be left to learn."""
+    shard_set = open_set(shards)
+    for overrides, has_mean in ((["min_mean_subjects=9"], True), (["min_mean_subjects=10"], False)):
+        config = config_of(shards, tmp_path, *overrides, kind="t1")
+        geometry = geometry_of(config, shard_set)
+        task = build_task(config, geometry)
+        fit_to_training_split(task, config, shard_set, geometry)
+        assert bool(task.encoder.stem("t1").voxel_offset.any()) == has_mean
 
 
 @pytest.mark.parametrize("kind", ["bold", "t1"])
