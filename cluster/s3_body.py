@@ -15,7 +15,7 @@ from cluster.errors import StorageError
 from cluster.s3_errors import BODY_ERRORS
 
 MD5 = re.compile(r'"?[0-9a-f]{32}"?')
-BLOCK_BYTES = 256 << 10  # at most so much is read again after a cut
+BLOCK_BYTES = 1 << 20  # at most so much is read again after a cut
 
 
 def open_range(

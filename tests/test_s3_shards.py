@@ -1,0 +1,122 @@
+"""A shard set on S3 is the local one byte for byte, and is read, verified and finished the same way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from s3_servers import BUCKET, SECRET_KEY, Fault, FaultProxy, Server, aws_environment, fault_proxy, rclone_server, use
+
+from cluster import s3_client, s3_create
+from cluster.errors import StoreUnavailableError
+from cluster.storage import store_for
+from data_sharding.build import build
+from data_sharding.config import ShardingConfig
+from data_sharding.errors import ShardError
+from data_sharding.verify import main as verify_main
+from tests.helpers_scans import sharding_config, write_study
+from tests.test_reader import rows_of, source_of, steps_of
+from tests.test_shards import contents
+
+
+@pytest.fixture(scope="module")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = rclone_server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> ShardingConfig:
+    """The same scans as a local set."""
+    study = write_study(tmp_path_factory.mktemp("study"), num_subjects=4)
+    config = sharding_config(study, tmp_path_factory.mktemp("written") / "set")
+    build(config)
+    return config
+
+
+@pytest.fixture
+def proxy(rclone: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    monkeypatch.setattr(s3_create, "SETTLES_S", 0.3)
+    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 20.0)
+    with fault_proxy(rclone.endpoint) as running:
+        use(monkeypatch, running.endpoint)
+        yield running
+
+
+@pytest.fixture
+def config(written: ShardingConfig, proxy: FaultProxy, tmp_path: Path) -> ShardingConfig:
+    return replace(written, out=f"s3://{BUCKET}/{tmp_path.name}")
+
+
+def stored(location: str) -> dict[str, bytes]:
+    store = store_for(location)
+    return {name: store.read(name) for name in store.list()}
+
+
+def test_a_set_on_s3_is_the_local_one_byte_for_byte_through_faults(
+    written: ShardingConfig, config: ShardingConfig, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.faults = [Fault("answer", "PUT"), Fault("cut_upload", "PUT", path=".tar"), Fault("drop", "HEAD")]
+    build(config)
+    assert proxy.faults == []
+    local = contents(Path(written.out))
+    assert stored(config.out) == local
+    proxy.faults = [Fault("cut", path=".tar"), Fault("answer", path="index")]
+    sys.argv[1:] = [config.out]
+    assert verify_main() == 0
+    assert f"{config.out} is as written" in capsys.readouterr().out
+    reference = [rows_of(batches) for batches in steps_of(source_of(written.out), 4)]
+    for changes in ({"reader": "stream"}, {"num_workers": 2}):
+        proxy.faults = [Fault("cut", path=".tar"), Fault("answer", path=".tar"), Fault("drop", path="index")]
+        assert [rows_of(batches) for batches in steps_of(source_of(config.out, **changes), 4)] == reference
+    assert SECRET_KEY.encode() not in b"".join(local.values())
+
+
+def test_a_rerun_finishes_what_is_missing_and_another_set_is_refused(
+    written: ShardingConfig, config: ShardingConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(config)
+    store = store_for(config.out)
+    store.delete("manifest.json")
+    store.delete("shards/000001.tar")
+    build(config)
+    assert stored(config.out) == contents(Path(written.out))
+    build(config)
+    assert f"{config.out} is complete already; nothing to do" in capsys.readouterr().out
+    with pytest.raises(ShardError, match=f"{config.out} already holds another set"):
+        build(replace(config, seed=1))
+
+
+def test_a_set_nobody_may_reach_says_so(config: ShardingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3_client.forget_clients()
+    with pytest.raises(StoreUnavailableError, match=r"access denied|does not accept these credentials"):
+        build(config)
+
+
+@pytest.mark.faults
+def test_the_command_writes_a_set_to_s3_with_two_ray_workers(
+    written: ShardingConfig, rclone: Server, tmp_path: Path
+) -> None:
+    environment = os.environ | aws_environment(rclone.endpoint)
+    outputs = []
+    for out in (f"s3://{BUCKET}/command", str(tmp_path / "local")):
+        command = [sys.executable, "-m", "data_sharding", f"source.root={written.source.root}", f"out={out}"]
+        command += ["name=tiny", "space=mni6", "storage.target_bytes=2000000", "cluster.num_workers=2"]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        outputs.append(finished.stdout + finished.stderr)
+    root = rclone.log.parent / "buckets" / BUCKET / "command"
+    assert contents(root) == contents(tmp_path / "local")
+    assert SECRET_KEY not in "".join(outputs)
+    assert SECRET_KEY.encode() not in b"".join(contents(rclone.log.parent).values())
