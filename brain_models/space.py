@@ -33,7 +33,10 @@ class SpaceConfig:
 
 @dataclass(frozen=True, eq=False)
 class BrainSpace:
-    """An ordered list of in-brain locations; volumes also carry the grid they lie on."""
+    """An ordered list of in-brain locations; volumes also carry the grid they lie on, surfaces their meshes.
+
+    `positions_mm` is NaN where a surface's shape was not given.
+    """
 
     name: str
     kind: Kind
@@ -42,6 +45,9 @@ class BrainSpace:
     grid_shape: tuple[int, int, int] | None
     affine: np.ndarray | None  # float64 [4, 4], voxel index -> mm
     voxel_indices: np.ndarray | None  # int32 [voxel, 3]
+    hemispheres: np.ndarray | None = None  # int8 [voxel], 0 left, 1 right
+    vertices: np.ndarray | None = None  # int32 [voxel], number in its hemisphere's mesh
+    mesh_sizes: tuple[int, int] | None = None  # vertices of the left and the right mesh
 
     @property
     def num_voxels(self) -> int:
@@ -57,6 +63,9 @@ class BrainSpace:
         """Returns a SHA-256 over kind, template, positions and grid: equal for spaces that can be used alike."""
         digest = hashlib.sha256(f"{self.kind}|{self.template}|{self.grid_shape}".encode())
         digest.update(np.round(self.positions_mm, 3).astype("<f4").tobytes())
+        if self.hemispheres is not None and self.vertices is not None:
+            digest.update(str(self.mesh_sizes).encode())
+            digest.update(self.hemispheres.astype("<i1").tobytes() + self.vertices.astype("<i4").tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path | str) -> None:
@@ -65,6 +74,9 @@ class BrainSpace:
         if self.kind == "volume":
             affine, grid_shape, voxel_indices = require_grid(self)
             arrays |= {"grid_shape": np.array(grid_shape), "affine": affine, "voxel_indices": voxel_indices}
+        if self.kind == "surface":
+            hemispheres, vertices, mesh_sizes = require_mesh(self)
+            arrays |= {"hemispheres": hemispheres, "vertices": vertices, "mesh_sizes": np.array(mesh_sizes)}
         arrays |= {"name": np.array(self.name), "kind": np.array(self.kind), "template": np.array(self.template)}
         with open(path, "wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
@@ -85,6 +97,9 @@ class BrainSpace:
             grid_shape=tuple(int(n) for n in saved["grid_shape"]) if "grid_shape" in saved else None,  # type: ignore[arg-type]
             affine=saved.get("affine"),
             voxel_indices=saved.get("voxel_indices"),
+            hemispheres=saved.get("hemispheres"),
+            vertices=saved.get("vertices"),
+            mesh_sizes=tuple(int(n) for n in saved["mesh_sizes"]) if "mesh_sizes" in saved else None,  # type: ignore[arg-type]
         )
 
 
@@ -93,6 +108,13 @@ def require_grid(space: BrainSpace) -> tuple[np.ndarray, tuple[int, int, int], n
     if space.affine is None or space.grid_shape is None or space.voxel_indices is None:
         raise SpaceError(f"space {space.name} is a {space.kind} without a voxel grid; use a volume space here")
     return space.affine, space.grid_shape, space.voxel_indices
+
+
+def require_mesh(space: BrainSpace) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Returns hemispheres, vertices and mesh sizes of a surface; SpaceError for other kinds."""
+    if space.hemispheres is None or space.vertices is None or space.mesh_sizes is None:
+        raise SpaceError(f"space {space.name} is a {space.kind} without a mesh; use a surface space here")
+    return space.hemispheres, space.vertices, space.mesh_sizes
 
 
 def fsl_grid(spacing_mm: float) -> tuple[np.ndarray, tuple[int, int, int]]:
