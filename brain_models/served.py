@@ -33,7 +33,7 @@ class ServedModel(PythonModel):
     def load_context(self, context: Any) -> None:
         self.bundle = bundles.load(context.artifacts["bundle"])
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads types as a schema
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> Any:
         rows = [row for _, row in model_input.iterrows()]
         with torch.inference_mode():
             if self.bundle.classifier is None:

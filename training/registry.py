@@ -58,8 +58,7 @@ def register(
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     mlflow.set_experiment(experiment_id=experiment_id(client, experiment, uri))
     with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
-        for advice in ("Add type hints", "An input example was not provided"):  # the signature below says it all
-            warnings.filterwarnings("ignore", message=f".*{advice}")
+        warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature is given
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(CODE_FOLDER / "served.py"),
