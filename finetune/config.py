@@ -60,5 +60,5 @@ class PredictConfig:
     classifier: str  # a registered model, models:/name@alias
     scans: list[str]  # NIfTI files, folders or glob patterns
     brain_masks: bool  # look for a desc-brain_mask beside each scan
-    tracking_uri: str
+    uri: str
     out: str

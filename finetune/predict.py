@@ -80,15 +80,15 @@ def predict(config: PredictConfig) -> pd.DataFrame:
 
     table = scan_table(find_scans(config.scans), brain_masks=config.brain_masks)
     mlflow_environment(timeout_s=60)
-    mlflow.set_tracking_uri(config.tracking_uri)
-    mlflow.set_registry_uri(config.tracking_uri)
+    mlflow.set_tracking_uri(config.uri)
+    mlflow.set_registry_uri(config.uri)
     location = config.classifier if config.classifier.startswith("models:/") else f"models:/{config.classifier}"
     try:
         model = mlflow.pyfunc.load_model(location)
     except mlflow.exceptions.MlflowException as error:
         raise FinetuneError(
-            f"classifier={config.classifier}: cannot be loaded from {config.tracking_uri} ({error}); "
-            f"'python -m training.runs {config.tracking_uri}' lists what is registered"
+            f"classifier={config.classifier}: cannot be loaded from {config.uri} ({error}); "
+            f"'python -m training.runs {config.uri}' lists what is registered"
         ) from error
     answers = pd.concat([table[["bold"]], model.predict(table)], axis=1)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,7 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
         classifier=numbers["registered"][0],
         scans=[str(place.scans / f"sub-{row['subject']}") for row in rows],
         brain_masks=True,
-        tracking_uri=place.uri,
+        uri=place.uri,
         out=str(place.folder / "predictions.csv"),
     )
     answers = predict(config)

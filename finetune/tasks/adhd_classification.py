@@ -32,8 +32,9 @@ NO_LABEL = -1
 
 @dataclass
 class UnfreezingConfig:
-    """When encoder blocks open, counted from the top, and how their learning rates fall with depth."""
+    """When encoder blocks open, counted from the top, and learning rates as shares of the run's, falling with depth."""
 
+    head_learning_rate_scale: float
     first_block_opens_at_step: int
     steps_per_block: int
     encoder_learning_rate_scale: float
@@ -131,7 +132,7 @@ class AdhdClassification(Task):
         groups = split_decay(
             "head",
             [self.model.head],
-            learning_rate_scale=1.0,
+            learning_rate_scale=unfreezing.head_learning_rate_scale,
             weight_decay=self.config.weight_decay,
             opens_at_step=0,
         )
