@@ -85,6 +85,8 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
         engine, tracker = run.engine, run.tracker
         progress = Progress(config.steps, start=run.start.step, is_shown=place().is_main)
         state = run.start.commit.data_state if run.start.commit else source.initial_state()
+        if run.start.step == 0:
+            evaluate_now(run, 0, progress)  # what the weights a run starts from are worth
         for step, (micro_batches, state) in zip(  # noqa: B020 - the state to go on from moves with the step
             range(run.start.step, config.steps), source.steps(state), strict=False
         ):
@@ -108,10 +110,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
                 progress.show(done, values)
             metrics: dict[str, float] = {}
             if done % config.evaluation.every_steps == 0 or is_last:
-                found = evaluate(task, source, engine, config.evaluation.split, limit=config.evaluation.subset)
-                metrics = {f"{config.evaluation.split}/{name}": value for name, value in found.metrics.items()}
-                tracker.record(done, metrics)
-                progress.show(done, metrics)
+                metrics = evaluate_now(run, done, progress)
             # After evaluating, so that a commit knows its score and nothing tracked is lost when resuming from it.
             if done % config.checkpoint.every_steps == 0 or is_last:
                 save_checkpoint(run, done, state, metrics)
@@ -173,6 +172,16 @@ def open_tracker(
         return Tracker(spool, None, config.tracking)
     label = RunLabel(config.run.name, run_key, identity.flatten(services.identity), dict(services.tags))
     return Tracker(spool, Sender(config.tracking, spool.path, label), config.tracking)
+
+
+def evaluate_now(run: Run, done: int, progress: Progress) -> dict[str, float]:
+    """The metrics of the evaluation subset after `done` updates, tracked and shown."""
+    config = run.config.evaluation
+    found = evaluate(run.task, run.source, run.engine, config.split, limit=config.subset)
+    metrics = {f"{config.split}/{name}": value for name, value in found.metrics.items()}
+    run.tracker.record(done, metrics)
+    progress.show(done, metrics)
+    return metrics
 
 
 def save_checkpoint(run: Run, done: int, state: State, metrics: dict[str, float]) -> None:

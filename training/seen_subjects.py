@@ -29,7 +29,7 @@ def read_seen(bundle: Path) -> set[str] | None:
 
 
 def overlap(subjects: Iterable[str], seen: set[str]) -> list[str]:
-    """The subjects whose hash is among `seen`, sorted. Equal names of different data sets count: better a false alarm."""
+    """The subjects whose hash is among `seen`, sorted; equal names of different data sets count, better so than not."""
     return sorted(subject for subject in set(subjects) if hash_subject(subject) in seen)
 
 
