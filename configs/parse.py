@@ -105,8 +105,11 @@ def _parse_union(raw: Any, options: tuple[Any, ...], *, key: str, problems: list
         if not attempt:
             return value
         tried.append(attempt)
-    names = " or ".join(map(_type_name, options))
-    problems.extend(tried[0] if len(tried) == 1 else [f"{key}: expected {names}, got {raw!r}"])
+    if len(tried) == 1 or isinstance(raw, Mapping):
+        problems.extend(min(tried, key=len))  # of several groups of keys, the one that fits best
+    else:
+        names = " or ".join(_type_name(option) for option in options)
+        problems.append(f"{key}: expected {names}, got {raw!r}")
     return None
 
 

@@ -1,11 +1,19 @@
 """Every shipped YAML composes; parse() reports every problem with its full key."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
+import configs
+from configs.entry import compose
 from configs.parse import ConfigError, parse
+from data_sharding.config import ShardingConfig
+from data_sharding.phantom.config import PhantomConfig
+from finetune.config import FinetuneConfig, PredictConfig
+from pretrain.config import PretrainConfig
 
 
 @dataclass
@@ -56,3 +64,56 @@ def test_unknown_missing_and_mistyped_keys_are_reported_together_with_full_names
     assert "optimizer.learning_rte: unknown key, did you mean optimizer.learning_rate?" in message
     assert "optimizer.learning_rate: missing; add optimizer.learning_rate=<float>" in message
     assert "optimizer.betas: expected 2 values, got 1" in message
+
+
+ROOT = Path(configs.__file__).parent
+PARTS = {
+    "data_sharding": (ShardingConfig, ["source.root=a", "out=b"]),
+    "phantom": (PhantomConfig, ["out=a"]),
+    "pretrain": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
+    "finetune": (FinetuneConfig, ["shards=a", "encoder=models:/a@candidate", "run.folder=b"]),
+    "finetune.predict": (PredictConfig, ["classifier=models:/a@candidate", "scans=[a]", "out=b.csv"]),
+}
+# Which commands a group's files belong to; an experiment says it itself, by the command in its header.
+GROUPS = {
+    "cluster": ["data_sharding", "pretrain", "finetune"],
+    "dataset": ["data_sharding"],
+    "engine": ["pretrain", "finetune"],
+    "masking": ["pretrain"],
+    "model": ["pretrain"],
+    "space": ["data_sharding"],
+    "task": ["finetune"],
+}
+
+
+def selections() -> list[tuple[str, str]]:
+    """Returns (command, override) for every shipped YAML file of every group."""
+    found = [(part, "") for part in PARTS]
+    for path in sorted(ROOT.glob("*/*.yaml")):
+        group, choice = path.parent.name, path.stem
+        if group == "experiment":
+            command = re.search(r"#\s+python -m ([\w.]+) ", path.read_text())
+            assert command is not None, f"{path}: its header holds no command"
+            parts = [command.group(1)]
+        else:
+            parts = GROUPS[group]
+        found += [(part, f"{group}={choice}") for part in parts]
+    return found
+
+
+@pytest.mark.parametrize(("part", "selection"), selections())
+def test_every_shipped_yaml_composes_and_parses(part: str, selection: str) -> None:
+    schema, required = PARTS[part]
+    composed = compose(part, required + ([selection] if selection else []))
+    try:
+        assert isinstance(parse(composed, schema), schema)
+    except ConfigError as error:  # a file may leave values to the user, and nothing else
+        problems = str(error).splitlines()[1:]
+        assert all(": required; add " in problem for problem in problems), error
+
+
+def test_a_misspelt_override_is_refused_and_the_known_choices_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"Could not find 'engine/zero9'[\s\S]*zero2"):
+        compose("pretrain", [*PARTS["pretrain"][1], "engine=zero9"])
+    with pytest.raises(ConfigError, match=r"Could not override 'train\.stepz'"):
+        compose("pretrain", [*PARTS["pretrain"][1], "train.stepz=3"])

@@ -1,0 +1,136 @@
+"""The README's commands run as they are written, one after the other, from an empty folder."""
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def readme_commands(heading: str) -> list[str]:
+    """Returns the commands of the code block below a heading, continuation lines joined, comments dropped."""
+    section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1]
+    block = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL)
+    assert block is not None
+    lines = block.group(1).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def environment() -> dict[str, str]:
+    found = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return found | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def run(command: str, folder: Path, **extra: str) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment() | extra,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"$ {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_every_command_of_the_readme_runs_in_order_from_an_empty_folder(folder: Path) -> None:
+    commands = readme_commands("The commands, one by one")
+    assert commands[0] == "source .venv/bin/activate"
+    assert commands[-1].startswith("mlflow ui")
+    printed = {command.split()[2]: run(command, folder) for command in commands[1:-1]}
+    assert list(printed) == [
+        "data_sharding.phantom",
+        "data_sharding",
+        "data_sharding.verify",
+        "pretrain",
+        "finetune",
+        "finetune.predict",
+    ]
+    assert "connectivity + logistic" in printed["finetune"]
+    assert re.search(r"sub-0001\S*\s+(ADHD|control)\s+0\.\d+", printed["finetune.predict"])
+    assert (folder / "out/readme/adhd/report.html").stat().st_size > 20_000
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def ray_head(folder: Path) -> Iterator[dict[str, str]]:
+    """The environment of a user beside a Ray that was started as the README says, on free ports."""
+    token, temporary = folder / "token", Path(tempfile.mkdtemp(prefix="ray-"))  # sockets need a short path
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    dashboard = free_port()
+    extra = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    head = subprocess.Popen(
+        [
+            *("ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}"),
+            *(f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"),
+        ],
+        cwd=folder,
+        env=environment() | extra,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while subprocess.run(["ray", "job", "list"], env=environment() | extra, capture_output=True).returncode:
+            assert head.poll() is None, "ray start --head stopped"
+            assert time.monotonic() < deadline, "Ray did not come up within 90 s"
+            time.sleep(1)
+        yield extra
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def test_the_readmes_ray_job_runs_on_a_started_ray_and_ends_in_a_bundle(folder: Path, ray_head: dict[str, str]) -> None:
+    """Uses the shards of the commands above; the working directory holds only what a job needs."""
+    start, submit = readme_commands("The same on a cluster")
+    assert start == "ray start --head"
+    assert submit.startswith("ray job submit --working-dir . -- python -m pretrain")
+    job_folder = folder / "job"
+    job_folder.mkdir()
+    command = submit.replace("$PWD", str(folder)) + " train.steps=4 train.evaluation.every_steps=4"
+    printed = run(command, job_folder, **ray_head)
+    assert "succeeded" in printed
+    assert (folder / "out/readme/submitted/bundle/model.yaml").exists()
+
+
+@pytest.mark.parametrize("part", ["data_sharding", "data_sharding.phantom", "pretrain", "finetune", "finetune.predict"])
+def test_the_first_screen_of_help_says_purpose_example_and_required_overrides(part: str, folder: Path) -> None:
+    page = run(f"python -m {part} --help", folder)
+    first_screen = "\n".join(page.splitlines()[:24])
+    assert f"python -m {part}" in first_screen
+    assert "Required" in first_screen
+    assert "--plan" in page
