@@ -75,8 +75,8 @@ def moto_server(folder: Path) -> Server:
     return Server([str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", "PORT"], folder / "moto.log")
 
 
-@pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+@pytest.fixture(scope="session", name="servers")
+def running_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     """Both servers, started at once because moto takes seconds to import."""
     folder = tmp_path_factory.mktemp("s3")
     started = {"rclone": rclone_server(folder), "moto": moto_server(folder)}
@@ -90,6 +90,18 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
             use(monkeypatch, started["moto"].endpoint)
             s3_client.client().create_bucket(Bucket=BUCKET)
         yield started
+
+
+@pytest.fixture(scope="module", name="rclone")
+def running_rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running rclone for the tests of one file."""
+    server = rclone_server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.kill()
 
 
 def aws_environment(endpoint: str) -> dict[str, str]:

@@ -10,7 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from s3_servers import BUCKET, SECRET_KEY, Fault, FaultProxy, Server, aws_environment, fault_proxy, rclone_server, use
+from s3_servers import (  # noqa: F401  (running_rclone is a fixture)
+    BUCKET,
+    SECRET_KEY,
+    Fault,
+    FaultProxy,
+    Server,
+    aws_environment,
+    fault_proxy,
+    running_rclone,
+    use,
+)
 
 from cluster import s3_client, s3_create
 from cluster.errors import StoreUnavailableError
@@ -22,17 +32,6 @@ from data_sharding.verify import main as verify_main
 from tests.helpers_scans import sharding_config, write_study
 from tests.test_reader import rows_of, source_of, steps_of
 from tests.test_shards import contents
-
-
-@pytest.fixture(scope="module")
-def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = rclone_server(tmp_path_factory.mktemp("s3"))
-    server.start()
-    try:
-        server.wait_until_ready()
-        yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from s3_servers import BUCKET, Server, servers, use  # noqa: F401  (a fixture)
+from s3_servers import BUCKET, Server, running_servers, use  # noqa: F401  (a fixture)
 
 from cluster import s3_client, s3_create, storage
 from cluster.errors import StorageError
