@@ -106,7 +106,7 @@ def _parse_union(raw: Any, options: tuple[Any, ...], *, key: str, problems: list
             return value
         tried.append(attempt)
     if len(tried) == 1 or isinstance(raw, Mapping):
-        problems.extend(min(tried, key=len))  # of several groups of keys, the one that fits best
+        problems.extend(min(tried, key=lambda found: len(found)))  # of several groups of keys, the one that fits best
     else:
         names = " or ".join(_type_name(option) for option in options)
         problems.append(f"{key}: expected {names}, got {raw!r}")
