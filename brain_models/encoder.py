@@ -173,10 +173,11 @@ class PatchDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(config.width, width)
         self.embed_position = PositionEmbedding(width, config.num_frequencies)
-        self.blocks = nn.ModuleList(CrossBlock(width, config.num_heads, config.mlp_ratio) for _ in range(depth))
+        blocks = [CrossBlock(width, config.num_heads, config.mlp_ratio) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.predict = nn.Linear(width, num_features)
-        for block in self.blocks:
+        for block in blocks:
             nn.init.eye_(block.attention.query.weight)
             nn.init.eye_(block.attention.key_value.weight[:width])
         nn.init.zeros_(self.predict.weight)

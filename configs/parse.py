@@ -98,15 +98,15 @@ def _parse_value(raw: Any, hint: Any, *, key: str, problems: list[str]) -> Any:
 def _parse_union(raw: Any, options: tuple[Any, ...], *, key: str, problems: list[str]) -> Any:
     if raw is None and type(None) in options:
         return None
-    tried: list[list[str]] = []
+    tried = []
     for option in (option for option in options if option is not type(None)):
         attempt: list[str] = []
         value = _parse_value(raw, option, key=key, problems=attempt)
         if not attempt:
             return value
-        tried.append(attempt)
+        tried.append((len(attempt), attempt))
     if len(tried) == 1 or isinstance(raw, Mapping):
-        problems.extend(min(tried, key=lambda found: len(found)))  # of several groups of keys, the one that fits best
+        problems.extend(min(tried)[1])  # of several groups of keys, the one that fits best
     else:
         names = " or ".join(_type_name(option) for option in options)
         problems.append(f"{key}: expected {names}, got {raw!r}")

@@ -131,7 +131,7 @@ class MaskedVolumes(Task):
         stem.voxel_offset.copy_(mean)
         stem.voxel_scale.copy_(deviation)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss: weighted squared error over measured voxels of hidden tokens, divided by a constant."""
         choice = self.masker.choose(batch.sample_seed)
         features = self._features(batch)
@@ -141,7 +141,7 @@ class MaskedVolumes(Task):
         squared = (residual * counted).square().sum(dim=(1, 2))
         return {"loss": (batch.weight * squared).sum() / (self.batch_size * self.values_per_sample)}
 
-    def predict(self, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Per sample and region (the last column: no region): squared error of the model and of each reference, total
         about the training mean, and the number of values they are summed over."""
         choice = self.masker.choose(batch.sample_seed)

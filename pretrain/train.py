@@ -22,6 +22,7 @@ from pretrain.references import fit_references, voxel_statistics
 from training import registry
 from training.collectives import place
 from training.loop import FitResult, Services, fit
+from training.seen_subjects import write_seen
 from training.task import Task
 
 
@@ -175,6 +176,7 @@ class Exporter:
                 made_by={"part": "pretrain", "run": self.config.run.name, "set": self.shard_set.fingerprint},
             ),
         )
+        write_seen(self.folder, set(self.shard_set.runs(self.config.kind, ["train"])["subject"]))
         for path in sorted(self.folder.iterdir()):
             self.store.put(f"bundle/{path.name}", path)
 

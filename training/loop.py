@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -256,7 +256,7 @@ def over_ranks(losses: list[dict[str, Tensor]], engine: Engine) -> dict[str, flo
     return dict(zip(names, total(sums.to(engine.device)).tolist(), strict=True))
 
 
-def not_finite(step: int, losses: list[dict[str, Tensor]], micro_batches: list[Batch]) -> TrainingError:
+def not_finite(step: int, losses: list[dict[str, Tensor]], micro_batches: Sequence[Batch]) -> TrainingError:
     """The error every rank raises, naming the scans of the micro-batches whose loss is not finite, on any rank."""
     scans_of = [
         [scan_id for scan_id, weight in zip(batch.scan_ids, batch.weight.tolist(), strict=True) if weight > 0]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from training.errors import TrainingError
 
-State = dict[str, object]  # JSON-able: where a source goes on
+State = Mapping[str, object]  # JSON-able: where a source goes on
 
 
 class Batch(Protocol):
@@ -28,11 +28,15 @@ class Source(Protocol):
     """One rank's view of the data."""
 
     fingerprint: str  # of the shard set; a run may not go on from another one
-    num_micro_batches: int  # a rank sees this many in every step, the same on all ranks
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Batches a rank sees in every step, the same on all ranks."""
+        ...
 
     def initial_state(self) -> State: ...
 
-    def steps(self, state: State) -> Iterator[tuple[list[Batch], State]]:
+    def steps(self, state: State) -> Iterator[tuple[Sequence[Batch], State]]:
         """Endless: the micro-batches of one global step, and the state to go on from after it."""
         ...
 
@@ -59,14 +63,14 @@ class ParameterGroup:
 
 
 class Task(nn.Module):
-    """Model, loss and metrics. Subclasses implement what raises here."""
+    """Model, loss and metrics. Subclasses implement what raises here; their batches are what their source yields."""
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Any) -> dict[str, Tensor]:
         """The loss under "loss", and named parts: each divided by constants, so that the sum over all micro-batches and
         ranks of a step is the step's value, however the step was divided."""
         raise TrainingError(f"{type(self).__name__} has no forward(batch); return a dict with 'loss'")
 
-    def predict(self, batch: Batch) -> dict[str, Tensor]:
+    def predict(self, batch: Any) -> dict[str, Tensor]:
         """Small per-sample tensors, first axis batch: what `metrics` needs, never voxels. No collectives inside."""
         raise TrainingError(f"{type(self).__name__} has no predict(batch); return tensors whose first axis is batch")
 

@@ -207,7 +207,7 @@ def _participant_columns() -> dict[str, object]:
         "site": {"Description": "Scanner; sites differ in TR, noise, T1 contrast and prevalence"},
         "age": {"Description": "Age", "Units": "years"},
         "sex": {"Description": "Sex", "Levels": {"F": "female", "M": "male"}},
-        "diagnosis": {"Description": "Simulated diagnosis", "Levels": {"control": "none", "ADHD": "ADHD"}},
+        "diagnosis": {"Description": "Simulated diagnosis", "Levels": {"control": "control", "ADHD": "ADHD"}},
         "mean_fd": {"Description": "Mean framewise displacement of the rest run (Power)", "Units": "mm"},
     }
 
