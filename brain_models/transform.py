@@ -17,7 +17,7 @@ from brain_models.errors import ScanError
 
 Alignment = Literal["nonlinear", "affine"]
 
-Record = dict[str, str | int | float | None]
+Record = dict[str, str | float | list[float]]
 
 FIELDS_OF_ONE_ARRAY = ("displacement_mm", "displacement_affine", "motion", "framewise_displacement_mm")
 
