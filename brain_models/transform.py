@@ -64,7 +64,7 @@ class Transform:
     def load(cls, path: Path | str) -> "Transform":
         """Returns the transform saved at `path`; ScanError when the file is not one."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 saved = {key: file[key] for key in file.files}
             return cls(
                 alignment=str(saved["alignment"]),  # type: ignore[arg-type]
