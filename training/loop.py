@@ -178,7 +178,8 @@ def evaluate_now(run: Run, done: int, progress: Progress) -> dict[str, float]:
     """The metrics of the evaluation subset after `done` updates, tracked and shown."""
     config = run.config.evaluation
     found = evaluate(run.task, run.source, run.engine, config.split, limit=config.subset)
-    metrics = {f"{config.split}/{name}": value for name, value in found.metrics.items()}
+    prefix = "train_split" if config.split == "train" else config.split  # train/loss is the loss of a step
+    metrics = {f"{prefix}/{name}": value for name, value in found.metrics.items()}
     run.tracker.record(done, metrics)
     progress.show(done, metrics)
     return metrics

@@ -25,10 +25,10 @@ class Progress:
         return rate
 
     def show(self, done: int, values: Mapping[str, float]) -> None:
-        """Print `values` after `done` steps."""
+        """Print `values` after `done` steps; details (split/metric/part/name) are only tracked."""
         if not self.is_shown:
             return
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name.count("/") < 3)
         line = f"step {done}/{self.num_steps}  {numbers}"
         if not self.is_terminal:
             print(line, flush=True)
