@@ -7,7 +7,6 @@ before it. The temporal mean stays, so stored units remain those of the scan.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
@@ -15,23 +14,10 @@ from jaxtyping import Bool, Float32, Float64
 from brain_models.confounds import FRAMEWISE_DISPLACEMENT, STD_DVARS, ConfoundTable, read_confounds
 from brain_models.errors import ScanError
 from brain_models.preprocess import PackedScan
+from brain_models.recipe import CleaningConfig
 
 VOXELS_A_BLOCK = 1 << 12
 BUTTERWORTH_ORDER = 5  # nilearn's
-
-
-@dataclass
-class CleaningConfig:
-    """What is taken out of every run, and which frames are marked."""
-
-    confounds: list[str]  # groups (motion6, motion24, wm_csf, 36p ...), columns or patterns of fMRIPrep's table
-    high_pass_hz: float | None
-    low_pass_hz: float | None  # needs filter: butterworth
-    filter: Literal["cosine", "butterworth"]
-    detrend: bool
-    non_steady_state: Literal["drop", "keep"]
-    censor_above_fd_mm: float | None
-    censor_above_std_dvars: float | None
 
 
 @dataclass(frozen=True)
@@ -43,20 +29,6 @@ class CleanedRun:
     is_kept: Bool[np.ndarray, "time"]
     num_dropped: int
     regressors: list[str]
-
-
-def validate_cleaning(config: CleaningConfig, key: str) -> list[str]:
-    """All problems of the options; each names its key and what to give instead."""
-    problems = []
-    for name in ("high_pass_hz", "low_pass_hz", "censor_above_fd_mm", "censor_above_std_dvars"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            problems.append(f"{key}.{name}: {value}; give a number above 0, or null for none")
-    if config.low_pass_hz is not None and config.filter == "cosine":
-        problems.append(f"{key}.low_pass_hz: {config.low_pass_hz} with filter=cosine; use filter=butterworth")
-    if config.low_pass_hz and config.high_pass_hz and config.high_pass_hz >= config.low_pass_hz:
-        problems.append(f"{key}: high_pass_hz {config.high_pass_hz} must lie below low_pass_hz {config.low_pass_hz}")
-    return problems
 
 
 def clean_bold(

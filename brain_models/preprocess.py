@@ -7,13 +7,14 @@ filled in.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Int8, UInt8
 
+from brain_models.cube import NO_TEMPLATE, centred
 from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header, stream_frames
+from brain_models.recipe import BoldType, UnknownOrientation
 from brain_models.resample import resampler_for
 from brain_models.space import BrainSpace
 from brain_models.transform import Transform
@@ -23,9 +24,6 @@ CLIP_AT = 6.0
 NOT_MEASURED = -128
 MAD_TO_SIGMA = 1.4826  # of a Gaussian
 VOXELS_A_BLOCK = 1 << 14  # bounds the copies of the median
-
-BoldType = Literal["int8", "float16"]
-UnknownOrientation = Literal["refuse", "accept_as_stored"]
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,15 @@ def pack_t1(
 ) -> PackedScan:
     """Returns a T1 on `space` as one frame; voxels outside `brain_mask` (a NIfTI file) count as not measured.
 
-    A raw T1 needs its `transform`; the mask lies in the scan's own space.
+    A raw T1 needs its `transform`; the mask lies in the scan's own space. On a space without a template (t1_cube128)
+    the scan is moved so that the head's centre of mass is the space's middle.
     """
     header = read_header(path, "t1w")
     _require_orientation(header, unknown_orientation)
+    if space.template == NO_TEMPLATE:
+        assert brain_mask is None
+        assert transform is None
+        header = centred(header)
     return _pack(header, space, brain_mask, transform)
 
 

@@ -4,6 +4,7 @@ Promise: two spaces with the same fingerprint order the same places the same way
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,8 +126,8 @@ def fsl_grid(spacing_mm: float) -> tuple[np.ndarray, tuple[int, int, int]]:
     return affine, shape  # type: ignore[return-value]
 
 
-def volume_space(config: SpaceConfig, *, atlas_image: Path | None = None) -> BrainSpace:
-    """Returns the FSL-grid space of `config`: its mask dilated by `dilate_mm`, joined with the atlas's voxels.
+def volume_space(config: SpaceConfig, *, atlas_images: Sequence[Path] = ()) -> BrainSpace:
+    """Returns the FSL-grid space of `config`: its mask dilated by `dilate_mm`, joined with the atlases' voxels.
 
     The bare MNI mask cuts 4 % of AAL3 (half of Cerebellum_10), hence dilation and union.
     """
@@ -140,7 +141,7 @@ def volume_space(config: SpaceConfig, *, atlas_image: Path | None = None) -> Bra
     in_brain = on_grid(*_mask_image(config.mask), affine=affine, shape=shape) > 0
     if config.dilate_mm > 0:
         in_brain = ndimage.binary_dilation(in_brain, iterations=max(1, round(config.dilate_mm / config.spacing_mm)))
-    if atlas_image is not None:
+    for atlas_image in atlas_images:
         in_brain |= on_grid(*load_volume(atlas_image), affine=affine, shape=shape) > 0
     if not in_brain.any():
         raise SpaceError(f"space {config.name}: mask {config.mask} has no voxel on the {config.spacing_mm} mm grid")

@@ -12,8 +12,9 @@ Required: source.root=<BIDS derivatives folder>  out=<folder of the new set>
 from __future__ import annotations
 
 from configs.entry import main
-from data_sharding.build import build, describe
+from data_sharding.build import build
 from data_sharding.config import ShardingConfig, validate_config
+from data_sharding.prepare import describe
 
 
 def run() -> None:

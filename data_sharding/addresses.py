@@ -11,7 +11,7 @@ from data_sharding import schema
 from data_sharding.errors import ShardError
 from data_sharding.fetch import FrameSpan, WindowRead
 from data_sharding.hashing import hash_names
-from data_sharding.order import RunTable
+from data_sharding.order import RunTable, SlotGrids
 from data_sharding.shard_set import ShardSet
 
 
@@ -28,8 +28,7 @@ class AddressBook:
     chunk_start: np.ndarray  # int64 [chunk], frame
     members: list[str]  # by chunk
     offsets: np.ndarray  # int64 [chunk]
-    checksum_members: list[str]
-    checksum_offsets: np.ndarray
+    frame_crc32: list[str]  # by chunk: 8 hexadecimal digits a frame
 
     @classmethod
     def of(cls, shard_set: ShardSet, *, kind: str, split: str, window_frames: int) -> AddressBook:
@@ -42,17 +41,18 @@ class AddressBook:
             shard=table.shard.map(shard_number).to_numpy(dtype=np.int64),
             num_frames=table.num_frames.to_numpy(dtype=np.int64),
             window_frames=window_frames,
+            grids=_grids(table, window_frames, shard_set.max_censored_fraction),
         )
         if runs.num_samples == 0:
             longest = f"the longest run has {runs.num_frames.max()} frames" if len(table) else "it has no such scan"
+            if len(table) and runs.num_frames.max() >= window_frames:
+                longest = f"more than {shard_set.max_censored_fraction:.0%} of the frames of each are censored"
             raise ShardError(
                 f"{shard_set.location}: split {split!r} holds no {kind} window of {window_frames} frames ({longest}); "
                 "choose another split, kind or window_frames, or write the set with other splits"
             )
         in_split = shard_set.index[shard_set.index.scan_id.isin(scan_ids)]
-        chunks = _sorted(in_split, schema.BOLD if kind == "bold" else schema.T1)
-        checksums = _sorted(in_split, schema.CRC)
-        assert chunks.key.tolist() == checksums.key.tolist(), "chunks without checksums"
+        chunks = _sorted(in_split, schema.BOLD if kind == "bold" else schema.KIND_OF_SCAN[kind])
         counts = chunks.groupby("scan_id").size().reindex(scan_ids).to_numpy()
         return cls(
             runs=runs,
@@ -64,8 +64,7 @@ class AddressBook:
             chunk_start=chunks.first_frame.to_numpy(dtype=np.int64),
             members=chunks.member.tolist(),
             offsets=chunks.offset.to_numpy(dtype=np.int64),
-            checksum_members=checksums.member.tolist(),
-            checksum_offsets=checksums.offset.to_numpy(dtype=np.int64),
+            frame_crc32=chunks.frame_crc32.tolist(),
         )
 
     def window(self, run: int, first_frame: int) -> WindowRead:
@@ -77,17 +76,10 @@ class AddressBook:
         frame, end = int(first_frame), int(first_frame) + self.runs.window_frames
         while frame < end:
             chunk_end = int(starts[chunk + 1]) if chunk + 1 < len(starts) else int(self.runs.num_frames[run])
-            number = first + chunk
-            spans.append(
-                FrameSpan(
-                    member=self.members[number],
-                    offset=int(self.offsets[number]),
-                    checksum_member=self.checksum_members[number],
-                    checksum_offset=int(self.checksum_offsets[number]),
-                    first=frame - int(starts[chunk]),
-                    num_frames=min(end, chunk_end) - frame,
-                )
-            )
+            number, inside = first + chunk, frame - int(starts[chunk])
+            num_frames = min(end, chunk_end) - frame
+            crc32 = bytes.fromhex(self.frame_crc32[number][8 * inside : 8 * (inside + num_frames)])
+            spans.append(FrameSpan(self.members[number], int(self.offsets[number]), inside, num_frames, crc32))
             frame = min(end, chunk_end)
             chunk += 1
         return WindowRead(self.shards[run], tuple(spans))
@@ -95,6 +87,19 @@ class AddressBook:
     def label(self, run: int, first_frame: int) -> str:
         """The name of a sample in messages and in the quarantine."""
         return f"{self.scan_ids[run]}:{first_frame}"
+
+
+def _grids(table: pd.DataFrame, window_frames: int, max_censored_fraction: float) -> dict[int, SlotGrids]:
+    """The slots of the runs with censored frames, by the run's row."""
+    return {
+        int(row): SlotGrids(
+            num_frames=int(table.num_frames[row]),
+            window_frames=window_frames,
+            censored=np.array(schema.frames_of(table.censored[row])),
+            max_censored_fraction=max_censored_fraction,
+        )
+        for row in np.flatnonzero(table.censored != "")
+    }
 
 
 def _sorted(index: pd.DataFrame, kind: str) -> pd.DataFrame:

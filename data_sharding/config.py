@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from brain_models.space import SpaceConfig
+from brain_models.recipe import BoldType, CleaningConfig, UnknownOrientation, validate_cleaning
 from cluster.config import ClusterConfig, validate_cluster
+from data_sharding.sources import validate_source
+from data_sharding.spaces import AnySpaceConfig, validate_space
 
 SplitRule = Literal["threshold", "ranked", "stratified", "file", "none"]
 
@@ -15,12 +18,22 @@ SplitRule = Literal["threshold", "ranked", "stratified", "file", "none"]
 class SourceConfig:
     """Where scans come from and which of them are taken."""
 
-    kind: Literal["bids"]
+    kind: str  # a module of data_sharding/sources
     root: str
-    kinds: list[Literal["bold", "t1"]]
+    kinds: list[Literal["bold", "t1", "parcels", "response"]]
     subjects: list[str] | None  # labels without sub-; null takes all
     tasks: list[str] | None  # task entities; null takes all
     allow_template_mix: bool  # take scans of another template than the space's
+    options: dict[str, str | int | float | bool | list[str] | None]  # of this kind of source: its class Options
+
+
+@dataclass
+class PrivacyConfig:
+    """What a set tells about people."""
+
+    key_file: str | None  # secret bytes: subject ids become keyed hashes; null keeps them
+    sidecar_fields: list[str]  # the only fields of JSON sidecars that reach the set
+    participant_columns: list[str] | None  # the only columns of the participants table that do; null keeps all
 
 
 @dataclass
@@ -29,14 +42,29 @@ class StorageConfig:
 
     chunk_frames: int
     target_bytes: int  # a shard is closed before it grows beyond this
+    bold_type: BoldType  # float16 takes twice the bytes and errs by 1/2048 instead of 1/42 of the robust scale
+
+
+@dataclass
+class PreprocessingConfig:
+    """What is done to every BOLD run; recorded in the manifest, and done again by a served model."""
+
+    cleaning: CleaningConfig
+    max_censored_fraction: float  # windows with a larger share of censored frames are not drawn
 
 
 @dataclass
 class AcceptanceConfig:
     """Which scans are refused, and how many refusals end the run."""
 
-    min_frames: int
+    min_frames: int  # of a run, after those before the steady state were dropped
     min_coverage: float  # share of the space's voxels that must be measured
+    min_region_coverage: float | None  # the same of every region of the set's atlases
+    min_tsnr: float | None
+    max_mean_fd_mm: float | None  # an unknown displacement refuses nothing
+    max_censored_fraction: float | None
+    max_clipped_fraction: float | None
+    unknown_orientation: UnknownOrientation  # of files whose header does not say where left and right are
     max_refused_fraction: float
 
 
@@ -46,6 +74,7 @@ class LimitsConfig:
 
     memory_mb: int
     timeout_s: float
+    download_mb: int  # larger files of an s3:// source are refused
 
 
 @dataclass
@@ -70,14 +99,21 @@ class ShardingConfig:
     name: str
     source: SourceConfig
     out: str
-    space: SpaceConfig
-    atlas: str | None  # template, aal3, a label NIfTI, or null
+    privacy: PrivacyConfig
+    space: AnySpaceConfig
+    atlas: str | list[str] | None  # template, aal3, a label NIfTI, several of them, or null
     storage: StorageConfig
+    preprocessing: PreprocessingConfig
     acceptance: AcceptanceConfig
     limits: LimitsConfig
     splits: SplitConfig
     seed: int  # mixes runs over shards
     cluster: ClusterConfig
+
+
+def atlas_choices(config: ShardingConfig) -> list[str]:
+    """The atlases a set is to hold, as configured."""
+    return [] if config.atlas is None else [config.atlas] if isinstance(config.atlas, str) else config.atlas
 
 
 def validate_config(config: ShardingConfig) -> list[str]:
@@ -89,16 +125,25 @@ def validate_config(config: ShardingConfig) -> list[str]:
         problems.append(f"storage.target_bytes: {config.storage.target_bytes}; give at least 65536")
     if not config.source.kinds:
         problems.append("source.kinds: empty; give [bold], [t1] or [bold,t1]")
-    if config.space.spacing_mm <= 0:
-        problems.append(f"space.spacing_mm: {config.space.spacing_mm}; give a voxel edge in mm")
+    problems += validate_source(config.source) + validate_space(config.space)
+    if config.privacy.key_file is not None and not Path(config.privacy.key_file).is_file():
+        problems.append(
+            f"privacy.key_file: {config.privacy.key_file} is no file; make one with 'head -c 32 /dev/urandom > FILE' "
+            "and keep it: sets that are used together need the same one"
+        )
     for key, share in (
         ("acceptance.min_coverage", config.acceptance.min_coverage),
+        ("acceptance.min_region_coverage", config.acceptance.min_region_coverage),
+        ("acceptance.max_censored_fraction", config.acceptance.max_censored_fraction),
+        ("acceptance.max_clipped_fraction", config.acceptance.max_clipped_fraction),
         ("acceptance.max_refused_fraction", config.acceptance.max_refused_fraction),
+        ("preprocessing.max_censored_fraction", config.preprocessing.max_censored_fraction),
     ):
-        if not 0 <= share <= 1:
+        if share is not None and not 0 <= share <= 1:
             problems.append(f"{key}: {share}; give a share between 0 and 1")
-    if config.limits.memory_mb < 1 or config.limits.timeout_s <= 0:
-        problems.append("limits: memory_mb and timeout_s must be above 0")
+    if config.limits.memory_mb < 1 or config.limits.timeout_s <= 0 or config.limits.download_mb < 1:
+        problems.append("limits: memory_mb, timeout_s and download_mb must be above 0")
+    problems += validate_cleaning(config.preprocessing.cleaning, "preprocessing.cleaning")
     return problems
 
 

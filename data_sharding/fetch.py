@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from cluster.storage import RangeReader, store_for
 from data_sharding import schema
 from data_sharding.checksums import crc32_of_frames
 from data_sharding.errors import ShardError
+from data_sharding.shard_cache import CachedShard, CacheSettings, ShardCache
 from data_sharding.stream import read_shard
 
 # What brain_models.preprocess writes; that module is not imported because it needs a NIfTI library. A test compares.
@@ -27,14 +29,13 @@ MAX_OPEN_SHARDS = 64
 
 @dataclass(frozen=True)
 class FrameSpan:
-    """Consecutive frames of one chunk: where they and their checksums lie in the tar, and in which members."""
+    """Consecutive frames of one chunk: where they lie in the tar, and their checksums as the index holds them."""
 
     member: str
     offset: int  # of the member's first byte
-    checksum_member: str
-    checksum_offset: int
     first: int  # frame, counted inside the member
     num_frames: int
+    crc32: bytes  # little-endian uint32 [time]
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class FetchSettings:
     """What every read of a source has in common."""
 
     location: str
-    kind: str
+    frame_type: Literal["int8", "float16"]
     num_voxels: int
     window_frames: int
     reader: Literal["indexed", "stream"]
     num_kept_shards: int  # for reader=stream: shards held in memory
+    cache: CacheSettings | None = None
+    shards: Mapping[str, CachedShard] = field(default_factory=dict)  # for the cache: by name
 
 
 @dataclass
@@ -71,7 +74,8 @@ class Fetcher:
 
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
-        self.frame_type = np.dtype(np.int8 if settings.kind == "bold" else np.float16)
+        self.frame_type = np.dtype(settings.frame_type)
+        self._cache: ShardCache | None = None  # made at the first read: in the process that reads
         self._open: OrderedDict[str, RangeReader] = OrderedDict()
         self._streamed: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
 
@@ -107,25 +111,20 @@ class Fetcher:
         done = 0
         for span in read.spans:
             part = frames[done : done + span.num_frames]
-            expected = np.empty(span.num_frames, dtype=np.uint32)
             if self.settings.reader == "indexed":
-                reader = self._range_reader(read.shard)
                 first_byte = span.offset + schema.NPY_HEADER_BYTES + span.first * frames[0].nbytes
-                reader.read_into(first_byte, part.data.cast("B"))
-                first_byte = span.checksum_offset + schema.NPY_HEADER_BYTES + span.first * expected.itemsize
-                reader.read_into(first_byte, expected.data.cast("B"))
+                self._range_reader(read.shard).read_into(first_byte, part.data.cast("B"))
             else:
                 arrays = self._streamed_shard(read.shard)
-                if span.member not in arrays or span.checksum_member not in arrays:
+                if span.member not in arrays:
                     raise ShardError(f"{self.settings.location}/{read.shard} lacks {span.member}; restore the shard")
                 chosen = slice(span.first, span.first + span.num_frames)
                 part[:] = arrays[span.member].reshape(-1, self.settings.num_voxels)[chosen]
-                expected[:] = arrays[span.checksum_member][chosen]
-            self._check(read.shard, span, part, expected)
+            self._check(read.shard, span, part)
             done += span.num_frames
 
-    def _check(self, shard: str, span: FrameSpan, part: np.ndarray, expected: np.ndarray) -> None:
-        for row in np.flatnonzero(crc32_of_frames(part) != expected):
+    def _check(self, shard: str, span: FrameSpan, part: np.ndarray) -> None:
+        for row in np.flatnonzero(crc32_of_frames(part) != np.frombuffer(span.crc32, dtype="<u4")):
             frame = part[row]
             first_byte = span.offset + schema.NPY_HEADER_BYTES + (span.first + row) * frame.nbytes
             location = self.settings.location
@@ -137,10 +136,17 @@ class Fetcher:
 
     def _range_reader(self, shard: str) -> RangeReader:
         if shard not in self._open:
-            self._open[shard] = store_for(self.settings.location).open_ranges(shard)
+            self._open[shard] = self._opened(shard)
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         return self._open[shard]
+
+    def _opened(self, shard: str) -> RangeReader:
+        store = store_for(self.settings.location)
+        if self.settings.cache is None:
+            return store.open_ranges(shard)
+        self._cache = self._cache or ShardCache(self.settings.cache)
+        return self._cache.open(store, self.settings.shards[shard])
 
     def _streamed_shard(self, shard: str) -> dict[str, np.ndarray]:
         if shard not in self._streamed:

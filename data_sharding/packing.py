@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
 from webdataset.writer import TarWriter
 
+from brain_models.atlas import Atlas
+from brain_models.cleaning import CleanedRun, clean_bold
 from brain_models.errors import ScanError
 from brain_models.preprocess import (
     PackedScan,
@@ -22,9 +24,13 @@ from brain_models.preprocess import (
     standardise_bold,
     standardise_t1,
 )
+from brain_models.recipe import BoldType, CleaningConfig
 from brain_models.space import BrainSpace
 from data_sharding import schema
 from data_sharding.checksums import crc32, crc32_of_frames
+from data_sharding.config import AcceptanceConfig
+from data_sharding.quality import ScanQuality, region_coverage, run_quality, scan_quality, why_refused
+from data_sharding.scans import NEVER_IN_A_KEY
 
 
 @dataclass
@@ -35,12 +41,40 @@ class PackRequest:
     kind: str
     path: str
     brain_mask: str | None
+    confounds: str | None
     repetition_time_s: float
-    num_frames: int
+    num_frames: int  # of the file
     entities: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)  # what else the scan consists of, by role
+    events: list[dict[str, Any]] = field(default_factory=list)
+    sidecar: dict[str, object] = field(default_factory=dict)
+    stimulus: str = ""
+    row: int = 0
+    private: list[list[str]] = field(default_factory=list)  # [text, what stands for it in any message]
+
+
+@dataclass
+class PackSettings:
+    """What packing does to every scan of a set."""
+
     chunk_frames: int
-    min_frames: int
-    min_coverage: float
+    bold_type: BoldType
+    cleaning: CleaningConfig
+    acceptance: AcceptanceConfig
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> PackSettings:
+        made = {"cleaning": CleaningConfig(**raw["cleaning"]), "acceptance": AcceptanceConfig(**raw["acceptance"])}
+        return cls(**(raw | made))
+
+
+@dataclass(frozen=True)
+class PackContext:
+    """What all scans of a set share."""
+
+    space: BrainSpace
+    atlases: dict[str, Atlas]
+    settings: PackSettings
 
 
 @dataclass
@@ -55,88 +89,154 @@ class Member:
     crc32: int
     first_frame: int
     num_frames: int
+    frame_crc32: str  # of an array with checksums beside it
+    censored: str  # of a run's mean.npy
 
 
 Entry = tuple[dict[str, Any], int, int]  # what TarWriter writes, first frame, number of frames
 
 
-def write_part(request: PackRequest, space: BrainSpace, file: BinaryIO) -> tuple[list[Member], int]:
-    """The members written to `file` and the bytes they take: the scan's part of a tar, still followed by its end mark.
+@dataclass
+class Packed:
+    """An accepted scan: what is to be written of it, and how good it is."""
 
-    Raises ScanError where the scan cannot be packed or accepted.
-    """
+    entries: Iterator[Entry]
+    quality: ScanQuality
+    regions: dict[str, float]  # measured share by <atlas>/<label>
+
+
+@dataclass
+class Part:
+    """A scan's part of a tar: its members, and its bytes without the end mark that follows them."""
+
+    members: list[Member]
+    payload: int
+    quality: ScanQuality
+    regions: dict[str, float]
+
+
+def write_part(request: PackRequest, context: PackContext, file: BinaryIO) -> Part:
+    """The scan's part of a tar, written to `file`. Raises ScanError where the scan cannot be packed or accepted."""
+    packed = _pack(request, context)
     members: list[Member] = []
     position = 0
     with TarWriter(file, mtime=0, user=schema.TAR_OWNER, group=schema.TAR_OWNER, encoder=False) as writer:
-        for entry, first_frame, num_frames in _entries(request, space):
+        for entry, first_frame, num_frames in packed.entries:
             key = entry["__key__"]
+            assert not NEVER_IN_A_KEY.search(key), key
+            checksums = entry[schema.CRC][schema.NPY_HEADER_BYTES :].hex() if schema.CRC in entry else ""
             for kind in sorted(kind for kind in entry if kind != "__key__"):
                 name = f"{key}.{kind}"
                 assert len(name) <= schema.MAX_NAME_LENGTH, name
-                start = position + schema.TAR_BLOCK_BYTES
-                data = entry[kind]
-                members.append(Member(name, key, kind, start, len(data), crc32(data), first_frame, num_frames))
-                position += schema.tar_bytes(len(entry[kind]))
+                start, data = position + schema.TAR_BLOCK_BYTES, entry[kind]
+                frame_crc32 = checksums if kind in schema.CHECKED_BY_FRAME else ""
+                censored = packed.quality.censored if kind == schema.MEAN else ""
+                numbers = (start, len(data), crc32(data), first_frame, num_frames)
+                members.append(Member(name, key, kind, *numbers, frame_crc32, censored))
+                position += schema.tar_bytes(len(data))
             writer.write(entry)
             assert writer.tarstream.offset == position, "a tar header took more than one block"
-    return members, position
+    return Part(members, position, packed.quality, packed.regions)
 
 
-def _entries(request: PackRequest, space: BrainSpace) -> Iterator[Entry]:
-    mask = None if request.brain_mask is None else Path(request.brain_mask)
+def _pack(request: PackRequest, context: PackContext) -> Packed:
     if request.kind == "bold":
-        packed = pack_bold(request.path, space, brain_mask=mask)
-        _accept(packed, request, space)
-        yield from _bold_entries(request, space, standardise_bold(packed))
-        return
-    packed = pack_t1(request.path, space, brain_mask=mask)
-    _accept(packed, request, space)
-    standardised = standardise_t1(packed)
-    described = {"mean": standardised.mean, "std": standardised.std, "coverage": float(packed.is_measured.mean())}
-    values = standardised.values
+        return _pack_run(request, context)
+    if request.kind == "t1":
+        return _pack_image(request, context)
+    return packing_kinds().PACK[request.kind](request, context)
+
+
+def packing_kinds() -> ModuleType:
+    """The module of the other kinds, which itself builds on this one; imported before any scan is packed."""
+    from data_sharding import packing_kinds as module
+
+    return module
+
+
+def _pack_image(request: PackRequest, context: PackContext) -> Packed:
+    packed = pack_t1(
+        request.path,
+        context.space,
+        brain_mask=_path(request.brain_mask),
+        unknown_orientation=context.settings.acceptance.unknown_orientation,
+    )
+    regions = region_coverage(context.atlases, packed.is_measured)
+    quality = scan_quality(packed.is_measured, regions, conflict_mm=packed.header.conflict_mm)
+    require_accepted(quality, request, context)
+    stored = standardise_t1(packed)
+    described = {"mean": stored.mean, "std": stored.std, **quality_fields(quality)}
     entry = {
         "__key__": schema.stats_key(request.scan_id),
-        schema.T1: npy_bytes(values),
-        schema.CRC: npy_bytes(crc32_of_frames(values[None])),
-        schema.META: _json_bytes(request, space, described),
+        schema.T1: npy_bytes(stored.values),
+        schema.CRC: npy_bytes(crc32_of_frames(stored.values[None])),
+        schema.META: json_bytes(request, context.space, described),
     }
-    yield entry, 0, 1
+    return Packed(iter([(entry, 0, 1)]), quality, regions)
 
 
-def _accept(packed: PackedScan, request: PackRequest, space: BrainSpace) -> None:
-    coverage = float(packed.is_measured.mean())
-    if coverage < request.min_coverage:
-        raise ScanError(
-            f"{request.path} covers {coverage:.1%} of space {space.name}, less than acceptance.min_coverage="
-            f"{request.min_coverage}; check its registration and field of view, or lower the limit"
-        )
-    if request.kind == "bold" and len(packed.values) < request.min_frames:
-        raise ScanError(
-            f"{request.path} has {len(packed.values)} frames, fewer than acceptance.min_frames={request.min_frames}"
-        )
-
-
-def _bold_entries(request: PackRequest, space: BrainSpace, run: StandardisedRun) -> Iterator[Entry]:
-    num_frames = len(run.quantised)
-    frames = np.full((num_frames, len(schema.FRAME_COLUMNS)), np.nan, dtype=np.float32)
-    frames[:, 1], frames[:, 2], frames[:, 3] = dvars(run), run.clipped_fraction, 1
+def _pack_run(request: PackRequest, context: PackContext) -> Packed:
+    run = cleaned_run(request, context)
+    stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
+    frames = np.empty((len(stored.quantised), len(schema.FRAME_COLUMNS)), dtype=np.float32)
+    columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
+    for number, column in enumerate(columns):
+        frames[:, number] = column
+    regions = region_coverage(context.atlases, stored.is_measured)
+    quality = run_quality(run, stored, frames[:, 1], regions)
+    require_accepted(quality, request, context)
     described = {
-        "num_frames": num_frames,
         "repetition_time_s": request.repetition_time_s,
-        "coverage": float(run.is_measured.mean()),
-        "mean_framewise_displacement_mm": None,  # needs motion estimates; unknown is never 0
-        "median_dvars": float(np.nanmedian(frames[:, 1])),
-        "clipped_fraction": float(run.clipped_fraction.mean()),
+        "num_regressors": len(run.regressors),
+        **quality_fields(quality),
     }
+    return Packed(_run_entries(request, context, stored, frames, described), quality, regions)
+
+
+def cleaned_run(request: PackRequest, context: PackContext) -> CleanedRun:
+    """The run on the set's space, cleaned as the set asks."""
+    return clean_bold(
+        _packed_run(request, context),
+        context.settings.cleaning,
+        repetition_time_s=request.repetition_time_s,
+        confounds=request.confounds,
+    )
+
+
+def _packed_run(request: PackRequest, context: PackContext) -> PackedScan:
+    if context.space.kind == "surface":
+        return packing_kinds().pack_surface_run(request, context.space)
+    return pack_bold(
+        request.path,
+        context.space,
+        brain_mask=_path(request.brain_mask),
+        unknown_orientation=context.settings.acceptance.unknown_orientation,
+    )
+
+
+def require_accepted(quality: ScanQuality, request: PackRequest, context: PackContext) -> None:
+    """ScanError where the scan breaks an acceptance rule."""
+    reason = why_refused(quality, context.settings.acceptance, is_run=request.kind in ("bold", "parcels"))
+    if reason is not None:
+        raise ScanError(f"{request.path} {reason}; check the scan and its registration, or change that rule")
+
+
+def _run_entries(
+    request: PackRequest, context: PackContext, run: StandardisedRun, frames: np.ndarray, described: dict[str, Any]
+) -> Iterator[Entry]:
     stats = {
         "__key__": schema.stats_key(request.scan_id),
         schema.MEAN: npy_bytes(run.mean),
         schema.SCALE: npy_bytes(run.scale),
         schema.FRAMES: npy_bytes(frames),
-        schema.META: _json_bytes(request, space, described),
+        schema.META: json_bytes(request, context.space, described),
     }
-    yield stats, 0, num_frames
-    for chunk, (first, stop) in enumerate(schema.chunk_bounds(num_frames, request.chunk_frames)):
+    if request.events:
+        dropped_s = described["num_dropped"] * request.repetition_time_s
+        events = [event | {"onset_s": event["onset_s"] - dropped_s} for event in request.events]
+        stats[schema.EVENTS] = schema.padded_json(events)
+    yield stats, 0, len(frames)
+    for chunk, (first, stop) in enumerate(schema.chunk_bounds(len(frames), context.settings.chunk_frames)):
         values = run.quantised[first:stop]
         entry = {
             "__key__": schema.chunk_key(request.scan_id, chunk),
@@ -146,7 +246,17 @@ def _bold_entries(request: PackRequest, space: BrainSpace, run: StandardisedRun)
         yield entry, first, stop - first
 
 
-def _json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any]) -> bytes:
+def quality_fields(quality: ScanQuality) -> dict[str, Any]:
+    """The quality for the json member; which frames are censored says frames.npy."""
+    return {name: value for name, value in asdict(quality).items() if name != "censored"}
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any]) -> bytes:
+    """The json member of a scan: what it is, and what packing found."""
     document = {
         "scan_id": request.scan_id,
         "kind": request.kind,
@@ -155,8 +265,9 @@ def _json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, An
         "space_fingerprint": space.fingerprint,
         **described,
     }
-    text = json.dumps(document, sort_keys=True).encode()
-    return text.ljust(-(-len(text) // schema.JSON_BYTES) * schema.JSON_BYTES)
+    if request.sidecar:
+        document["sidecar"] = request.sidecar
+    return schema.padded_json(document)
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

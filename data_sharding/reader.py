@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from data_sharding.errors import ShardError
 from data_sharding.fetch import Fetched, Fetcher, FetchSettings, WindowRead
 from data_sharding.loading import fetched_in_order
 from data_sharding.order import SampleOrder, Samples, micro_batches, substitute, tiled
+from data_sharding.shard_cache import CacheSettings
 from data_sharding.shard_set import ShardSet, open_set
 
 __all__ = ["Batch", "BatchSource", "DataState", "ReaderConfig", "ShardSet", "open_set"]
@@ -43,6 +45,8 @@ class ReaderConfig:
     prefetch: int  # batches prepared ahead, by each process or by the thread
     reader: Literal["indexed", "stream"]
     max_bad_fraction: float  # damaged samples, as a share of an epoch, before the run stops
+    cache_folder: str | None = None  # of this node; keeps whole shards there, which changes no sample
+    cache_bytes: int = 0
 
 
 @dataclass
@@ -62,6 +66,23 @@ class DataState:
         return cls(**raw)
 
 
+def cache_settings(shard_set: ShardSet, config: ReaderConfig) -> CacheSettings | None:
+    """The node's cache, where one is configured and holds a shuffle block; else each shard would be fetched for every
+    few samples, so it is left out and that is said."""
+    if config.cache_folder is None or config.reader == "stream":
+        return None
+    largest = sorted((shard.bytes for shard in shard_set.manifest.shards), reverse=True)
+    block_bytes = sum(largest[: config.shuffle_shards])
+    if block_bytes <= config.cache_bytes:
+        return CacheSettings(config.cache_folder, config.cache_bytes)
+    warnings.warn(
+        f"the shard cache is not used: a shuffle block of {config.shuffle_shards} shards has {block_bytes} bytes, "
+        f"cache_bytes is {config.cache_bytes}; raise it, or lower shuffle_shards",
+        stacklevel=2,
+    )
+    return None
+
+
 class BatchSource:
     """One rank's view of a set: endless training steps, and evaluation of any split."""
 
@@ -73,13 +94,16 @@ class BatchSource:
         self.fingerprint = shard_set.fingerprint
         self.quarantine: dict[str, str] = {}  # sample -> reason
         self._books: dict[str, AddressBook] = {}
+        cache = cache_settings(shard_set, config)
         self.settings = FetchSettings(
             location=shard_set.location,
-            kind=config.kind,
+            frame_type=shard_set.frame_type(config.kind),
             num_voxels=shard_set.space.num_voxels,
             window_frames=config.window_frames,
             reader=config.reader,
             num_kept_shards=config.shuffle_shards,
+            cache=cache,
+            shards=shard_set.cached_shards if cache else {},
         )
         self._substitutes = Fetcher(self.settings)
 

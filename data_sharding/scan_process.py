@@ -2,15 +2,18 @@
 
 `ScanProcess` talks JSON lines to a clean helper (`python -m data_sharding.scan_process`), which has imported what
 packing needs and forks once a scan. A fork of a Ray worker would copy its threads' locks; a new interpreter a scan
-would import for seconds.
+would import for seconds. Whoever is killed takes those it started along, so nothing goes on in the background.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,34 +24,40 @@ from data_sharding.config import LimitsConfig
 from data_sharding.errors import ShardError
 
 if TYPE_CHECKING:
-    from data_sharding.packing import PackRequest
+    from data_sharding.packing import PackContext, PackRequest
 
 # One BLAS thread: sums over several depend on how many there are, and the bytes must not.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 READY = "ready\n"
+SETTINGS = "settings.json"
+PR_SET_PDEATHSIG = 1
 
 
 class ScanProcess:
-    """A helper process for one space; close it, or use it as a context manager."""
+    """A helper process for one set: `folder` holds its space, atlases and settings. Close it, or use it as a context
+    manager; start it from a thread that lives as long as it should."""
 
-    def __init__(self, space_file: Path, limits: LimitsConfig) -> None:
+    def __init__(self, folder: Path, limits: LimitsConfig) -> None:
         self.limits = limits
         # The same import path as here: a Ray worker runs the uploaded working folder, not an installed package.
         environment = os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "data_sharding.scan_process", str(space_file)]
+        command = [sys.executable, "-m", "data_sharding.scan_process", str(folder)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
 
     def wait_until_ready(self) -> None:
-        """Returns once the helper has loaded the space file."""
+        """Returns once the helper has loaded the folder, which may then go."""
         assert self.process.stdout is not None
         if self.process.stdout.readline() != READY:
             raise ShardError(f"the packing helper did not start (exit code {self.process.wait()}); see its error above")
 
     def pack(self, request: PackRequest, part: Path) -> dict[str, Any]:
-        """{"members": [...], "payload": bytes} of the part written, or {"reason": ...} where the scan is refused."""
+        """The part written, as plain values of packing.Part, or {"reason": ...} where the scan is refused.
+
+        ShardError when nothing can be said about the scan: its source could not be reached, or the helper died.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         task = {
@@ -56,19 +65,25 @@ class ScanProcess:
             "part": str(part),
             "memory_bytes": self.limits.memory_mb << 20,
             "timeout_s": self.limits.timeout_s,
+            "download_bytes": self.limits.download_mb << 20,
         }
-        print(json.dumps(task), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(task), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
             raise ShardError(
                 f"{request.path}: the packing helper ended (exit code {self.process.wait()}); run again, it goes on"
             )
-        return json.loads(line)
+        outcome = json.loads(line)
+        if "unreachable" in outcome:
+            raise ShardError(f"{request.path} could not be fetched: {outcome['unreachable']}; run again, it goes on")
+        return outcome
 
     def close(self) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
 
@@ -79,53 +94,85 @@ class ScanProcess:
         self.close()
 
 
-def serve(space_file: str) -> None:
+def serve(folder: str) -> None:
     """Answers one JSON line for each request line, until stdin ends."""
+    die_with_parent()
     # webdataset imports torch only to offer it a base class: without it the helper starts in a third of the time.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    from brain_models.space import BrainSpace
     from data_sharding import packing  # imported before the forks, so that no child imports
 
-    space = BrainSpace.load(space_file)
-    assert space.fingerprint  # computed once here, not in every child
+    packing.packing_kinds()
+
+    context = load_context(Path(folder))
     print(READY, end="", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes stdin
     for line in sys.stdin:
         task = json.loads(line)
         part = Path(task["part"])
+        if "s3://" in line:
+            import boto3  # noqa: F401 - half a second, once; the client itself is made in the child
         pid = os.fork()
         if pid == 0:
-            _become_child(part, memory_bytes=task["memory_bytes"], timeout_s=task["timeout_s"])
-            _pack_and_report(packing.PackRequest(**task["request"]), space, part)
+            die_with_parent()
+            _become_child(part, memory_bytes=task["memory_bytes"])
+            _fetch_pack_and_report(packing.PackRequest(**task["request"]), context, task)
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         print(json.dumps(_outcome(status, part, task)), flush=True)
 
 
-def _become_child(part: Path, *, memory_bytes: int, timeout_s: float) -> None:
+def load_context(folder: Path) -> PackContext:
+    """What all scans of a set share, from a folder that holds its space.npz, atlases/ and settings.json."""
+    from brain_models.atlas import Atlas
+    from brain_models.space import BrainSpace
+    from data_sharding import schema
+    from data_sharding.packing import PackContext, PackSettings
+
+    space = BrainSpace.load(folder / schema.SPACE)
+    assert space.fingerprint  # computed once here, not in every child
+    atlases = [Atlas.load(path) for path in sorted((folder / schema.ATLASES).glob("*.npz"))]
+    settings = PackSettings.from_dict(json.loads((folder / SETTINGS).read_text()))
+    return PackContext(space, {atlas.name: atlas for atlas in atlases}, settings)
+
+
+def die_with_parent() -> None:
+    """This process is killed when the one that started it dies, by whatever (Linux; elsewhere it ends a scan later)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _become_child(part: Path, *, memory_bytes: int) -> None:
     errors = os.open(f"{part}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + memory_bytes, in_use + memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)  # nobody handles the alarm: it kills, even inside C code
 
 
-def _pack_and_report(request: PackRequest, space: Any, part: Path) -> None:
+def _fetch_pack_and_report(request: PackRequest, context: PackContext, task: dict[str, Any]) -> None:
     from brain_models.errors import ScanError
     from data_sharding.packing import write_part
+    from data_sharding.remote import UnreachableError, fetched
 
+    part = Path(task["part"])
+    files = Path(f"{part}.files")
     try:
+        local = fetched(request, files, max_bytes=task["download_bytes"])
+        signal.setitimer(signal.ITIMER_REAL, task["timeout_s"])  # nobody handles the alarm: it kills, even in C code
         with part.open("wb") as file:
-            members, payload = write_part(request, space, file)
-        outcome: dict[str, Any] = {"members": [dataclasses.asdict(member) for member in members], "payload": payload}
+            outcome: dict[str, Any] = dataclasses.asdict(write_part(local, context, file))
     except ScanError as error:
         outcome = {"reason": str(error)}
+    except UnreachableError as error:
+        outcome = {"unreachable": str(error)}
     except MemoryError:
         outcome = {
             "reason": f"{request.path} needs more memory than limits.memory_mb allows; raise it, or check its size"
         }
+    if "reason" in outcome:
+        outcome["reason"] = outcome["reason"].replace(f"{files}/", "s3://")
+    signal.setitimer(signal.ITIMER_REAL, 0)
     Path(f"{part}.json").write_text(json.dumps(outcome))
 
 
@@ -148,6 +195,7 @@ def _outcome(status: int, part: Path, task: dict[str, Any]) -> dict[str, Any]:
     finally:
         report.unlink(missing_ok=True)
         errors.unlink(missing_ok=True)
+        shutil.rmtree(f"{part}.files", ignore_errors=True)
 
 
 if __name__ == "__main__":

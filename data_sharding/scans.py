@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from brain_models.atlas import Atlas
 from data_sharding.hashing import hash_name
 from data_sharding.schema import Refusal
 
@@ -16,11 +17,20 @@ MAX_ID_LENGTH = 80  # leaves room in a tar member's name for the position and th
 
 
 @dataclass
+class Event:
+    """Something that happened during a run; times count from its first frame."""
+
+    onset_s: float
+    duration_s: float
+    name: str
+
+
+@dataclass
 class Scan:
     """One scan that can be sharded."""
 
     scan_id: str  # the tar key's start: letters, digits, - and _
-    kind: str  # "bold" or "t1"
+    kind: str  # "bold", "t1", "parcels" or "response"
     path: Path
     brain_mask: Path | None
     subject: str
@@ -31,21 +41,44 @@ class Scan:
     repetition_time_s: float  # 0 for a T1
     num_frames: int  # 1 for a T1
     entities: dict[str, str]
+    confounds: Path | None = None  # fMRIPrep's desc-confounds_timeseries.tsv of a run
+    files: dict[str, Path] = field(default_factory=dict)  # what else the scan consists of, by role
+    events: list[Event] = field(default_factory=list)
+    sidecar: dict[str, object] = field(default_factory=dict)  # fields that privacy.sidecar_fields allows
+    stimulus: str = ""  # of a response: the image, which is what splits keep together
+    row: int = 0  # of a response: where it lies in the files of responses
+    private: list[tuple[str, str]] = field(default_factory=list)  # (id, what stands for it in any message)
+    is_raw: bool = False  # not in the template's space yet: files["t1w"] is what a BOLD run is registered through
+
+    @property
+    def unit(self) -> str:
+        """What goes to one split as a whole: the stimulus of a response, the subject of anything else."""
+        return self.stimulus or self.subject
 
 
 @dataclass
 class Found:
-    """What a source holds: `subjects` is indexed by subject_id; `notes` tell which choices were made."""
+    """What a source holds: `subjects` is indexed by subject_id; `notes` tell which choices were made.
+
+    A set of responses also has `stimuli`, indexed by stimulus_id: they are split, and not the subjects.
+    """
 
     scans: list[Scan]
     subjects: pd.DataFrame
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stimuli: pd.DataFrame | None = None
+    atlases: list[Atlas] = field(default_factory=list)  # that belong to the data set
+
+    @property
+    def units(self) -> pd.DataFrame:
+        """What splits divide: stimuli where there are any, else subjects."""
+        return self.subjects if self.stimuli is None else self.stimuli
 
 
 def scan_id_of(entities: dict[str, str], kind: str) -> str:
     """The name of a scan inside its set: its identifying entities and its kind, safe as a file name and tar key."""
-    identifying = ("sub", "ses", "task", "acq", "dir", "run", "echo")
+    identifying = ("sub", "ses", "task", "acq", "ce", "rec", "dir", "run", "echo")
     name = "_".join([*(f"{entity}-{entities[entity]}" for entity in identifying if entities.get(entity)), kind])
     safe = NEVER_IN_A_KEY.sub("", name)
     if safe == name and len(safe) <= MAX_ID_LENGTH:

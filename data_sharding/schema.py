@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_sharding.errors import ShardError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 INDEX = "index.parquet"
 SPACE = "space.npz"
 SUBJECTS = "subjects.parquet"
+STIMULI = "stimuli.parquet"  # of a set of responses
+QUALITY = "quality.parquet"  # one row a scan
+REGION_COVERAGE = "region_coverage.parquet"  # one row a scan, one column a region: the share of it that was measured
 ATLASES = "atlases/"
 RECEIPTS = "receipts/"
 SHARDS = "shards/"
@@ -25,12 +29,23 @@ SHARDS = "shards/"
 MEAN, SCALE, FRAMES, META = "mean.npy", "scale.npy", "frames.npy", "json"  # the stats entry of a run, before its chunks
 BOLD, CRC = "bold.npy", "crc.npy"  # a chunk: int8 [time, voxel] and uint32 [time]
 T1 = "t1.npy"  # float16 [voxel], beside a json and the crc.npy of its one frame
-KIND_OF_SCAN = {"bold": MEAN, "t1": T1}  # the member each scan of this kind has exactly once
+EVENTS = "events.json"  # beside the stats of a run that has events: [{"onset_s", "duration_s", "name"}]
+PARCELS = "parcels.npy"  # region series: float16 [time, region], with crc.npy, and in units of the scan
+REGION_MEAN, REGION_SCALE = "region_mean.npy", "region_scale.npy"  # float32 [region]
+IMAGE, BETAS = "image.png", "betas.npy"  # a stimulus, and the response to it: float16 [1, vertex], with crc.npy
+KIND_OF_SCAN = {  # the member each scan of this kind has exactly once
+    "bold": MEAN,
+    "t1": T1,
+    "parcels": PARCELS,
+    "response": BETAS,
+}
+
+CHECKED_BY_FRAME = (BOLD, T1, PARCELS, BETAS)  # arrays with a crc.npy beside them, whose first axis is time
 
 FRAME_COLUMNS = ("framewise_displacement_mm", "dvars", "clipped_fraction", "keep")  # axis 1 of frames.npy, float32
 
 NPY_HEADER_BYTES = 128  # of every array here: numpy pads its header to 64, and these shapes and types need two of them
-JSON_BYTES = 1024  # json members are padded with blanks to a multiple, so that a plan knows their size
+JSON_BYTES = 2048  # json members are padded with blanks to a multiple, so that a plan knows their size
 TAR_BLOCK_BYTES = 512
 TAR_END_BYTES = 10240
 MAX_NAME_LENGTH = 100  # of a USTAR member; a longer one would need a second header
@@ -49,11 +64,36 @@ INDEX_COLUMNS = {
     "task": "string",
     "run": "string",
     "site": "string",
+    "stimulus": "string",  # of a response, else ""
     "split": "string",
     "scan_id": "string",
     "first_frame": "int64",
     "num_frames": "int64",
+    "frame_crc32": "string",  # of an array with checksums beside it: 8 hexadecimal digits a frame, else ""
+    "censored": "string",  # of a run's mean.npy: its censored frames as ranges, "3-5,9", else ""
     "repetition_time_s": "float64",  # 0 for a T1
+}
+
+QUALITY_COLUMNS = {  # a missing value: not known, or nothing a scan of this kind has
+    "scan_id": "string",
+    "kind": "string",
+    "subject": "string",
+    "session": "string",
+    "site": "string",
+    "split": "string",
+    "repetition_time_s": "float64",
+    "num_frames": "int64",
+    "num_dropped": "int64",
+    "num_censored": "int64",
+    "mean_framewise_displacement_mm": "float64",
+    "max_framewise_displacement_mm": "float64",
+    "median_dvars": "float64",
+    "tsnr": "float64",
+    "coverage": "float64",
+    "lowest_region_coverage": "float64",
+    "lowest_region": "string",
+    "clipped_fraction": "float64",
+    "conflict_mm": "float64",
 }
 
 
@@ -85,6 +125,7 @@ class Manifest:
     name: str
     space: dict[str, Any]  # name, kind, template, num_voxels, fingerprint
     atlases: list[str]
+    tables: dict[str, str]  # SHA-256 of every other object of the set, by name
     shards: list[ShardEntry]
     counts: dict[str, int]
     refused: list[Refusal]
@@ -114,13 +155,13 @@ class Manifest:
         return cls(**raw)
 
 
-def set_fingerprint(space_fingerprint: str, shards: list[ShardEntry], split_of_subject: dict[str, str]) -> str:
-    """SHA-256 over the space, the shards' contents and the split of every subject."""
+def set_fingerprint(space_fingerprint: str, shards: list[ShardEntry], split_of_unit: dict[str, str]) -> str:
+    """SHA-256 over the space, the shards' contents and the split of every unit (subject, or stimulus)."""
     content = {
         "schema": SCHEMA_VERSION,
         "space": space_fingerprint,
         "shards": [[shard.name, shard.sha256] for shard in shards],
-        "splits": sorted(split_of_subject.items()),
+        "splits": sorted(split_of_unit.items()),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -128,6 +169,26 @@ def set_fingerprint(space_fingerprint: str, shards: list[ShardEntry], split_of_s
 def shard_name(number: int) -> str:
     """The name of a shard inside its set."""
     return f"{SHARDS}{number:06d}.tar"
+
+
+def frame_ranges(frames: Sequence[int]) -> str:
+    """Ascending frame numbers as text: "3-5,9"."""
+    ranges: list[list[int]] = []
+    for frame in frames:
+        if ranges and frame == ranges[-1][1] + 1:
+            ranges[-1][1] = int(frame)
+        else:
+            ranges.append([int(frame), int(frame)])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def frames_of(ranges: str) -> list[int]:
+    """The frame numbers of `frame_ranges`."""
+    frames: list[int] = []
+    for part in filter(None, ranges.split(",")):
+        first, _, last = part.partition("-")
+        frames += range(int(first), int(last or first) + 1)
+    return frames
 
 
 def stats_key(scan_id: str) -> str:
@@ -152,14 +213,36 @@ def tar_bytes(payload: int) -> int:
     return TAR_BLOCK_BYTES + -(-payload // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
 
 
-def scan_bytes(kind: str, *, num_frames: int, num_voxels: int, chunk_frames: int) -> int:
-    """What a scan takes in a shard: exact unless its json needs more than its padding."""
-    total = tar_bytes(JSON_BYTES)
-    if kind == "t1":
+def padded_json(document: object) -> bytes:
+    """The document as JSON text, padded with blanks to a multiple of JSON_BYTES."""
+    text = json.dumps(document, sort_keys=True).encode()
+    return text.ljust(-(-len(text) // JSON_BYTES) * JSON_BYTES)
+
+
+def scan_bytes(
+    kind: str,
+    *,
+    num_frames: int,
+    num_voxels: int,
+    chunk_frames: int,
+    num_regions: int = 0,
+    num_file_bytes: int = 0,
+    voxel_bytes: int = 1,
+) -> int:
+    """What a scan takes in a shard: exact unless its json needs more than its padding.
+
+    `voxel_bytes` is what a voxel of a BOLD frame takes; `num_file_bytes` is the length of a member that is stored as it
+    is: an image, or a run's events (0: it has none).
+    """
+    total = tar_bytes(JSON_BYTES) + (tar_bytes(num_file_bytes) if num_file_bytes else 0)
+    if kind == "t1" or kind == "response":
         return total + tar_bytes(NPY_HEADER_BYTES + 2 * num_voxels) + tar_bytes(NPY_HEADER_BYTES + 4)
+    if kind == "parcels":
+        total += 2 * tar_bytes(NPY_HEADER_BYTES + 4 * num_regions) + tar_bytes(NPY_HEADER_BYTES + 4 * num_frames)
+        return total + tar_bytes(NPY_HEADER_BYTES + 2 * num_regions * num_frames)
     total += 2 * tar_bytes(NPY_HEADER_BYTES + 4 * num_voxels)
     total += tar_bytes(NPY_HEADER_BYTES + 4 * len(FRAME_COLUMNS) * num_frames)
     for first, stop in chunk_bounds(num_frames, chunk_frames):
-        total += tar_bytes(NPY_HEADER_BYTES + (stop - first) * num_voxels)
+        total += tar_bytes(NPY_HEADER_BYTES + (stop - first) * num_voxels * voxel_bytes)
         total += tar_bytes(NPY_HEADER_BYTES + 4 * (stop - first))
     return total

@@ -6,16 +6,18 @@ import io
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
 from brain_models.atlas import Atlas
+from brain_models.recipe import BoldPreprocessing, CleaningConfig
 from brain_models.space import BrainSpace
 from cluster.errors import StorageError
 from cluster.storage import Store, store_for
 from data_sharding import schema
 from data_sharding.errors import ShardError
+from data_sharding.shard_cache import CachedShard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +35,7 @@ RUN_COLUMNS = [
     "split",
     "num_frames",
     "repetition_time_s",
+    "censored",
     "shard",
 ]
 
@@ -72,6 +75,13 @@ class ShardSet:
         return self._table(schema.SUBJECTS).set_index("subject_id")
 
     @cached_property
+    def stimuli(self) -> pd.DataFrame | None:
+        """The images of a set of responses with their `split`, indexed by stimulus_id; None for sets of scans."""
+        if not self.store.exists(schema.STIMULI):
+            return None
+        return self._table(schema.STIMULI).set_index("stimulus_id")
+
+    @cached_property
     def index(self) -> pd.DataFrame:
         """One row a tar member; columns as in schema.INDEX_COLUMNS."""
         return self._table(schema.INDEX)
@@ -86,6 +96,40 @@ class ShardSet:
             raise ShardError(f"{kind!r} is no kind of scan; use one of {', '.join(schema.KIND_OF_SCAN)}")
         rows = self.index[(self.index.kind == schema.KIND_OF_SCAN[kind]) & self.index.split.isin(splits)]
         return rows[RUN_COLUMNS].sort_values("scan_id", ignore_index=True)
+
+    @cached_property
+    def quality(self) -> pd.DataFrame:
+        """One row a scan: frames, motion, DVARS, signal to noise, coverage, what was clipped and censored."""
+        return self._table(schema.QUALITY)
+
+    @cached_property
+    def region_coverage(self) -> pd.DataFrame:
+        """The measured share of every region, [scan, <atlas>/<label>], indexed by scan_id."""
+        return self._table(schema.REGION_COVERAGE).set_index("scan_id")
+
+    @property
+    def max_censored_fraction(self) -> float:
+        """Windows with more censored frames than this share are not drawn."""
+        return float(self.manifest.preprocessing["max_censored_fraction"])
+
+    @cached_property
+    def cached_shards(self) -> dict[str, CachedShard]:
+        """What a node's cache needs to know of every shard, by name."""
+        return {shard.name: CachedShard(shard.name, shard.bytes, shard.sha256) for shard in self.manifest.shards}
+
+    def frame_type(self, kind: str) -> Literal["int8", "float16"]:
+        """How a frame of this kind is stored."""
+        return self.manifest.preprocessing["storage"]["bold_type"] if kind == "bold" else "float16"
+
+    def bold_preprocessing(self) -> BoldPreprocessing:
+        """What a served model must do to a run so that it looks like those of this set."""
+        made = self.manifest.preprocessing
+        return BoldPreprocessing(
+            cleaning=CleaningConfig(**made["cleaning"]),
+            stored_as=self.frame_type("bold"),
+            unknown_orientation=made["acceptance"]["unknown_orientation"],
+            needs_confounds=bool(made["cleaning"]["confounds"]) or made["frames_dropped"] > 0,
+        )
 
     def needs_brain_mask(self, kind: str) -> bool:
         """True when scans of this kind were packed inside brain masks, so that a served scan needs one too."""

@@ -1,15 +1,16 @@
-"""Re-reads a whole shard set and names the first bad byte range of each shard that is not as written.
+"""Re-reads a whole shard set and names the first bad byte range of each object that is not as written.
 
-Example:
+Examples:
   python -m data_sharding.verify out/shards
+  python -m data_sharding.verify out/shards --repair source.root=/data/bids
 
-Exits 1 when anything is wrong, 0 when every hash, count, checksum and index row holds.
+Exits 1 when anything is wrong, 0 when every hash, count, checksum and index row holds. With --repair what is damaged is
+written again from the scans, to the very bytes it had; key=value gives what a set does not remember (where scans lie).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from isal import isal_zlib
 
 from cluster.errors import StorageError
+from cluster.storage import RangeReader
+from configs.entry import is_for_users
 from data_sharding import schema
-from data_sharding.checksums import crc32, crc32_of_frames
-from data_sharding.errors import ShardError
 from data_sharding.shard_set import ShardSet, open_set
+
+BLOCK_BYTES = 1 << 23  # what is in memory of a shard
 
 
 @dataclass
@@ -41,18 +45,34 @@ class Problem:
 
 
 def verify(location: str) -> list[Problem]:
-    """Every problem of the set, in the order of the shards; empty when all is as written."""
+    """Every problem of the set: tables first, then shards in their order; empty when all is as written."""
     shard_set = open_set(location)
-    problems = list(_table_problems(shard_set))
+    problems = list(_object_problems(shard_set))
+    is_index_good = schema.INDEX not in {problem.name for problem in problems}
+    if not problems:
+        problems += _table_problems(shard_set)
     for entry in shard_set.manifest.shards:
-        rows = shard_set.index[shard_set.index.shard == entry.name].sort_values("offset")
+        rows = shard_set.index[shard_set.index.shard == entry.name].sort_values("offset") if is_index_good else None
         problems += shard_problems(shard_set, entry, rows)
     return problems
 
 
+def _object_problems(shard_set: ShardSet) -> Iterator[Problem]:
+    """Space, atlases and tables against their hashes."""
+    for name, sha256 in shard_set.manifest.tables.items():
+        try:
+            found = hashlib.sha256(shard_set.store.read(name)).hexdigest()
+        except StorageError as error:
+            yield Problem(name, None, None, str(error))
+            continue
+        if found != sha256:
+            yield Problem(name, None, None, f"its SHA-256 is {found}, the manifest says {sha256}")
+
+
 def _table_problems(shard_set: ShardSet) -> Iterator[Problem]:
     manifest = shard_set.manifest
-    splits = dict(zip(shard_set.subjects.index, shard_set.subjects.split, strict=True))
+    units = shard_set.subjects if shard_set.stimuli is None else shard_set.stimuli
+    splits = dict(zip(units.index, units.split, strict=True))
     fingerprint = schema.set_fingerprint(shard_set.space.fingerprint, manifest.shards, splits)
     if fingerprint != manifest.fingerprint:
         yield Problem(schema.MANIFEST, None, None, "the set's fingerprint does not follow from its shards and splits")
@@ -61,100 +81,140 @@ def _table_problems(shard_set: ShardSet) -> Iterator[Problem]:
         yield Problem(schema.INDEX, None, None, f"{found} rows, the manifest counts {manifest.counts['members']}")
     if strangers := sorted(set(shard_set.index.shard) - {shard.name for shard in manifest.shards}):
         yield Problem(schema.INDEX, None, None, f"names shards that the manifest does not: {strangers[:3]}")
-    wrong = [
-        subject
-        for subject, split in zip(shard_set.index.subject, shard_set.index.split, strict=True)
-        if splits.get(subject) != split
-    ]
-    if wrong:
-        yield Problem(schema.INDEX, None, None, f"subject {wrong[0]} has another split than in {schema.SUBJECTS}")
+    unit_of_row = shard_set.index["subject" if shard_set.stimuli is None else "stimulus"]
+    wrong = unit_of_row[unit_of_row.map(splits) != shard_set.index.split]
+    if len(wrong):
+        name = schema.SUBJECTS if shard_set.stimuli is None else schema.STIMULI
+        yield Problem(schema.INDEX, None, None, f"{wrong.iloc[0]} has another split than in {name}")
 
 
-def shard_problems(shard_set: ShardSet, entry: schema.ShardEntry, rows: pd.DataFrame) -> list[Problem]:
-    """What is wrong with one shard: its size, its members against the index, its checksums, its hash."""
+def shard_problems(shard_set: ShardSet, entry: schema.ShardEntry, rows: pd.DataFrame | None) -> list[Problem]:
+    """The first thing that is wrong with a shard: its size, its members against the index, its checksums, its hash.
+
+    Without `rows` (the index is damaged itself) only size and hash are compared.
+    """
     try:
-        data = shard_set.store.read(entry.name)
+        size = shard_set.store.size(entry.name)
+        if size < entry.bytes:
+            return [Problem(entry.name, size, entry.bytes - 1, "missing: the shard is cut short")]
+        if size > entry.bytes:
+            return [Problem(entry.name, entry.bytes, size - 1, "more bytes than were written")]
+        reader = shard_set.store.open_ranges(entry.name)
+        try:
+            return list(_content_problems(_Sequential(reader, entry.bytes), entry, rows))[:1]
+        finally:
+            reader.close()
     except StorageError as error:
         return [Problem(entry.name, None, None, str(error))]
-    if len(data) < entry.bytes:
-        return [Problem(entry.name, len(data), entry.bytes - 1, "missing: the shard is cut short")]
-    if len(data) > entry.bytes:
-        return [Problem(entry.name, entry.bytes, len(data) - 1, "more bytes than were written")]
-    if hashlib.sha256(data).hexdigest() == entry.sha256:
-        return list(_member_problems(entry.name, data, rows))
-    found = [*_member_problems(entry.name, data, rows)]
-    return found or [
-        Problem(entry.name, 0, entry.bytes - 1, "sha256 differs from the manifest's, in bytes no checksum covers")
-    ]
 
 
-def _member_problems(name: str, data: bytes, rows: pd.DataFrame) -> Iterator[Problem]:
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            in_tar = [(member.name, member.offset_data, member.size) for member in tar]
-    except tarfile.TarError as error:
-        yield Problem(name, None, None, f"no readable tar: {error}")
-        return
-    in_index = list(zip(rows.member, rows.offset, rows["size"], strict=True))
-    for number in range(max(len(in_tar), len(in_index))):
-        ours = in_index[number] if number < len(in_index) else None
-        theirs = in_tar[number] if number < len(in_tar) else None
-        if ours != theirs:
-            first = (ours or theirs or ("", 0, 0))[1] - schema.TAR_BLOCK_BYTES
-            reason = f"the index expects member {ours}, the tar has {theirs}"
-            yield Problem(name, int(first), int(first) + schema.TAR_BLOCK_BYTES - 1, reason)
+class _Sequential:
+    """A shard read front to back in large blocks, hashed as it goes by."""
+
+    def __init__(self, reader: RangeReader, num_bytes: int) -> None:
+        self.reader = reader
+        self.num_bytes = num_bytes
+        self.position = 0
+        self.digest = hashlib.sha256()
+        self._block = memoryview(b"")
+
+    def pieces(self, num_bytes: int) -> Iterator[memoryview]:
+        """The next bytes, in pieces of at most a block."""
+        while num_bytes:
+            if not len(self._block):
+                self._block = memoryview(bytearray(min(BLOCK_BYTES, self.num_bytes - self.position)))
+                self.reader.read_into(self.position, self._block)
+                self.digest.update(self._block)
+            piece = self._block[:num_bytes]
+            self._block = self._block[len(piece) :]
+            self.position += len(piece)
+            num_bytes -= len(piece)
+            yield piece
+
+    def read(self, num_bytes: int) -> bytes:
+        return b"".join(self.pieces(num_bytes))
+
+    def skip_to(self, position: int) -> None:
+        for _ in self.pieces(position - self.position):
+            pass
+
+
+def _content_problems(content: _Sequential, entry: schema.ShardEntry, rows: pd.DataFrame | None) -> Iterator[Problem]:
+    for row in () if rows is None else rows.itertuples():
+        problem = _header_problem(content, entry, row)
+        if problem is None:
+            found = 0
+            for piece in content.pieces(row.size):
+                found = isal_zlib.crc32(piece, found)
+            problem = None if found == row.crc32 else _damage(content.reader, entry.name, row)
+        if problem is not None:
+            yield problem
             return
-    yield from _checksum_problems(name, data, rows)
+        content.skip_to(content.position + -content.position % schema.TAR_BLOCK_BYTES)
+    content.skip_to(entry.bytes)
+    if content.digest.hexdigest() != entry.sha256:
+        reason = "sha256 differs from the manifest's"
+        reason += "" if rows is None else ", in bytes no checksum covers (tar headers, padding, end)"
+        yield Problem(entry.name, 0, entry.bytes - 1, reason)
 
 
-def _checksum_problems(name: str, data: bytes, rows: pd.DataFrame) -> Iterator[Problem]:
-    """The first member whose bytes are not as written, down to the frame where frames have checksums."""
-    checksums = {row.key: row for row in rows[rows.kind == schema.CRC].itertuples()}
-    for row in rows.itertuples():
-        if crc32(_bytes_of(data, row)) == row.crc32:
-            continue
-        first, last = row.offset, row.offset + row.size - 1
-        reason = f"{row.member} (scan {row.scan_id}) does not match its checksum"
-        checksum = checksums.get(row.key)
-        if (
-            row.kind in (schema.BOLD, schema.T1)
-            and checksum is not None
-            and crc32(_bytes_of(data, checksum)) == checksum.crc32
-        ):
-            stored = np.frombuffer(_bytes_of(data, row)[schema.NPY_HEADER_BYTES :], dtype=np.uint8)
-            frames = stored.reshape(row.num_frames, -1)
-            expected = np.load(io.BytesIO(_bytes_of(data, checksum)), allow_pickle=False)
-            bad = np.flatnonzero(crc32_of_frames(frames) != expected)
-            if len(bad):
-                first = row.offset + schema.NPY_HEADER_BYTES + int(bad[0]) * frames[0].nbytes
-                last = first + frames[0].nbytes - 1
-                reason = f"frame {bad[0]} of {reason}"
-        yield Problem(name, first, last, reason)
-        return
+def _header_problem(content: _Sequential, entry: schema.ShardEntry, row: Any) -> Problem | None:
+    first = content.position
+    block = content.read(min(schema.TAR_BLOCK_BYTES, entry.bytes - first))
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        found = f"{member.name} of {member.size} bytes at {first + schema.TAR_BLOCK_BYTES}"
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        found = f"no tar header ({error})"
+    expected = f"{row.member} of {row.size} bytes at {row.offset}"
+    if found == expected:
+        return None
+    reason = f"the index expects member {expected}, the tar has {found}"
+    return Problem(entry.name, first, first + schema.TAR_BLOCK_BYTES - 1, reason)
 
 
-def _bytes_of(data: bytes, row: Any) -> bytes:
-    return data[row.offset : row.offset + row.size]
+def _damage(reader: RangeReader, name: str, row: Any) -> Problem:
+    """The bad bytes of a member whose checksum fails: down to the frame where frames have checksums."""
+    reason = f"{row.member} (scan {row.scan_id}) does not match its checksum"
+    expected = np.frombuffer(bytes.fromhex(row.frame_crc32), dtype="<u4")
+    for frame in range(len(expected)):
+        num_bytes = (row.size - schema.NPY_HEADER_BYTES) // len(expected)
+        first = row.offset + schema.NPY_HEADER_BYTES + frame * num_bytes
+        values = bytearray(num_bytes)
+        reader.read_into(first, memoryview(values))
+        if isal_zlib.crc32(values) != expected[frame]:
+            return Problem(name, first, first + num_bytes - 1, f"frame {frame} of {reason}")
+    return Problem(name, row.offset, row.offset + row.size - 1, reason)
 
 
 def main() -> int:
     """The exit code of the command line."""
     arguments = sys.argv[1:]
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+    wants_repair = arguments[1:2] == ["--repair"]
+    if not arguments or arguments[0].startswith("-") or (len(arguments) > 1 and not wants_repair):
         print((__doc__ or "").strip())
         return 0 if arguments in (["-h"], ["--help"]) else 2
+    location = arguments[0]
     try:
-        problems = verify(arguments[0])
-    except (ShardError, StorageError) as error:
+        problems = verify(location)
+        for problem in problems:
+            print(f"BAD {location}/{problem}")
+        if problems and wants_repair:
+            from data_sharding.repair import repair
+
+            for line in repair(location, problems, overrides=arguments[2:]):
+                print(line, flush=True)
+            problems = verify(location)
+    except Exception as error:  # noqa: BLE001 - only to print our own errors without a traceback; others are re-raised
+        if not is_for_users(error):
+            raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    for problem in problems:
-        print(f"BAD {arguments[0]}/{problem}")
     if problems:
-        print("restore these files from a copy, or delete them and run the same 'python -m data_sharding' again")
+        print(f"write them again with 'python -m data_sharding.verify {location} --repair source.root=<the scans>'")
         return 1
-    manifest = open_set(arguments[0]).manifest
-    print(f"{arguments[0]} is as written: {len(manifest.shards)} shards, {manifest.counts['bytes']} bytes")
+    manifest = open_set(location).manifest
+    print(f"{location} is as written: {len(manifest.shards)} shards, {manifest.counts['bytes']} bytes")
     return 0
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import shutil
+import socket
 import tarfile
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +20,11 @@ from cluster.storage import Store, store_for
 from data_sharding import schema
 from data_sharding.config import LimitsConfig
 from data_sharding.plan import ShardPlan
-from data_sharding.scan_process import ScanProcess
+from data_sharding.privacy import redacted
+from data_sharding.scan_process import SETTINGS, ScanProcess
+
+SHARD_FILE = "shard.tar"
+SCRATCH_PREFIX = "callosum-shard-"
 
 _HELPERS: dict[str, ScanProcess] = {}  # a worker process writes many shards of one space with one helper
 
@@ -32,20 +40,19 @@ class Receipt:
     num_samples: int
     members: list[dict[str, Any]]
     refused: list[dict[str, str]]
+    quality: list[dict[str, Any]]  # a row a scan
+    regions: list[dict[str, Any]]  # scan_id and the measured share of every region
 
-
-def receipt_name(plan: ShardPlan) -> str:
-    """Where the receipt of a shard lies in its set."""
-    return f"{schema.RECEIPTS}{plan.number:06d}.json"
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
 
 
 def finished_receipt(store: Store, plan: ShardPlan) -> Receipt | None:
-    """The receipt of a shard that is already written as planned, or None."""
-    if not store.exists(receipt_name(plan)):
+    """The receipt of a shard that is already written as planned, or None; its receipt is there."""
+    raw = json.loads(store.read(plan.receipt_name))
+    if raw["digest"] != plan.digest:
         return None
-    receipt = Receipt(**json.loads(store.read(receipt_name(plan))))
-    if receipt.digest != plan.digest:
-        return None
+    receipt = Receipt(**raw)
     is_there = receipt.bytes == 0 or (store.exists(plan.name) and store.size(plan.name) == receipt.bytes)
     return receipt if is_there else None
 
@@ -53,47 +60,84 @@ def finished_receipt(store: Store, plan: ShardPlan) -> Receipt | None:
 def write_shard(plan: ShardPlan, out: str, limits: LimitsConfig) -> Receipt:
     """The receipt of the shard, which is then in the set; a scan that cannot be packed leaves a hole and its reason."""
     store = store_for(out)
-    with tempfile.TemporaryDirectory(prefix="callosum-shard-") as folder:
-        scratch = Path(folder)
-        helper = _helper(store, limits)
-        with (scratch / "shard.tar").open("wb+") as file:
-            members, refused = _append_scans(plan, helper, scratch, file)
-            if members:
-                file.write(_end_of_tar())
-            file.flush()
-            os.fsync(file.fileno())
-        receipt = Receipt(
-            name=plan.name,
-            digest=plan.digest,
-            bytes=(scratch / "shard.tar").stat().st_size,
-            sha256=file_sha256(scratch / "shard.tar"),
-            num_samples=len({row["scan_id"] for row in members}),
-            members=members,
-            refused=refused,
-        )
-        if members:
-            store.put(plan.name, scratch / "shard.tar")
-    store.put(receipt_name(plan), (json.dumps(asdict(receipt), sort_keys=True) + "\n").encode())
+    with scratch_folder() as scratch:
+        receipt = make_shard(plan, store, limits, scratch)
+        if receipt.bytes:
+            store.put(plan.name, scratch / SHARD_FILE)
+    store.put(plan.receipt_name, receipt.to_json())
     return receipt
 
 
-def _append_scans(
-    plan: ShardPlan, helper: ScanProcess, scratch: Path, file: BinaryIO
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    members: list[dict[str, Any]] = []
-    refused: list[dict[str, str]] = []
+def make_shard(plan: ShardPlan, store: Store, limits: LimitsConfig, scratch: Path) -> Receipt:
+    """The receipt of the shard, which is then in the scratch folder; nothing of the set is touched."""
+    helper = _helper(plan, store, limits)
+    with (scratch / SHARD_FILE).open("wb+") as file:
+        made = _append_scans(plan, helper, scratch, file)
+        if made.members:
+            file.write(_end_of_tar())
+        file.flush()
+        os.fsync(file.fileno())
+    return Receipt(
+        name=plan.name,
+        digest=plan.digest,
+        bytes=(scratch / SHARD_FILE).stat().st_size,
+        sha256=file_sha256(scratch / SHARD_FILE),
+        num_samples=len(made.quality),
+        members=made.members,
+        refused=made.refused,
+        quality=made.quality,
+        regions=made.regions,
+    )
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder of this process on local disk, gone at the end; what killed writers of this host left goes first."""
+    ours = f"{SCRATCH_PREFIX}{socket.gethostname()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{ours}*"):
+        writer = left.name.removeprefix(ours).partition("-")[0]
+        if writer.isdigit() and not _is_running(int(writer)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{ours}{os.getpid()}-") as folder:
+        yield Path(folder)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@dataclass
+class _Made:
+    members: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    quality: list[dict[str, Any]] = field(default_factory=list)
+    regions: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _append_scans(plan: ShardPlan, helper: ScanProcess, scratch: Path, file: BinaryIO) -> _Made:
+    made = _Made()
     part = scratch / "part.tar"
     for request in plan.requests:
         outcome = helper.pack(request, part)
+        whose = {"scan_id": request.scan_id}
         if "reason" in outcome:
-            refused.append(asdict(schema.Refusal(request.scan_id, request.path, outcome["reason"])))
+            private = [(name, other) for name, other in request.private]
+            texts = (redacted(text, private) for text in (request.path, outcome["reason"]))
+            made.refused.append(asdict(schema.Refusal(request.scan_id, *texts)))
             continue
         start = file.tell()
-        for member in outcome["members"]:
-            members.append(member | {"offset": start + member["offset"], "scan_id": request.scan_id})
+        made.members += [member | whose | {"offset": start + member["offset"]} for member in outcome["members"]]
+        made.quality.append(whose | outcome["quality"])
+        made.regions.append(whose | {name: round(share, 4) for name, share in outcome["regions"].items()})
         with part.open("rb") as packed:
             _copy(packed, file, outcome["payload"])
-    return members, refused
+    return made
 
 
 def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
@@ -117,17 +161,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _helper(store: Store, limits: LimitsConfig) -> ScanProcess:
-    """The helper of this process for the set's space, started at its first shard."""
-    space_bytes = store.read(schema.SPACE)
-    key = hashlib.sha256(space_bytes).hexdigest()
+def _helper(plan: ShardPlan, store: Store, limits: LimitsConfig) -> ScanProcess:
+    """The helper of this process for the set's space, atlases and settings, started at its first shard."""
+    saved = {name: store.read(name) for name in (schema.SPACE, *store.list(schema.ATLASES))}
+    saved[SETTINGS] = json.dumps(asdict(plan.settings), sort_keys=True).encode()
+    key = hashlib.sha256(b"".join(name.encode() + data for name, data in sorted(saved.items()))).hexdigest()
     helper = _HELPERS.get(key)
     if helper is None or helper.limits != limits or helper.process.poll() is not None:
         close_helpers()
-        with tempfile.TemporaryDirectory(prefix="callosum-space-") as folder:
-            space_file = Path(folder) / schema.SPACE
-            space_file.write_bytes(space_bytes)
-            helper = _HELPERS[key] = ScanProcess(space_file, limits)
+        with tempfile.TemporaryDirectory(prefix="callosum-helper-") as folder:
+            for name, data in saved.items():
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
+                (Path(folder) / name).write_bytes(data)
+            helper = _HELPERS[key] = ScanProcess(Path(folder), limits)
             helper.wait_until_ready()
     return helper
 

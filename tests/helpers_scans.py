@@ -10,11 +10,14 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from brain_models.recipe import CleaningConfig
 from brain_models.space import SpaceConfig, fsl_grid
 from cluster.config import ClusterConfig
 from data_sharding.config import (
     AcceptanceConfig,
     LimitsConfig,
+    PreprocessingConfig,
+    PrivacyConfig,
     ShardingConfig,
     SourceConfig,
     SplitConfig,
@@ -22,6 +25,18 @@ from data_sharding.config import (
 )
 
 SPACE = SpaceConfig(name="mni12", template="NLin6Asym", spacing_mm=12.0, mask="mni152", dilate_mm=0.0)
+NO_CLEANING = CleaningConfig([], None, None, "cosine", False, "drop", 0.5, None)
+ACCEPTANCE = AcceptanceConfig(
+    min_frames=4,
+    min_coverage=0.5,
+    min_region_coverage=None,
+    min_tsnr=None,
+    max_mean_fd_mm=None,
+    max_censored_fraction=None,
+    max_clipped_fraction=None,
+    unknown_orientation="refuse",
+    max_refused_fraction=0.5,
+)
 TEMPLATE = "space-MNI152NLin6Asym"
 
 
@@ -81,13 +96,23 @@ def sharding_config(root: Path, out: Path, *, cluster: str = "inline", num_worke
     """Shards of about two subjects each, chunks of 8 frames, the last subject in test."""
     return ShardingConfig(
         name="tiny",
-        source=SourceConfig("bids", str(root), ["bold", "t1"], subjects=None, tasks=None, allow_template_mix=False),
+        source=SourceConfig(
+            "bids",
+            str(root),
+            ["bold", "t1"],
+            subjects=None,
+            tasks=None,
+            allow_template_mix=False,
+            options={"echo": None, "sessions": None},
+        ),
+        privacy=PrivacyConfig(key_file=None, sidecar_fields=["RepetitionTime"], participant_columns=None),
         out=str(out),
         space=replace(SPACE),
         atlas=None,
-        storage=StorageConfig(chunk_frames=8, target_bytes=130_000),
-        acceptance=AcceptanceConfig(min_frames=4, min_coverage=0.5, max_refused_fraction=0.5),
-        limits=LimitsConfig(memory_mb=2048, timeout_s=60.0),
+        storage=StorageConfig(chunk_frames=8, target_bytes=130_000, bold_type="int8"),
+        preprocessing=PreprocessingConfig(replace(NO_CLEANING), max_censored_fraction=0.2),
+        acceptance=replace(ACCEPTANCE),
+        limits=LimitsConfig(memory_mb=2048, timeout_s=60.0, download_mb=64),
         splits=SplitConfig("ranked", 0, None, None, 1, 1, None, [], None),
         seed=0,
         cluster=ClusterConfig(cluster, num_workers, 1, False, 0, 60.0, 60.0, str(out.parent / "ray")),  # type: ignore[arg-type]

@@ -8,19 +8,32 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brain_models.space import volume_space
 from data_sharding.config import SourceConfig
 from data_sharding.errors import SourceError
 from data_sharding.scans import Found, scan_id_of
 from data_sharding.sources.bids import find
+from tests import helpers_scans
 from tests.helpers_scans import TEMPLATE, bold_values, save_nifti, write_bold, write_study, write_t1
 
 
+SPACE = volume_space(helpers_scans.SPACE)
+
+
 def source(root: Path) -> SourceConfig:
-    return SourceConfig("bids", str(root), ["bold", "t1"], subjects=None, tasks=None, allow_template_mix=False)
+    return SourceConfig(
+        "bids",
+        str(root),
+        ["bold", "t1"],
+        subjects=None,
+        tasks=None,
+        allow_template_mix=False,
+        options={"echo": None, "sessions": None},
+    )
 
 
 def found_in(root: Path) -> Found:
-    return find(source(root), template="NLin6Asym", spacing_mm=12.0)
+    return find(source(root), SPACE, accepts_raw=False)
 
 
 def test_scans_subjects_and_typed_participants_are_found(tmp_path: Path) -> None:
@@ -71,13 +84,13 @@ def test_a_mask_beside_the_scan_is_used(tmp_path: Path) -> None:
 
 
 def test_nothing_found_says_what_was_looked_for_and_where(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"nothing found\. Looked for sub-\*/.*desc-preproc_bold\.nii.*T1w"):
+    with pytest.raises(SourceError, match=r"nothing found\. Looked for sub-\*/.*desc-preproc_T1w\.nii.*_bold\.nii"):
         found_in(tmp_path)
     with pytest.raises(SourceError, match=r"nowhere is not a folder; give the top of a BIDS tree"):
         found_in(tmp_path / "nowhere")
     write_t1(tmp_path, "01")
     with pytest.raises(SourceError, match=r"source\.subjects and source\.tasks narrow it"):
-        find(replace(source(tmp_path), subjects=["09"]), template="NLin6Asym", spacing_mm=12.0)
+        find(replace(source(tmp_path), subjects=["09"]), SPACE, accepts_raw=False)
 
 
 def test_a_raw_space_scan_is_refused_with_a_hint(tmp_path: Path) -> None:
@@ -92,7 +105,7 @@ def test_another_template_is_refused_unless_allowed(tmp_path: Path) -> None:
     (tmp_path / "task-rest_bold.json").write_text(json.dumps({"RepetitionTime": 2.0}))
     with pytest.raises(SourceError, match=r"lies in MNI152NLin2009cAsym, the space needs MNI152NLin6Asym"):
         found_in(tmp_path)
-    allowed = find(replace(source(tmp_path), allow_template_mix=True), template="NLin6Asym", spacing_mm=12.0)
+    allowed = find(replace(source(tmp_path), allow_template_mix=True), SPACE, accepts_raw=False)
     assert len(allowed.scans) == 1
 
 

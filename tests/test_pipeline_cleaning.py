@@ -8,11 +8,12 @@ import pytest
 from nilearn import signal
 from nilearn.glm.first_level import make_first_level_design_matrix
 
-from brain_models.cleaning import CleaningConfig, clean_bold, cosine_drifts, validate_cleaning
+from brain_models.cleaning import clean_bold, cosine_drifts
 from brain_models.confounds import GROUPS, read_columns, read_confounds
 from brain_models.errors import ScanError
 from brain_models.nifti import read_header
 from brain_models.preprocess import PackedScan, dequantise, standardise_bold
+from brain_models.recipe import CleaningConfig, validate_cleaning
 from tests.scans import GRID_AFFINE, save_scan
 
 NUM_FRAMES, NUM_VOXELS, TR_S = 150, 40, 2.0

@@ -1,10 +1,12 @@
 """A shard set is the same bytes however it was written, and anything that is not as written is found."""
 
+import gzip
+import hashlib
 import io
 import json
 import sys
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,13 @@ import webdataset
 
 from brain_models.preprocess import UNITS_PER_SCALE, dequantise, pack_bold, pack_t1
 from data_sharding import schema
-from data_sharding.build import build, describe, prepare
+from data_sharding.build import build
 from data_sharding.config import LimitsConfig, ShardingConfig, validate_config
 from data_sharding.errors import ShardError
 from data_sharding.packing import PackRequest
-from data_sharding.scan_process import ScanProcess
+from data_sharding.plan import pack_settings
+from data_sharding.prepare import describe, prepare
+from data_sharding.scan_process import SETTINGS, ScanProcess
 from data_sharding.shard_set import ShardSet, open_set
 from data_sharding.verify import main as verify_main
 from data_sharding.verify import verify
@@ -185,15 +189,24 @@ def test_verify_finds_cut_shards_changed_stats_and_a_forged_index(copied: Path) 
     (copied / first).write_bytes((copied / first).read_bytes()[:-100])
     mean = shard_set.index[(shard_set.index["shard"] == second) & (shard_set.index.kind == schema.MEAN)].iloc[0]
     flip(copied / second, mean.offset + 200)
+    problems = [str(problem) for problem in verify(str(copied))]
+    assert problems[0] == f"{first} bytes {size - 100}-{size - 1}: missing: the shard is cut short"
+    assert problems[1].startswith(f"{second} bytes {mean.offset}-{mean.offset + mean['size'] - 1}: {mean.member}")
+    assert len(problems) == 2
+    (copied / first).unlink()
+    assert "does not exist" in str(verify(str(copied))[0])
     index = shard_set.index.copy()
     index.loc[index["shard"] == third, "offset"] += 1
     index.to_parquet(copied / schema.INDEX, index=False)
     problems = [str(problem) for problem in verify(str(copied))]
-    assert problems[0] == f"{first} bytes {size - 100}-{size - 1}: missing: the shard is cut short"
-    assert problems[1].startswith(f"{second} bytes {mean.offset}-{mean.offset + mean['size'] - 1}: {mean.member}")
-    assert "the index expects member" in problems[2]
-    (copied / first).unlink()
-    assert "does not exist" in str(verify(str(copied))[0])
+    assert problems[0].startswith(f"{schema.INDEX}: its SHA-256 is")
+    assert (
+        problems[2] == f"{second} bytes 0-{shard_set.manifest.shards[1].bytes - 1}: sha256 differs from the manifest's"
+    )
+    manifest = json.loads((copied / schema.MANIFEST).read_text())
+    manifest["tables"][schema.INDEX] = hashlib.sha256((copied / schema.INDEX).read_bytes()).hexdigest()
+    (copied / schema.MANIFEST).write_text(json.dumps(manifest))
+    assert "the index expects member" in str(verify(str(copied))[-1])
 
 
 def flip(path: Path, offset: int) -> None:
@@ -222,19 +235,23 @@ def test_a_scan_that_cannot_be_packed_leaves_a_hole_and_its_reason(tmp_path: Pat
 
 def test_a_scan_that_takes_too_long_or_too_much_memory_is_refused(written: ShardingConfig, tmp_path: Path) -> None:
     path = write_bold(tmp_path, "01", num_frames=400)
-    request = PackRequest("sub-01_bold", "bold", str(path), None, 2.0, 400, {"sub": "01"}, 8, 4, 0.5)
-    enough = LimitsConfig(memory_mb=2048, timeout_s=60.0)
-    with ScanProcess(Path(written.out) / schema.SPACE, enough) as helper:
+    request = PackRequest("sub-01_bold", "bold", str(path), None, None, 2.0, 400, {"sub": "01"})
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[48:50] = (30000).to_bytes(2, "little")
+    (tmp_path / "liar.nii").write_bytes(raw)
+    liar = replace(request, path=str(tmp_path / "liar.nii"))  # its header says 30,000 frames: 200 MB when packed
+    enough = LimitsConfig(memory_mb=2048, timeout_s=60.0, download_mb=64)
+    (tmp_path / schema.SPACE).write_bytes((Path(written.out) / schema.SPACE).read_bytes())
+    (tmp_path / SETTINGS).write_text(json.dumps(asdict(pack_settings(written))))
+    with ScanProcess(tmp_path, enough) as helper:
         helper.wait_until_ready()
-        for limits, reason in (
-            (replace(enough, timeout_s=0.001), "took longer than limits.timeout_s=0.001"),
-            (replace(enough, memory_mb=1), "needs more memory than limits.memory_mb allows"),
+        for limits, scan, reason in (
+            (replace(enough, timeout_s=0.001), request, "took longer than limits.timeout_s=0.001"),
+            (replace(enough, memory_mb=50), liar, "needs more memory than limits.memory_mb allows"),
+            (enough, liar, "the data end at frame 400 of the 30000 the header states"),
         ):
             helper.limits = limits
-            assert reason in helper.pack(request, tmp_path / "part")["reason"]
-        helper.limits = enough
-        too_short = helper.pack(replace(request, min_frames=1000), tmp_path / "part")
-        assert "fewer than acceptance.min_frames=1000" in too_short["reason"]
+            assert reason in helper.pack(scan, tmp_path / "part")["reason"]
         assert helper.pack(request, tmp_path / "part")["payload"] > 0
 
 
@@ -242,8 +259,8 @@ def test_open_set_says_what_is_missing_and_which_schema_it_reads(copied: Path, t
     with pytest.raises(ShardError, match=r"holds no shard set \(no manifest.json\): write one with"):
         open_set(str(tmp_path / "empty"))
     manifest = json.loads((copied / schema.MANIFEST).read_text())
-    (copied / schema.MANIFEST).write_text(json.dumps(manifest | {"schema": 2}))
-    with pytest.raises(ShardError, match="has schema 2, this code reads 1; write it again"):
+    (copied / schema.MANIFEST).write_text(json.dumps(manifest | {"schema": 1}))
+    with pytest.raises(ShardError, match="has schema 1, this code reads 2; write it again"):
         open_set(str(copied))
     (copied / schema.MANIFEST).unlink()
     with pytest.raises(ShardError, match="its writing was not finished"):

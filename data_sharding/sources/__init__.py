@@ -1,1 +1,70 @@
-"""Where scans come from: one module a kind of data set, each with `find(config, space) -> Found`."""
+"""Where scans come from: one module a data set, found by its name; adding one touches nothing else.
+
+A module has `find(config, space, *, accepts_raw) -> Found` and the dataclass `Options`, which `source.options` fills.
+With `accepts_raw` scans may lie in their own space: they will be registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
+
+from configs.parse import ConfigError, parse
+from data_sharding.errors import SourceError
+
+if TYPE_CHECKING:
+    from brain_models.space import BrainSpace
+    from data_sharding.config import PrivacyConfig, SourceConfig
+    from data_sharding.scans import Found
+
+Options = TypeVar("Options")
+
+REFUSALS_SHOWN = 5
+
+
+def find(source: SourceConfig, privacy: PrivacyConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
+    """Every scan of the source that suits the space, with what was refused, and no more about people than allowed."""
+    from data_sharding.privacy import kept_private
+
+    found = kept_private(source_module(source.kind).find(source, space, accepts_raw=accepts_raw), privacy)
+    if found.scans:
+        return found
+    shown = "\n".join(f"  {refusal.scan_id}: {refusal.reason}" for refusal in found.refused[:REFUSALS_SHOWN])
+    more = f"\n  and {len(found.refused) - REFUSALS_SHOWN} more" if len(found.refused) > REFUSALS_SHOWN else ""
+    raise SourceError(f"{source.root}: all {len(found.refused)} scans were refused:\n{shown}{more}")
+
+
+def kinds_of_source() -> list[str]:
+    """The names that `source.kind` may have."""
+    modules = pkgutil.iter_modules(__path__)
+    return sorted(module.name for module in modules if hasattr(_imported(module.name), "find"))
+
+
+def source_module(kind: str) -> ModuleType:
+    """The module of a kind of source; SourceError when there is none."""
+    if not kind.isidentifier() or kind not in {module.name for module in pkgutil.iter_modules(__path__)}:
+        raise SourceError(f"source.kind: {kind!r} is not one of {', '.join(kinds_of_source())}")
+    return _imported(kind)
+
+
+def parse_options(config: SourceConfig, options: type[Options]) -> Options:
+    """`source.options` as the source's own dataclass; SourceError names every key that does not fit."""
+    try:
+        return parse(config.options, options)
+    except ConfigError as error:
+        raise SourceError(str(error).replace("\n  - ", "\n  - source.options.")) from error
+
+
+def validate_source(config: SourceConfig) -> list[str]:
+    """All problems that need no scan."""
+    try:
+        parse_options(config, source_module(config.kind).Options)
+    except SourceError as error:
+        return [str(error)]
+    return []
+
+
+def _imported(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,150 +1,155 @@
-"""BIDS derivatives: preprocessed BOLD and T1w images in a template space, as fMRIPrep names them.
+"""BIDS: BOLD runs and T1w images of derivatives in a template space, or raw ones that will be registered.
 
-Chooses one file a scan when several spaces or resolutions lie there, and says which; refuses what is in raw space.
+Volumes, CIFTI series and GIFTI pairs, whichever the space needs. Where a scan lies there in several spaces, resolutions
+or echoes, one is chosen by the rules of bids_files.py and the choice is said; what cannot be used is refused.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
+from brain_models.cube import NO_TEMPLATE
 from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header
+from brain_models.space import BrainSpace
+from brain_models.surface_scans import is_surface_run, read_surface_header
 from data_sharding.config import SourceConfig
 from data_sharding.errors import SourceError
 from data_sharding.scans import Found, Scan, scan_id_of
 from data_sharding.schema import Refusal
-from data_sharding.sources.bids_tables import inherited_sidecar, read_participants
+from data_sharding.sources import parse_options
+from data_sharding.sources.bids_files import (
+    RAW_SPACES,
+    SUFFIX_OF_KIND,
+    Listing,
+    ScanFile,
+    entities_of,
+    fitting,
+    in_space,
+    listed,
+    of_one_echo,
+)
+from data_sharding.sources.bids_tables import inherited_sidecar, read_events, read_participants
 
-SUFFIX_OF_KIND = {"bold": "bold", "t1": "T1w"}
-HEADER_KIND = {"bold": "bold", "t1": "t1w"}
-RAW_SPACES = ("", "T1w", "orig", "native", "scanner", "boldref", "individual", "func")
-CHOICE_ENTITIES = ("space", "res", "den", "desc")  # files that differ in these only are the same scan
+NOT_OF_CONFOUNDS = ("space", "res", "den", "desc", "hemi", "echo", "part", "suffix", "datatype")
 
 
-def find(config: SourceConfig, *, template: str, spacing_mm: float) -> Found:
-    """Every scan of the folder that suits the template, with what was refused; SourceError when nothing is left."""
-    root = Path(config.root)
-    candidates = _candidates(root, config)
-    wanted = f"MNI152{template}" if template.startswith("NLin") else template
-    participants = read_participants(root)
-    found = Found(scans=[], subjects=participants)
+@dataclass
+class Options:
+    """What only BIDS trees have."""
+
+    echo: str | None  # of runs whose echoes were not combined; null refuses those
+    sessions: list[str] | None  # labels without ses-; null takes all
+
+
+def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
+    """Every scan of the folder that suits the space, with what was refused; SourceError when nothing is there."""
+    options = parse_options(config, Options)
+    return find_in_tree(Path(config.root), config, options, space=space, accepts_raw=accepts_raw)
+
+
+def find_in_tree(root: Path, config: SourceConfig, options: Options, *, space: BrainSpace, accepts_raw: bool) -> Found:
+    """Every scan of one BIDS tree that suits the space; there may be none."""
+    suffixes = sorted({SUFFIX_OF_KIND[kind] for kind in config.kinds if kind in SUFFIX_OF_KIND})
+    listing = listed(root, suffixes=suffixes, on_surface=space.kind == "surface")
+    wanted = {key: files for key, files in listing.files.items() if _is_wanted(files[0].entities, config, options)}
+    if not wanted and not listing.refused:
+        raise SourceError(_nothing_found(root, config, suffixes))
+    found = Found(scans=[], subjects=read_participants(root), refused=listing.refused)
     choices: Counter[str] = Counter()
-    for (kind, scan_id), paths in sorted(candidates.items()):
+    for (suffix, scan_id), files in wanted.items():
         try:
-            path, choice = _choose(paths, wanted=wanted, spacing_mm=spacing_mm, kind=kind, config=config)
-            found.scans.append(_scan(path, kind=kind, scan_id=scan_id, root=root, found=found))
-            choices[choice] += 1
+            chosen, choice = _choose(files, space, config=config, options=options, accepts_raw=accepts_raw)
+            scan = _scan(chosen, root=root, found=found, listing=listing, space=space)
         except (ScanError, SourceError) as error:
-            found.refused.append(Refusal(scan_id, str(paths[0]), str(error)))
-    if not found.scans:
-        raise SourceError(_nothing_usable(root, found.refused))
+            found.refused.append(Refusal(scan_id, str(files[0].path), str(error)))
+            continue
+        choices[choice] += 1
+        for kind in config.kinds:
+            if SUFFIX_OF_KIND.get(kind) == suffix:
+                found.scans.append(replace(scan, kind=kind, scan_id=scan_id_of(scan.entities, kind)))
+    found.scans.sort(key=lambda scan: (scan.kind, scan.scan_id))
     found.notes = [f"{count} scans: {choice}" for choice, count in sorted(choices.items())]
     found.subjects = found.subjects.reindex(sorted({scan.subject for scan in found.scans}))
     return found
 
 
-def entities_of(path: Path) -> dict[str, str]:
-    """The BIDS entities of a file name, with `suffix`."""
-    stem = path.name.removesuffix(".gz").rpartition(".")[0]
-    *pairs, suffix = stem.split("_")
-    return dict(pair.split("-", 1) for pair in pairs if "-" in pair) | {"suffix": suffix}
+def _is_wanted(entities: dict[str, str], config: SourceConfig, options: Options) -> bool:
+    if config.subjects is not None and entities.get("sub") not in config.subjects:
+        return False
+    if options.sessions is not None and entities.get("ses") not in options.sessions:
+        return False
+    return entities["suffix"] != "bold" or config.tasks is None or entities.get("task") in config.tasks
 
 
-def _candidates(root: Path, config: SourceConfig) -> dict[tuple[str, str], list[Path]]:
-    """Files by (kind, scan_id): several where a scan lies in several spaces or resolutions."""
-    if not root.is_dir():
-        raise SourceError(f"source.root: {root} is not a folder; give the top of a BIDS tree (holding sub-*)")
-    found: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    for path in sorted(root.glob("sub-*/**/*.nii*")):
-        entities = entities_of(path)
-        kind = next((kind for kind in config.kinds if SUFFIX_OF_KIND[kind] == entities["suffix"]), None)
-        if kind is None or entities.get("desc", "preproc") != "preproc" or not path.name.endswith((".nii", ".nii.gz")):
-            continue
-        if config.subjects is not None and entities.get("sub") not in config.subjects:
-            continue
-        if kind == "bold" and config.tasks is not None and entities.get("task") not in config.tasks:
-            continue
-        found[kind, scan_id_of(entities, kind)].append(path)
-    if not found:
-        narrowed = " (source.subjects and source.tasks narrow it)" if config.subjects or config.tasks else ""
-        endings = " or ".join(f"_[res-*_]desc-preproc_{SUFFIX_OF_KIND[kind]}.nii[.gz]" for kind in config.kinds)
-        raise SourceError(
-            f"{root}: nothing found. Looked for sub-*/**/*_space-*{endings}"
-            f"{narrowed}; check source.root and source.kinds"
-        )
-    return found
+def _choose(
+    files: list[ScanFile], space: BrainSpace, *, config: SourceConfig, options: Options, accepts_raw: bool
+) -> tuple[list[ScanFile], str]:
+    """The file to take (two for a GIFTI run) and the choice in words."""
+    if space.template == NO_TEMPLATE and files[0].entities["suffix"] == "bold":
+        raise SourceError(f"{files[0].path}: space {space.name} has no template, BOLD needs one; set source.kinds=[t1]")
+    suitable = in_space(files, space, allow_mix=config.allow_template_mix, accepts_raw=accepts_raw)
+    of_echo, echo_choice = of_one_echo(suitable, options.echo)
+    chosen = fitting(of_echo, space)
+    kind = "t1" if files[0].entities["suffix"] == "T1w" else "bold"
+    others = sorted({file.described for file in files} - {chosen[0].described})
+    over = f", chosen over {', '.join(others)}" if others else ""
+    return chosen, f"{kind} {chosen[0].described}{over}{echo_choice}"
 
 
-def _choose(paths: list[Path], *, wanted: str, spacing_mm: float, kind: str, config: SourceConfig) -> tuple[Path, str]:
-    """The file to take and the choice in words: the wanted template, then the finest not finer than needed."""
-    by_space: dict[str, list[Path]] = defaultdict(list)
-    for path in paths:
-        by_space[entities_of(path).get("space", "")].append(path)
-    in_template = {space: files for space, files in by_space.items() if space not in RAW_SPACES}
-    if not in_template:
-        raise SourceError(
-            f"{paths[0]} is in raw space (no space- entity names a template); register it first, for example with "
-            f"fMRIPrep --output-spaces {wanted}:res-2, and give its derivatives folder as source.root"
-        )
-    if wanted not in in_template and not config.allow_template_mix:
-        raise SourceError(
-            f"{paths[0]} lies in {', '.join(sorted(in_template))}, the space needs {wanted}; take a space= of that "
-            "template, or set source.allow_template_mix=true (recorded in the manifest)"
-        )
-    space = wanted if wanted in in_template else sorted(in_template)[0]
-    files = in_template[space]
-    chosen = files[0] if len(files) == 1 else _by_spacing(files, spacing_mm=spacing_mm, kind=kind)
-    others = sorted(
-        {f"space-{entities_of(path).get('space', 'none')}" + _res(path) for path in paths if path != chosen}
-    )
-    return chosen, f"{kind} space-{space}{_res(chosen)}" + (f", chosen over {', '.join(others)}" if others else "")
-
-
-def _res(path: Path) -> str:
-    resolution = entities_of(path).get("res")
-    return "" if resolution is None else f" res-{resolution}"
-
-
-def _by_spacing(files: list[Path], *, spacing_mm: float, kind: str) -> Path:
-    """The coarsest file that is still at least as fine as the target; the finest where none is."""
-    spacings = {path: _spacing_mm(read_header(path, HEADER_KIND[kind])) for path in files}  # type: ignore[arg-type]
-    fine_enough = [path for path in files if spacings[path] <= spacing_mm * 1.01]
-    if fine_enough:
-        return max(fine_enough, key=lambda path: (spacings[path], str(path)))
-    return min(files, key=lambda path: (spacings[path], str(path)))
-
-
-def _spacing_mm(header: ScanHeader) -> float:
-    return float(np.cbrt(abs(np.linalg.det(header.affine[:3, :3]))))
-
-
-def _scan(path: Path, *, kind: str, scan_id: str, root: Path, found: Found) -> Scan:
-    header = read_header(path, HEADER_KIND[kind])  # type: ignore[arg-type]
-    entities = entities_of(path)
+def _scan(chosen: list[ScanFile], *, root: Path, found: Found, listing: Listing, space: BrainSpace) -> Scan:
+    path, entities = chosen[0].path, chosen[0].entities
+    kind = "t1" if entities["suffix"] == "T1w" else "bold"
+    header = read_surface_header(path) if is_surface_run(path) else read_header(path, "t1w" if kind == "t1" else "bold")
     subject = entities["sub"]
     has_site = subject in found.subjects.index and "site" in found.subjects.columns
     site = found.subjects.at[subject, "site"] if has_site else None
+    sidecar = inherited_sidecar(path, root=root, entities_of=entities_of)
+    is_raw = chosen[0].space in RAW_SPACES and space.template != NO_TEMPLATE
+    files = {"right": chosen[1].path} if len(chosen) == 2 else {}
+    if is_raw and kind == "bold":
+        files["t1w"] = _t1w_of(chosen[0], listing)
     return Scan(
-        scan_id=scan_id,
+        scan_id=scan_id_of(entities, kind),
         kind=kind,
         path=path,
-        brain_mask=_brain_mask(path),
+        brain_mask=None if space.template == NO_TEMPLATE else _brain_mask(path),
         subject=subject,
         session=entities.get("ses", ""),
         task=entities.get("task", ""),
         run=entities.get("run", ""),
         site="" if site is None or site != site else str(site),
-        repetition_time_s=_repetition_time_s(path, header, root) if kind == "bold" else 0.0,
+        repetition_time_s=repetition_time_s(path, header, sidecar) if kind == "bold" else 0.0,
         num_frames=header.num_frames,
-        entities=entities,
+        entities={name: value for name, value in entities.items() if name != "hemi"},
+        files=files,
+        events=read_events(path, root=root, entities_of=entities_of) if kind == "bold" else [],
+        sidecar=sidecar,
+        is_raw=is_raw,
+        confounds=_confounds(path, entities) if kind == "bold" else None,
     )
 
 
-def _repetition_time_s(path: Path, header: ScanHeader, root: Path) -> float:
-    sidecar = inherited_sidecar(path, root=root, entities_of=entities_of)
+def _t1w_of(bold: ScanFile, listing: Listing) -> Path:
+    """The raw T1w that a raw run is registered through: of its session, else of its subject; the first by name."""
+    raw = [
+        file
+        for (suffix, _), files in listing.files.items()
+        for file in files
+        if suffix == "T1w" and file.entities["sub"] == bold.entities["sub"] and file.space in RAW_SPACES
+    ]
+    if not raw:
+        raise SourceError(
+            f"{bold.path}: in raw space, and sub-{bold.entities['sub']} has no T1w image to register it through; "
+            "add it (and t1 to source.kinds), or give a template-space version"
+        )
+    return min(raw, key=lambda file: (file.entities.get("ses") != bold.entities.get("ses"), str(file.path))).path
+
+
+def repetition_time_s(path: Path, header: ScanHeader, sidecar: dict[str, object]) -> float:
+    """The repetition time of the sidecar, else of the header; SourceError where neither has one."""
     stated = sidecar.get("RepetitionTime")
     if isinstance(stated, int | float) and not isinstance(stated, bool) and 0.05 <= stated <= 30:
         return float(stated)
@@ -153,9 +158,16 @@ def _repetition_time_s(path: Path, header: ScanHeader, root: Path) -> float:
     if header.repetition_time_s is None:
         raise SourceError(
             f"{path}: no repetition time, neither RepetitionTime in a JSON sidecar nor in the header; add "
-            f"{path.name.removesuffix('.gz').removesuffix('.nii')}.json with RepetitionTime in seconds"
+            f"{path.name[: path.name.index('.')]}.json with RepetitionTime in seconds"
         )
     return header.repetition_time_s
+
+
+def _confounds(path: Path, entities: dict[str, str]) -> Path | None:
+    """The table that fMRIPrep puts beside a run: its entities without those of the image."""
+    kept = [f"{name}-{value}" for name, value in entities.items() if name not in NOT_OF_CONFOUNDS]
+    table = path.with_name("_".join([*kept, "desc-confounds_timeseries.tsv"]))
+    return table if table.exists() else None
 
 
 def _brain_mask(path: Path) -> Path | None:
@@ -165,7 +177,9 @@ def _brain_mask(path: Path) -> Path | None:
     return mask if mask.exists() else None
 
 
-def _nothing_usable(root: Path, refused: list[Refusal]) -> str:
-    shown = "\n".join(f"  {refusal.scan_id}: {refusal.reason}" for refusal in refused[:5])
-    more = f"\n  and {len(refused) - 5} more" if len(refused) > 5 else ""
-    return f"{root}: all {len(refused)} scans were refused:\n{shown}{more}"
+def _nothing_found(root: Path, config: SourceConfig, suffixes: list[str]) -> str:
+    narrowed = " (source.subjects and source.tasks narrow it)" if config.subjects or config.tasks else ""
+    endings = " or ".join(f"_[res-*_]desc-preproc_{suffix}.nii[.gz]" for suffix in suffixes)
+    return (
+        f"{root}: nothing found. Looked for sub-*/**/*_space-*{endings}{narrowed}; check source.root and source.kinds"
+    )

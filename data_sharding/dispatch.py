@@ -1,0 +1,151 @@
+"""Writes the shards of a plan that are missing: here, or as Ray tasks, a bounded number at a time.
+
+Promise: a task that dies is started again, whatever killed it; a shard that keeps killing its tasks ends the run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.launch import is_our_error, ray_session
+from cluster.storage import Store
+from data_sharding import schema
+from data_sharding.config import LimitsConfig, ShardingConfig
+from data_sharding.errors import ShardError
+from data_sharding.plan import SetPlan, ShardPlan
+from data_sharding.writer import Receipt, close_helpers, finished_receipt, write_shard
+
+MAX_DEATHS = 5  # of one shard's tasks, before the shard itself is to blame
+RECEIPTS_AT_ONCE = 16
+
+Step = Callable[[ShardPlan, Receipt], None]
+
+
+def write_shards(store: Store, plan: SetPlan, config: ShardingConfig) -> list[Receipt]:
+    """The receipts of all planned shards; those already written are kept."""
+    receipts = _finished(store, plan)
+    missing = [shard for shard in plan.shards if shard.number not in receipts]
+    if receipts:
+        print(f"{len(receipts)} of {len(plan.shards)} shards are written already", flush=True)
+    with _progress(missing, num_shards=len(plan.shards), num_written=len(receipts)) as advance:
+        for shard, receipt in _written(missing, config):
+            receipts[shard.number] = receipt
+            advance(shard, receipt)
+    return [receipts[shard.number] for shard in plan.shards]
+
+
+def _finished(store: Store, plan: SetPlan) -> dict[int, Receipt]:
+    """What an earlier run left: a listing, then only receipts that are there, some at once."""
+    there = set(store.list(schema.RECEIPTS))
+    candidates = [shard for shard in plan.shards if shard.receipt_name in there]
+    with ThreadPoolExecutor(RECEIPTS_AT_ONCE) as pool:
+        found = list(pool.map(lambda shard: finished_receipt(store, shard), candidates))
+    return {shard.number: receipt for shard, receipt in zip(candidates, found, strict=True) if receipt is not None}
+
+
+def _written(missing: list[ShardPlan], config: ShardingConfig) -> Iterator[tuple[ShardPlan, Receipt]]:
+    if config.cluster.kind == "inline":
+        try:
+            for shard in missing:
+                yield shard, write_shard(shard, config.out, config.limits)
+        finally:
+            close_helpers()
+    elif missing:
+        with ray_session(config.cluster):
+            yield from _written_by_ray(missing, config)
+
+
+def _written_by_ray(missing: list[ShardPlan], config: ShardingConfig) -> Iterator[tuple[ShardPlan, Receipt]]:
+    """Tasks on Ray, at most `cluster.num_workers` in flight, so memory and scratch space stay bounded."""
+    import ray
+
+    out = config.out if "://" in config.out else str(Path(config.out).absolute())
+    task = ray.remote(num_cpus=config.cluster.cpus_per_worker, max_retries=0)(_write_shard_quietly)
+    deaths: Counter[int] = Counter()
+    waiting = list(reversed(missing))
+    running: dict[object, ShardPlan] = {}
+    while waiting or running:
+        while waiting and len(running) < config.cluster.num_workers:
+            shard = waiting.pop()
+            running[task.remote(shard, out, config.limits)] = shard
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        shard = running.pop(done)
+        try:
+            receipt = ray.get(done)
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.NodeDiedError,
+        ) as error:
+            deaths[shard.number] += 1
+            if deaths[shard.number] > MAX_DEATHS:
+                raise _kept_dying(shard, error) from error
+            print(f"the worker of {shard.name} died ({type(error).__name__}); it is written again", flush=True)
+            waiting.append(shard)
+            continue
+        if isinstance(receipt, Exception):
+            raise receipt
+        yield shard, receipt
+
+
+def _kept_dying(shard: ShardPlan, error: Exception) -> ShardError:
+    scans = ", ".join(request.scan_id for request in shard.requests[:5])
+    return ShardError(
+        f"{shard.name} killed its worker {MAX_DEATHS + 1} times ({type(error).__name__}); it holds {scans}"
+        f"{', ...' if len(shard.requests) > 5 else ''}; lower cluster.num_workers, or give the nodes more memory"
+    )
+
+
+def _write_shard_quietly(plan: ShardPlan, out: str, limits: LimitsConfig) -> Receipt | Exception:
+    """The receipt, or our error as a value: Ray would wrap a raised one in its own class and traceback."""
+    try:
+        return write_shard(plan, out, limits)
+    except Exception as error:  # noqa: BLE001 - only to hand on our own; others are re-raised
+        if not is_our_error(error):
+            raise
+        return error
+
+
+@contextmanager
+def _progress(missing: list[ShardPlan], *, num_shards: int, num_written: int) -> Iterator[Step]:
+    """What to call after every shard: moves a bar on a terminal, prints a line elsewhere."""
+    num_scans = sum(len(shard.requests) for shard in missing)
+    if not sys.stdout.isatty():
+        yield _lines(num_scans, num_shards=num_shards, num_written=num_written)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("scans"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("left")) as bar:
+        task = bar.add_task("scans", total=num_scans, note="")
+        counts = Counter[str]()
+        started = time.monotonic()
+
+        def advance(shard: ShardPlan, receipt: Receipt) -> None:
+            counts.update(scans=len(shard.requests), refused=len(receipt.refused))
+            rate = counts["scans"] / (time.monotonic() - started)
+            bar.update(task, advance=len(shard.requests), note=f"{rate:.1f}/s, {counts['refused']} refused")
+
+        yield advance
+
+
+def _lines(num_scans: int, *, num_shards: int, num_written: int) -> Step:
+    counts = Counter[str](shards=num_written)
+    started = time.monotonic()
+
+    def advance(shard: ShardPlan, receipt: Receipt) -> None:
+        counts.update(shards=1, scans=len(shard.requests), refused=len(receipt.refused))
+        rate = counts["scans"] / (time.monotonic() - started)
+        print(
+            f"shards {counts['shards']}/{num_shards}  scans {counts['scans']}/{num_scans}  refused "
+            f"{counts['refused']}  {rate:.1f} scans/s  {(num_scans - counts['scans']) / rate:.0f} s left",
+            flush=True,
+        )
+
+    return advance

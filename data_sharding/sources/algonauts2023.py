@@ -1,0 +1,156 @@
+"""Algonauts 2023: one subject's images, the responses of both hemispheres to them, and its regions of interest.
+
+`subj0X/training_split/{training_images,training_fmri}` and `roi_masks`. A set holds one subject, because every subject
+has its own vertices; it is split by image, and an image has one name in all of them. Test images have no responses.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from brain_models.atlas import Atlas
+from brain_models.space import BrainSpace
+from data_sharding.config import SourceConfig
+from data_sharding.errors import SourceError
+from data_sharding.scans import Found, Scan, scan_id_of
+from data_sharding.sources import parse_options
+from data_sharding.sources.npy_mapping import read_mapping
+
+IMAGE_NAME = re.compile(r"train-(\d{4,})_nsd-(\d{5})\.png")
+SIDES = {"left": "lh", "right": "rh"}
+CLASSES = ("prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words", "streams")
+
+
+@dataclass
+class Options:
+    """What only this data set asks."""
+
+    subject: str  # subj01 ... subj08
+    rois: list[str]  # classes of regions that become atlases: prf-visualrois, floc-bodies, ...; [] takes none
+
+
+def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
+    """Every training image with its response; SourceError where images and responses do not belong together."""
+    options = parse_options(config, Options)
+    folder = _subject_folder(Path(config.root), options.subject)
+    split = folder / "training_split"
+    images = _images(split / "training_images")
+    files = {side: split / "training_fmri" / f"{short}_training_fmri.npy" for side, short in SIDES.items()}
+    for side, path in files.items():
+        num_rows, num_vertices = _shape(path)
+        expected = _num_vertices(space, side)
+        if num_rows != len(images):
+            raise SourceError(f"{path}: {num_rows} responses, {split / 'training_images'} has {len(images)} images")
+        if num_vertices != expected:
+            raise SourceError(
+                f"{path}: {num_vertices} vertices, space {space.name} has {expected} on that side; "
+                "set space=algonauts2023"
+            )
+    scans = [_scan(image, folder.name, files) for image in images]
+    stimuli = pd.DataFrame(
+        {"image": [scan.path.name for scan in scans], "row": [scan.row for scan in scans]},
+        index=pd.Index([scan.stimulus for scan in scans], name="stimulus_id", dtype="str"),
+    )
+    if not stimuli.index.is_unique:
+        raise SourceError(f"{split}: image {stimuli.index[stimuli.index.duplicated()][0]} is there twice; keep one")
+    return Found(
+        scans=scans,
+        subjects=pd.DataFrame(index=pd.Index([folder.name], name="subject_id", dtype="str")),
+        notes=[f"{len(scans)} images of {folder.name}; responses as released: z-scored in each session"],
+        stimuli=stimuli,
+        atlases=[_atlas(folder / "roi_masks", name, space) for name in options.rois],
+    )
+
+
+def _subject_folder(root: Path, subject: str) -> Path:
+    known = sorted(path.name for path in root.glob("subj*") if path.is_dir())
+    if subject not in known:
+        raise SourceError(
+            f"{root}: no folder of source.options.subject={subject!r}; give one of "
+            f"{', '.join(known) or 'its subj* folders'}"
+        )
+    return root / subject
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images in the order of the responses' rows."""
+    images = sorted(path for path in folder.glob("*.png") if IMAGE_NAME.fullmatch(path.name))
+    numbers = [_numbers(path)[0] for path in images]
+    if not images:
+        raise SourceError(f"{folder}: no train-<row>_nsd-<image>.png; unpack the subject's training_split")
+    if numbers != list(range(1, len(images) + 1)):
+        missing = sorted(set(range(1, max(numbers) + 1)) - set(numbers))
+        raise SourceError(f"{folder}: image train-{(missing or numbers)[0]:04d} is missing or twice; fetch it again")
+    return images
+
+
+def _numbers(image: Path) -> tuple[int, str]:
+    match = IMAGE_NAME.fullmatch(image.name)
+    assert match is not None
+    return int(match[1]), match[2]
+
+
+def _scan(image: Path, subject: str, files: dict[str, Path]) -> Scan:
+    number, name = _numbers(image)
+    entities = {"sub": subject, "acq": f"nsd{name}", "suffix": "response"}
+    return Scan(
+        scan_id=scan_id_of(entities, "response"),
+        kind="response",
+        path=image,
+        brain_mask=None,
+        subject=subject,
+        session="",
+        task="nsd",
+        run="",
+        site="",
+        repetition_time_s=0.0,
+        num_frames=1,
+        entities=entities,
+        files=dict(files),
+        stimulus=f"nsd-{name}",
+        row=number - 1,
+    )
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    """The shape of an array of responses, from its header."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise SourceError(f"{path}: not a readable .npy of numbers ({error}); fetch it again") from error
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise SourceError(f"{path}: {array.dtype} of shape {array.shape}, expected floats [image, vertex]")
+    return array.shape
+
+
+def _num_vertices(space: BrainSpace, side: str) -> int:
+    if space.hemispheres is None:
+        raise SourceError(f"space {space.name} is a {space.kind}: responses are on a surface; set space=algonauts2023")
+    return int((space.hemispheres == list(SIDES).index(side)).sum())
+
+
+def _atlas(folder: Path, roi_class: str, space: BrainSpace) -> Atlas:
+    """The regions of one class on the challenge's vertices, left and right under one name."""
+    if roi_class not in CLASSES:
+        raise SourceError(f"source.options.rois: {roi_class!r} is not one of {', '.join(CLASSES)}")
+    labels = []
+    for side, short in SIDES.items():
+        path = folder / f"{short}.{roi_class}_challenge_space.npy"
+        try:
+            values = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise SourceError(f"{path}: not a readable .npy of numbers ({error}); fetch it again") from error
+        if values.shape != (_num_vertices(space, side),) or not np.array_equal(values, np.rint(values)):
+            raise SourceError(f"{path}: {values.dtype} of shape {values.shape}, expected one whole number a vertex")
+        labels.append(values.astype(np.int32))
+    mapping = read_mapping(folder / f"mapping_{roi_class}.npy")
+    names = {label: name for label, name in mapping.items() if label != 0}
+    unnamed = sorted(set(np.unique(np.concatenate(labels)).tolist()) - set(mapping) - {0})
+    if unnamed:
+        raise SourceError(f"{folder}: {roi_class} has label {unnamed[0]}, which mapping_{roi_class}.npy does not name")
+    return Atlas(roi_class, np.concatenate(labels), names, {})

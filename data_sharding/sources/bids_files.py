@@ -1,0 +1,192 @@
+"""Which files of a BIDS tree are scans, and which of several files of one scan is taken: by stated rules.
+
+Listed by bids2table. Entities stay text, as they are written in the file's name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from bids2table import index_dataset, parse_bids_entities
+
+from brain_models.cube import NO_TEMPLATE
+from brain_models.nifti import read_header
+from brain_models.space import BrainSpace
+from brain_models.surface_scans import read_surface_header
+from data_sharding.errors import SourceError
+from data_sharding.scans import scan_id_of
+from data_sharding.schema import Refusal
+
+SUFFIX_OF_KIND = {"bold": "bold", "parcels": "bold", "t1": "T1w"}
+VOLUME_ENDINGS = (".nii.gz", ".nii")
+SURFACE_ENDINGS = (".dtseries.nii", ".func.gii", ".func.gii.gz")
+RAW_SPACES = ("", "T1w", "orig", "native", "scanner", "boldref", "individual", "func")
+NOT_MAGNITUDE = ("phase", "real", "imag")
+SAME_SCAN = ("echo", "part")  # files that differ in these, or in space, res, den, hemi, desc, are the same scan
+
+
+@dataclass(frozen=True)
+class ScanFile:
+    """One file, and what its name says."""
+
+    path: Path
+    entities: dict[str, str]  # with suffix
+
+    @property
+    def space(self) -> str:
+        return self.entities.get("space", "")
+
+    @property
+    def ending(self) -> str:
+        return self.path.name[self.path.name.index(".") :]
+
+    @property
+    def described(self) -> str:
+        """space-X, with res- or den- where it has one."""
+        kept = [f"{name}-{self.entities[name]}" for name in ("res", "den") if name in self.entities]
+        return " ".join([f"space-{self.space or 'none'}", *kept])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of each scan by (suffix, name of the scan), and what can be no scan at all."""
+
+    files: dict[tuple[str, str], list[ScanFile]]
+    refused: list[Refusal]
+
+
+def entities_of(path: Path) -> dict[str, str]:
+    """The BIDS entities of a file name, with `suffix`."""
+    entities = parse_bids_entities(Path(path.name))
+    return {name: value for name, value in entities.items() if name != "ext"} | {"suffix": entities.get("suffix", "")}
+
+
+def listed(root: Path, *, suffixes: Sequence[str], on_surface: bool) -> Listing:
+    """Every BOLD or T1w file of the tree on volumes, or on surfaces; SourceError when the folder is none of BIDS."""
+    if not root.is_dir():
+        raise SourceError(f"source.root: {root} is not a folder; give the top of a BIDS tree (holding sub-*)")
+    endings = SURFACE_ENDINGS if on_surface else VOLUME_ENDINGS
+    files: dict[tuple[str, str], list[ScanFile]] = defaultdict(list)
+    refused = [
+        Refusal(scan_id_of({"sub": folder.name.removeprefix("sub-")}, "folder"), str(folder), _NO_LABEL.format(folder))
+        for folder in sorted(root.glob("sub-*"))
+        if folder.is_dir() and not folder.name.removeprefix("sub-").isalnum()
+    ]
+    for relative in sorted(index_dataset(root).column("path").to_pylist()):
+        file = ScanFile(root / relative, entities_of(root / relative))
+        if file.entities["suffix"] not in suffixes or file.ending not in endings:
+            continue
+        if file.entities.get("desc", "preproc") != "preproc":
+            continue
+        if file.entities.get("part") in NOT_MAGNITUDE:
+            refused.append(_not_magnitude(file))
+            continue
+        same = {name: value for name, value in file.entities.items() if name not in SAME_SCAN}
+        files[file.entities["suffix"], scan_id_of(same, file.entities["suffix"])].append(file)
+    return Listing(dict(sorted(files.items())), refused)
+
+
+_NO_LABEL = "{}: not a BIDS subject folder (sub- and letters or digits only); rename it and its files"
+
+
+def _not_magnitude(file: ScanFile) -> Refusal:
+    part = file.entities["part"]
+    name = scan_id_of(file.entities, f"part-{part}_{file.entities['suffix']}")
+    reason = (
+        f"{file.path}: part-{part} holds no magnitude; only magnitude images are packed: nothing to do, or export it"
+    )
+    return Refusal(name, str(file.path), reason)
+
+
+def of_one_echo(files: list[ScanFile], echo: str | None) -> tuple[list[ScanFile], str]:
+    """The files of the combination of all echoes, else of the echo asked for, and the choice in words."""
+    combined = [file for file in files if "echo" not in file.entities]
+    echoes = sorted({file.entities["echo"] for file in files if "echo" in file.entities})
+    if combined:
+        return combined, f", combined over echoes {', '.join(echoes)}" if echoes else ""
+    if echo is None:
+        raise SourceError(
+            f"{files[0].path}: has echoes {', '.join(echoes)} and no combination of them; combine them (tedana, or "
+            f"fMRIPrep), or take one of them: source.options.echo={echoes[0]}"
+        )
+    if echo not in echoes:
+        raise SourceError(f"{files[0].path}: has echoes {', '.join(echoes)}, not source.options.echo={echo}")
+    return [file for file in files if file.entities["echo"] == echo], f", echo {echo} of {', '.join(echoes)}"
+
+
+def in_space(files: list[ScanFile], space: BrainSpace, *, allow_mix: bool, accepts_raw: bool) -> list[ScanFile]:
+    """The files in the space's template; raw ones where the space has none, or where they will be registered."""
+    by_space: dict[str, list[ScanFile]] = defaultdict(list)
+    for file in files:
+        by_space[file.space].append(file)
+    raw = [file for name in RAW_SPACES for file in by_space.pop(name, [])]
+    wanted = space_entity(space)
+    if space.template == NO_TEMPLATE:
+        if not raw:
+            raise SourceError(f"{files[0].path}: only in {', '.join(by_space)}; space {space.name} needs raw space")
+        return raw
+    if wanted in by_space:
+        return by_space[wanted]
+    if by_space and allow_mix and space.kind == "volume":
+        return by_space[min(by_space)]
+    if raw and accepts_raw and space.kind == "volume":
+        return raw
+    if by_space:
+        mix = ", or set source.allow_template_mix=true (recorded in the manifest)" if space.kind == "volume" else ""
+        raise SourceError(
+            f"{files[0].path} lies in {', '.join(sorted(by_space))}, the space needs {wanted}; take a space= of that "
+            f"template{mix}"
+        )
+    raise SourceError(
+        f"{files[0].path} is in raw space (no space- entity names a template); register it first, for example with "
+        f"fMRIPrep --output-spaces {wanted}{':res-2' if space.kind == 'volume' else ''}, and give its derivatives "
+        "folder as source.root; volumes can also be registered here: pip install 'callosum[registration]' and "
+        "registration=affine"
+    )
+
+
+def space_entity(space: BrainSpace) -> str:
+    """What BIDS calls the space's template."""
+    return f"MNI152{space.template}" if space.template.startswith("NLin") else space.template
+
+
+def fitting(files: list[ScanFile], space: BrainSpace) -> list[ScanFile]:
+    """The one file to pack (two for the hemispheres of a GIFTI run): the resolution that fits the space best."""
+    if space.kind == "surface":
+        return _on_mesh(files, space)
+    if len(files) == 1:
+        return files
+    header_kind = "t1w" if files[0].entities["suffix"] == "T1w" else "bold"
+    spacings = {file.path: _spacing_mm(read_header(file.path, header_kind).affine) for file in files}  # type: ignore[arg-type]
+    ranked = sorted(files, key=lambda file: (spacings[file.path], str(file.path)))
+    fine_enough = [file for file in ranked if spacings[file.path] <= space.spacing_mm * 1.01]
+    return fine_enough[-1:] or ranked[:1]  # the coarsest that is still as fine as the space, else the finest
+
+
+def _spacing_mm(affine: np.ndarray) -> float:
+    return float(np.cbrt(abs(np.linalg.det(affine[:3, :3]))))
+
+
+def _on_mesh(files: list[ScanFile], space: BrainSpace) -> list[ScanFile]:
+    """A CIFTI file, else both hemispheres of the density whose meshes are the space's."""
+    cifti = [file for file in files if file.ending == ".dtseries.nii"]
+    if cifti:
+        return cifti[:1]
+    assert space.mesh_sizes is not None
+    pair = []
+    for side, num_vertices in zip("LR", space.mesh_sizes, strict=True):
+        hemisphere = [file for file in files if file.entities.get("hemi") == side]
+        sizes = {file.path: read_surface_header(file.path).shape[0] for file in hemisphere}
+        matching = [file for file in hemisphere if sizes[file.path] == num_vertices]
+        if not matching:
+            found = f"meshes of {sorted(set(sizes.values()))} vertices" if sizes else f"no hemi-{side} file"
+            raise SourceError(
+                f"{files[0].path}: {found}, the space {space.name} has {num_vertices} on that side; fetch the missing "
+                "file, or take the space of that mesh"
+            )
+        pair.append(matching[0])
+    return pair
