@@ -34,7 +34,7 @@ def adhd(numbers: dict) -> dict[str, float]:
         "low": within["low"],
         "high": within["high"],
         "balanced_accuracy": model["balanced_accuracy"]["value"],
-        "majority": model["majority"],
+        "majority": model["majority_accuracy"],
         "connectivity": connectivity["within_site_auroc"]["value"],
         "num_subjects": model["num_subjects"],
     }
@@ -48,7 +48,9 @@ def seconds(path: Path) -> dict[str, int]:
 def table(summary: dict, out: Path) -> str:
     """Returns the lines a person reads at the end."""
     lines = ["", "What was learned (phantom scans: this shows that the chain works, nothing about brains)", ""]
-    lines.append(f"  {'hidden voxels of held-out subjects, R2':<42}{'model':>8}{'mean':>8}{'neighbour':>11}{'ridge':>8}")
+    lines.append(
+        f"  {'hidden voxels of held-out subjects, R2':<42}{'model':>8}{'mean':>8}{'neighbour':>11}{'ridge':>8}"
+    )
     for kind, name in (("bold", "4D fMRI"), ("t1", "T1")):
         r2 = summary["reconstruction"][kind]
         lines.append(f"  {name:<42}{r2['r2']:>8.3f}{r2['mean']:>8.3f}{r2['neighbour']:>11.3f}{r2['ridge']:>8.3f}")

@@ -54,9 +54,10 @@ def curves(lines: Mapping[str, Curve], *, label: str, marks: Mapping[str, int]) 
         axes.plot(
             steps, values, color=colour, label=name, linewidth=1.2, marker="o" if len(points) < 30 else "", markersize=3
         )
-    for name, step in marks.items():
+    for row, (name, step) in enumerate(marks.items()):  # one row each: neighbouring steps would overprint
         axes.axvline(step, color="#999999", linewidth=0.8, linestyle=":")
-        axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), fontsize=7, color="#666666", ha="left")
+        place = (step, 1 + 0.06 * row)
+        axes.annotate(name, place, xycoords=("data", "axes fraction"), fontsize=7, color="#666666", ha="left")
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     if lines:
