@@ -49,19 +49,20 @@ def table(summary: dict, out: Path) -> str:
     """Returns the lines a person reads at the end."""
     lines = ["", "What was learned (phantom scans: this shows that the chain works, nothing about brains)", ""]
     lines.append(
-        f"  {'hidden voxels of held-out subjects, R2':<42}{'model':>8}{'mean':>8}{'neighbour':>11}{'ridge':>8}"
+        f"  {'hidden voxels of held-out subjects, R2':<44}{'model':>8}{'mean':>8}{'neighbour':>11}{'ridge':>8}"
     )
     for kind, name in (("bold", "4D fMRI"), ("t1", "T1")):
         r2 = summary["reconstruction"][kind]
-        lines.append(f"  {name:<42}{r2['r2']:>8.3f}{r2['mean']:>8.3f}{r2['neighbour']:>11.3f}{r2['ridge']:>8.3f}")
+        lines.append(f"  {name:<44}{r2['r2']:>8.3f}{r2['mean']:>8.3f}{r2['neighbour']:>11.3f}{r2['ridge']:>8.3f}")
     found = summary["adhd"]
+    interval = f"[{found['low']:.3f}, {found['high']:.3f}]"
     lines += [
         "",
         f"  ADHD against control, {found['num_subjects']} held-out subjects",
-        f"  {'AUROC within sites, fine-tuned model':<42}{found['auroc']:>8.3f}  [{found['low']:.3f}, {found['high']:.3f}]",
-        f"  {'AUROC within sites, connectivity + logistic':<42}{found['connectivity']:>8.3f}",
-        f"  {'balanced accuracy':<42}{found['balanced_accuracy']:>8.3f}",
-        f"  {'accuracy of always saying the majority':<42}{found['majority']:>8.3f}",
+        f"  {'AUROC within sites, fine-tuned model':<44}{found['auroc']:>8.3f}  {interval}",
+        f"  {'AUROC within sites, connectivity + logistic':<44}{found['connectivity']:>8.3f}",
+        f"  {'balanced accuracy':<44}{found['balanced_accuracy']:>8.3f}",
+        f"  {'accuracy of always saying the majority':<44}{found['majority']:>8.3f}",
         "",
         "  seconds: " + ", ".join(f"{name} {took}" for name, took in summary["seconds"].items()),
         f"  in all: {sum(summary['seconds'].values())} s",
