@@ -21,6 +21,7 @@ from brain_models.encoder import BrainEncoder, EncoderConfig, TokenKind
 from brain_models.errors import BundleError
 from brain_models.heads import Classifier, HeadConfig
 from brain_models.patches import PatchLayout
+from brain_models.recipe import BoldPreprocessing, CleaningConfig
 from brain_models.run_classifier import RunClassifier
 from brain_models.space import BrainSpace
 
@@ -31,12 +32,16 @@ GOLDEN_SEED = 2009
 
 @dataclass
 class StemSpec:
-    """What a stem sees; `needs_brain_mask`: its shards were packed with the scans' brain masks."""
+    """What a stem sees; `needs_brain_mask`: its shards were packed with the scans' brain masks.
+
+    `preprocessing` is what was done to its runs; None: nothing (a T1).
+    """
 
     patch_voxels: int
     tubelet_frames: int
     window_frames: int
     needs_brain_mask: bool
+    preprocessing: BoldPreprocessing | None = None
 
 
 @dataclass
@@ -100,7 +105,7 @@ def load(folder: Path | str) -> Bundle:
     for kind, stem in spec["stems"].items():
         if stem.pop("space_fingerprint") != spaces[kind].fingerprint:
             raise BundleError(f"{folder}/space_{kind}.npz is not the space this model was trained on; fetch it again")
-    stems = {kind: StemSpec(**stem) for kind, stem in spec["stems"].items()}
+    stems = {kind: _stem_spec(stem) for kind, stem in spec["stems"].items()}
     weights = _read_weights(folder)
     encoder = make_encoder(EncoderConfig(**spec["encoder"]), spaces, stems)
     head = spec["head"] and HeadSpec(**(spec["head"] | {"config": HeadConfig(**spec["head"]["config"])}))
@@ -139,6 +144,13 @@ def code_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
+
+
+def _stem_spec(raw: dict[str, Any]) -> StemSpec:
+    made = raw.get("preprocessing")
+    if made is not None:
+        made = BoldPreprocessing(**(made | {"cleaning": CleaningConfig(**made["cleaning"])}))
+    return StemSpec(**(raw | {"preprocessing": made}))
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:

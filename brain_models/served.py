@@ -14,9 +14,18 @@ import torch
 from mlflow.pyfunc import PythonModel
 
 from brain_models import bundle as bundles
+from brain_models.cleaning import clean_bold
 from brain_models.encoder import TokenKind
 from brain_models.errors import ScanError
-from brain_models.preprocess import NOT_MEASURED, dequantise, pack_bold, pack_t1, standardise_bold, standardise_t1
+from brain_models.preprocess import (
+    StandardisedRun,
+    dequantise,
+    measured,
+    pack_bold,
+    pack_t1,
+    standardise_bold,
+    standardise_t1,
+)
 
 COLUMNS: dict[TokenKind, str] = {"bold": "bold", "t1": "t1w"}
 
@@ -25,8 +34,9 @@ class ServedModel(PythonModel):
     """predict() takes a table with a row a scan.
 
     Columns: `bold` or `t1w` (paths of NIfTI files in the model's template space), `brain_mask` (path; required when the
-    model was trained on masked scans), `repetition_time_s` (needed when the header has none). Instead of paths, `bold`
-    may hold packed int8 arrays [time, voxel] and `t1w` float16 arrays [voxel], as shards do.
+    model was trained on masked scans), `repetition_time_s` (needed when the header has none), `confounds` (path of
+    fMRIPrep's desc-confounds_timeseries.tsv; required when the model was trained on runs cleaned by it). Instead of
+    paths, `bold` may hold packed arrays [time, voxel] (int8 or float16) and `t1w` float16 arrays [voxel], as shards do.
     Returns a table: `prediction` and `probability`, or `embedding_0` ... of an encoder.
     """
 
@@ -86,12 +96,31 @@ class ServedModel(PythonModel):
         if isinstance(row["bold"], np.ndarray):
             quantised = row["bold"]
         else:
-            packed = pack_bold(row["bold"], self.bundle.spaces["bold"], brain_mask=self._brain_mask(row, "bold"))
-            seconds = seconds or packed.header.repetition_time_s
-            quantised = standardise_bold(packed).quantised
-        if seconds is None:
-            raise ScanError(f"row {row.name}: no repetition time in the header; add a column repetition_time_s")
-        return dequantise(quantised), quantised[0] != NOT_MEASURED, seconds
+            stored, seconds = self._preprocessed(row, seconds)
+            quantised = stored.quantised
+        return dequantise(quantised), measured(quantised), _known(row, seconds)
+
+    def _preprocessed(self, row: pandas.Series, seconds: float | None) -> tuple[StandardisedRun, float]:
+        """Returns the run as shards would hold it, and its repetition time."""
+        recipe = self.bundle.stems["bold"].preprocessing
+        packed = pack_bold(
+            row["bold"],
+            self.bundle.spaces["bold"],
+            brain_mask=self._brain_mask(row, "bold"),
+            unknown_orientation="refuse" if recipe is None else recipe.unknown_orientation,
+        )
+        seconds = _known(row, seconds or packed.header.repetition_time_s)
+        if recipe is None:
+            return standardise_bold(packed), seconds
+        confounds = row["confounds"] if _given(row, "confounds") else None
+        if confounds is None and recipe.needs_confounds:
+            raise ScanError(
+                f"row {row.name}: this model saw runs cleaned by their confound tables "
+                f"({', '.join(recipe.cleaning.confounds) or 'first frames dropped'}); add a column confounds with "
+                "the path of fMRIPrep's desc-confounds_timeseries.tsv"
+            )
+        run = clean_bold(packed, recipe.cleaning, repetition_time_s=seconds, confounds=confounds)
+        return standardise_bold(run.packed, stored_as=recipe.stored_as), seconds
 
     def _read_t1(self, row: pandas.Series) -> tuple[np.ndarray, np.ndarray, float]:
         if isinstance(row["t1w"], np.ndarray):
@@ -111,6 +140,12 @@ class ServedModel(PythonModel):
 
 def _given(row: pandas.Series, column: str) -> bool:
     return column in row.index and (isinstance(row[column], np.ndarray) or not pandas.isna(row[column]))
+
+
+def _known(row: pandas.Series, seconds: float | None) -> float:
+    if seconds is None:
+        raise ScanError(f"row {row.name}: no repetition time in the header; add a column repetition_time_s")
+    return seconds
 
 
 def _require_frames(row: pandas.Series, values: torch.Tensor, num_frames: int) -> None:

@@ -35,14 +35,7 @@ class AddressBook:
         """The book of a split; ShardError when it has no window of this length."""
         table = shard_set.runs(kind, [split])
         scan_ids = table.scan_id.tolist()
-        shard_number = {shard.name: number for number, shard in enumerate(shard_set.manifest.shards)}
-        runs = RunTable(
-            scan_hash=hash_names(scan_ids),
-            shard=table.shard.map(shard_number).to_numpy(dtype=np.int64),
-            num_frames=table.num_frames.to_numpy(dtype=np.int64),
-            window_frames=window_frames,
-            grids=_grids(table, window_frames, shard_set.max_censored_fraction),
-        )
+        runs = run_table(shard_set, kind=kind, split=split, window_frames=window_frames)
         if runs.num_samples == 0:
             longest = f"the longest run has {runs.num_frames.max()} frames" if len(table) else "it has no such scan"
             if len(table) and runs.num_frames.max() >= window_frames:
@@ -87,6 +80,19 @@ class AddressBook:
     def label(self, run: int, first_frame: int) -> str:
         """The name of a sample in messages and in the quarantine."""
         return f"{self.scan_ids[run]}:{first_frame}"
+
+
+def run_table(shard_set: ShardSet, *, kind: str, split: str, window_frames: int) -> RunTable:
+    """What the order needs of a split's runs; its `num_samples` is how many windows an epoch draws."""
+    table = shard_set.runs(kind, [split])
+    shard_number = {shard.name: number for number, shard in enumerate(shard_set.manifest.shards)}
+    return RunTable(
+        scan_hash=hash_names(table.scan_id.tolist()),
+        shard=table.shard.map(shard_number).to_numpy(dtype=np.int64),
+        num_frames=table.num_frames.to_numpy(dtype=np.int64),
+        window_frames=window_frames,
+        grids=_grids(table, window_frames, shard_set.max_censored_fraction),
+    )
 
 
 def _grids(table: pd.DataFrame, window_frames: int, max_censored_fraction: float) -> dict[int, SlotGrids]:

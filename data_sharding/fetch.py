@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cluster.errors import StorageError
+from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage import RangeReader, store_for
 from data_sharding import schema
 from data_sharding.checksums import crc32_of_frames
@@ -96,6 +96,8 @@ class Fetcher:
         for row, read in enumerate(reads):
             try:
                 self._read_window(read, frames[row])
+            except StoreUnavailableError:
+                raise  # a network that is down says nothing about samples
             except (ShardError, StorageError) as error:
                 failures.append((row, str(error)))
                 frames[row] = 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from functools import partial
 
 from data_sharding.fetch import Fetched, Fetcher, WindowRead
 
@@ -36,8 +38,14 @@ def _in_processes(
         num_workers=num_workers,
         prefetch_factor=prefetch,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
+        worker_init_fn=partial(_take_environment, dict(os.environ)),
         multiprocessing_context=context,
     )
+
+
+def _take_environment(environment: dict[str, str], worker: int) -> None:
+    """The environment of now, such as credentials: the fork server has that of its own start."""
+    os.environ.update(environment)
 
 
 def _as_it_is(fetched: Fetched) -> Fetched:

@@ -149,6 +149,7 @@ class Publisher:
         backbone = bundle.load(setup.backbone.folder)
         stem: StemSpec = backbone.stems["bold"]
         stem.needs_brain_mask = setup.shard_set.needs_brain_mask("bold")
+        stem.preprocessing = setup.shard_set.bold_preprocessing()
         label = setup.config.task.label
         head = HeadSpec(
             config=setup.config.task.head,

@@ -8,6 +8,7 @@ from brain_models import bundle
 from brain_models.errors import BundleError
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
+from data_sharding.addresses import run_table
 from data_sharding.errors import ShardError
 from data_sharding.reader import ShardSet, open_set
 from finetune.config import FinetuneConfig
@@ -131,7 +132,7 @@ def plan(config: FinetuneConfig) -> str:
     labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
     task = build_task(config, shard_set, labels, bundle.load(fetch_backbone(config).folder))
     runs = shard_set.runs("bold", ["train"])
-    samples = int((runs["num_frames"] // task.num_frames).sum())
+    samples = run_table(shard_set, kind="bold", split="train", window_frames=task.num_frames).num_samples
     too_short = int((runs["num_frames"] < task.num_frames).sum())
     drawn = config.train.steps * config.data.batch_size
     sample_bytes = task.num_frames * shard_set.space.num_voxels

@@ -40,10 +40,10 @@ def find_scans(patterns: list[str]) -> list[Path]:
 
 
 def scan_table(scans: list[Path], *, brain_masks: bool) -> pd.DataFrame:
-    """One row a scan as the served model wants it: bold, repetition_time_s of the sidecar, brain_mask."""
+    """One row a scan as the served model wants it: bold, repetition_time_s of the sidecar, brain_mask, confounds."""
     rows = []
     for scan in scans:
-        row = {"bold": str(scan), "repetition_time_s": _repetition_time_s(scan)}
+        row = {"bold": str(scan), "repetition_time_s": _repetition_time_s(scan), "confounds": _confounds(scan)}
         if brain_masks:
             row["brain_mask"] = str(_brain_mask(scan))
         rows.append(row)
@@ -61,6 +61,14 @@ def _repetition_time_s(scan: Path) -> float | None:
         return None
     value = json.loads(sidecar.read_text(encoding="utf-8")).get("RepetitionTime")
     return None if value is None else float(value)
+
+
+def _confounds(scan: Path) -> str | None:
+    """The run's confound table as fMRIPrep names it; None where there is none, which only some models mind."""
+    of_files = ("space-", "res-", "den-", "desc-")
+    kept = [part for part in _stem(scan).removesuffix("_bold").split("_") if not part.startswith(of_files)]
+    path = scan.with_name("_".join([*kept, "desc-confounds_timeseries.tsv"]))
+    return str(path) if path.exists() else None
 
 
 def _brain_mask(scan: Path) -> Path:

@@ -7,6 +7,7 @@ from torch import nn
 
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
+from data_sharding.addresses import run_table
 from data_sharding.errors import ShardError
 from data_sharding.reader import ShardSet, open_set
 from pretrain.config import PretrainConfig
@@ -138,11 +139,9 @@ def plan(config: PretrainConfig) -> str:
 
 
 def samples_per_epoch(shard_set: ShardSet, config: PretrainConfig) -> int:
-    """Windows of the train split: floor(frames / window) a run, one a T1."""
-    runs = shard_set.runs(config.kind, ["train"])
-    if config.kind == "t1":
-        return len(runs)
-    return int((runs["num_frames"] // config.window.window_frames).sum())
+    """Windows of the train split that may be drawn; one a T1."""
+    frames = config.window.window_frames
+    return run_table(shard_set, kind=config.kind, split="train", window_frames=frames).num_samples
 
 
 def micro_batches(config: PretrainConfig) -> int:

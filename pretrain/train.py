@@ -164,6 +164,7 @@ class Exporter:
             tubelet_frames=window.tubelet_frames,
             window_frames=window.window_frames,
             needs_brain_mask=self.shard_set.needs_brain_mask(self.config.kind),
+            preprocessing=self.shard_set.bold_preprocessing() if self.config.kind == "bold" else None,
         )
         bundle.save(
             self.folder,

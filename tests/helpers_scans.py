@@ -73,6 +73,23 @@ def write_bold(root: Path, subject: str, *, num_frames: int = 20, seed: int = 0,
     return path
 
 
+def write_confounds(scan: Path, *, num_frames: int, num_non_steady: int = 0, spikes: tuple[int, ...] = ()) -> Path:
+    """The confound table of a run as fMRIPrep writes it; framewise displacement is 0.1 mm, 0.9 mm at the spikes."""
+    generator = np.random.default_rng(5)
+    names = ["trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z", "csf", "white_matter"]
+    table = {name: [f"{value:.6f}" for value in generator.normal(size=num_frames)] for name in names}
+    table["framewise_displacement"] = ["n/a", *("0.9" if frame in spikes else "0.1" for frame in range(1, num_frames))]
+    for number in range(num_non_steady):
+        column = ["1" if frame == number else "0" for frame in range(num_frames)]
+        table[f"non_steady_state_outlier{number:02d}"] = column
+    base = scan.name.partition("_space-")[0]
+    path = scan.with_name(f"{base}_desc-confounds_timeseries.tsv")
+    path.write_text(
+        "\n".join(["\t".join(table), *("\t".join(row) for row in zip(*table.values(), strict=True))]) + "\n"
+    )
+    return path
+
+
 def write_t1(root: Path, subject: str, *, seed: int = 0) -> Path:
     path = root / f"sub-{subject}" / "anat" / f"sub-{subject}_{TEMPLATE}_res-12_desc-preproc_T1w.nii.gz"
     values = np.random.default_rng(seed + 1000).uniform(100, 900, size=grid()[1]).astype(np.float32)
