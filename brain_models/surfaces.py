@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.parsers.expat import ExpatError
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -17,6 +18,7 @@ from brain_models.space import BrainSpace
 HEMISPHERES = ("left", "right")
 CIFTI_CORTEX = ("CIFTI_STRUCTURE_CORTEX_LEFT", "CIFTI_STRUCTURE_CORTEX_RIGHT")
 PACKAGED = "fsaverage5"  # with nilearn
+_UNREADABLE = (OSError, ValueError, EOFError, LookupError, SyntaxError, ExpatError)  # what nibabel's parsers raise
 
 
 @dataclass
@@ -140,7 +142,7 @@ def load_gifti(path: Path | str) -> Any:
 
     try:
         return nibabel.gifti.GiftiImage.from_filename(path)
-    except (OSError, ValueError, EOFError, SyntaxError, nibabel.filebasedimages.ImageFileError) as error:
+    except (*_UNREADABLE, nibabel.filebasedimages.ImageFileError) as error:
         raise SpaceError(f"{path}: not a readable GIFTI file ({error}); give a .gii file") from error
 
 
@@ -152,7 +154,7 @@ def load_cifti(path: Path | str) -> tuple[Any, Any]:
     try:
         image = nibabel.Cifti2Image.from_filename(path)
         models = image.header.get_axis(1)
-    except (OSError, ValueError, EOFError, KeyError, IndexError, nibabel.filebasedimages.ImageFileError) as error:
+    except (*_UNREADABLE, nibabel.filebasedimages.ImageFileError, nibabel.wrapstruct.WrapStructError) as error:
         raise SpaceError(f"{path}: not a readable CIFTI-2 file ({error}); give .dtseries.nii or .dlabel.nii") from error
     if not isinstance(models, BrainModelAxis):
         raise SpaceError(f"{path}: its columns are no vertices but a {type(models).__name__}; give a dense CIFTI file")

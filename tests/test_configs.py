@@ -12,6 +12,7 @@ from configs.entry import compose
 from configs.parse import ConfigError, parse
 from data_sharding.config import ShardingConfig
 from data_sharding.phantom.config import PhantomConfig
+from data_sharding.source_phantoms.__main__ import SourcePhantomConfig
 from finetune.config import FinetuneConfig, PredictConfig
 from pretrain.config import PretrainConfig
 
@@ -70,6 +71,7 @@ ROOT = Path(configs.__file__).parent
 PARTS = {
     "data_sharding": (ShardingConfig, ["source.root=a", "out=b"]),
     "phantom": (PhantomConfig, ["out=a"]),
+    "source_phantoms": (SourcePhantomConfig, ["out=a"]),
     "pretrain": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
     "finetune": (FinetuneConfig, ["shards=a", "encoder=models:/a@candidate", "run.folder=b"]),
     "finetune.predict": (PredictConfig, ["classifier=models:/a@candidate", "scans=[a]", "out=b.csv"]),

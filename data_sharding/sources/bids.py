@@ -53,8 +53,13 @@ def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found
 def find_in_tree(root: Path, config: SourceConfig, options: Options, *, space: BrainSpace, accepts_raw: bool) -> Found:
     """Every scan of one BIDS tree that suits the space; there may be none."""
     suffixes = sorted({SUFFIX_OF_KIND[kind] for kind in config.kinds if kind in SUFFIX_OF_KIND})
-    listing = listed(root, suffixes=suffixes, on_surface=space.kind == "surface")
-    wanted = {key: files for key, files in listing.files.items() if _is_wanted(files[0].entities, config, options)}
+    also = ["T1w"] if accepts_raw else []  # raw runs are registered through them
+    listing = listed(root, suffixes=[*suffixes, *also], on_surface=space.kind == "surface")
+    wanted = {
+        (suffix, name): files
+        for (suffix, name), files in listing.files.items()
+        if suffix in suffixes and _is_wanted(files[0].entities, config, options)
+    }
     if not wanted and not listing.refused:
         raise SourceError(_nothing_found(root, config, suffixes))
     found = Found(scans=[], subjects=read_participants(root), refused=listing.refused)
@@ -143,7 +148,7 @@ def _t1w_of(bold: ScanFile, listing: Listing) -> Path:
     if not raw:
         raise SourceError(
             f"{bold.path}: in raw space, and sub-{bold.entities['sub']} has no T1w image to register it through; "
-            "add it (and t1 to source.kinds), or give a template-space version"
+            "add it, or give a template-space version"
         )
     return min(raw, key=lambda file: (file.entities.get("ses") != bold.entities.get("ses"), str(file.path))).path
 

@@ -1,0 +1,167 @@
+"""The BIDS source on its phantom: choices by rule, refusals with reasons, volumes and surfaces with known values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brain_models.surfaces import SurfaceSpaceConfig, surface_space
+from data_sharding import samples, sources
+from data_sharding.errors import SourceError
+from data_sharding.scans import Event, Found
+from data_sharding.source_phantoms import bids as phantom
+from data_sharding.source_phantoms.fields import bold_values, vertex_values
+from tests.helpers_sources import AS_IT_IS, config_of, found_by, run_values, set_of, write_phantom
+
+RUN = "sub-01_ses-1_task-rest_run-1"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_phantom("bids", tmp_path_factory.mktemp("bids"))
+
+
+def volumes(root: Path, *overrides: str) -> Found:
+    return found_by("dataset=bids", f"source.root={root}", "space=mni12", *overrides)[0]
+
+
+def reasons(found: Found) -> dict[str, str]:
+    return {refusal.scan_id: refusal.reason for refusal in found.refused}
+
+
+def test_sessions_and_runs_are_scans_of_their_own_and_choices_are_said(root: Path) -> None:
+    found = volumes(root)
+    of_subject = [scan.scan_id for scan in found.scans if scan.subject == "01"]
+    assert of_subject == [
+        f"{RUN}_bold",
+        "sub-01_ses-1_task-rest_run-2_bold",
+        "sub-01_ses-2_task-rest_run-1_bold",
+        "sub-01_ses-1_t1",
+    ]
+    chosen_over = "chosen over space-MNI152NLin2009cAsym res-12, space-MNI152NLin6Asym res-18"
+    assert f"1 scans: bold space-MNI152NLin6Asym res-12, {chosen_over}" in found.notes
+    assert [scan.scan_id for scan in volumes(root, "source.options.sessions=['2']").scans] == [
+        "sub-01_ses-2_task-rest_run-1_bold"
+    ]
+
+
+def test_echoes_parts_and_raw_scans_follow_their_rules(root: Path) -> None:
+    found = volumes(root)
+    taken = {scan.scan_id for scan in found.scans if scan.subject == "02"}
+    assert {"sub-02_task-combined_bold", "sub-02_task-parts_bold"} <= taken
+    assert "1 scans: bold space-MNI152NLin6Asym res-12, combined over echoes 1, 2" in found.notes
+    assert set(reasons(found)) == {
+        "sub-02_task-echoes_bold",
+        "sub-02_task-parts_part-phase_bold",
+        "sub-02_task-raw_bold",
+    }
+    assert "has echoes 1, 2 and no combination" in reasons(found)["sub-02_task-echoes_bold"]
+    assert "part-phase holds no magnitude" in reasons(found)["sub-02_task-parts_part-phase_bold"]
+    assert "register it first" in reasons(found)["sub-02_task-raw_bold"]
+    with_echo = volumes(root, "source.options.echo='2'")
+    scan = next(scan for scan in with_echo.scans if scan.task == "echoes")
+    assert scan.scan_id == "sub-02_task-echoes_echo-2_bold"
+    assert "_echo-2_" in scan.path.name
+    assert "not source.options.echo=9" in reasons(volumes(root, "source.options.echo='9'"))["sub-02_task-echoes_bold"]
+
+
+def test_raw_scans_are_handed_on_with_their_t1_only_where_they_will_be_registered(root: Path, tmp_path: Path) -> None:
+    overrides = ("dataset=bids", f"source.root={root}", "space=mni12")
+    refused = reasons(found_by(*overrides, accepts_raw=True)[0])["sub-02_task-raw_bold"]
+    assert "has no T1w image to register it through" in refused
+    phantom._bold(tmp_path, "sub-07_ses-1_task-raw_bold", 0)
+    phantom._t1(tmp_path, "sub-07_ses-2_T1w", 0)
+    phantom._t1(tmp_path, "sub-07_ses-1_T1w", 0)
+    found = found_by("dataset=bids", f"source.root={tmp_path}", "space=mni12", accepts_raw=True)[0]
+    run = next(scan for scan in found.scans if scan.kind == "bold")
+    assert run.is_raw
+    assert run.files["t1w"].name == "sub-07_ses-1_T1w.nii.gz"
+
+
+def test_participants_events_confounds_and_allowed_sidecar_fields_are_joined(root: Path) -> None:
+    found = volumes(root)
+    assert found.subjects.loc[["01", "02"], "sex"].tolist() == ["male", "female"]
+    assert np.isnan(found.subjects.at["02", "age"])
+    run = next(scan for scan in found.scans if scan.scan_id == f"{RUN}_bold")
+    assert run.events == [Event(2.0, 1.5, "face"), Event(6.0, 1.5, "house")]
+    assert run.confounds is not None
+    assert run.confounds.name == f"{RUN}_desc-confounds_timeseries.tsv"
+    assert run.sidecar == {"RepetitionTime": 2.0, "EchoTime": 0.03, "TaskName": "rest"}  # not InstitutionName
+    assert (run.site, run.repetition_time_s, run.num_frames) == ("B", 2.0, phantom.NUM_FRAMES)
+
+
+def test_voxels_come_back_as_the_phantoms_field_at_their_places(root: Path, tmp_path: Path) -> None:
+    overrides = ["dataset=bids", f"source.root={root}", "space=mni6", "atlas=null", "splits.rule=none", *AS_IT_IS]
+    chosen = ["source.kinds=[bold]", "source.subjects=['03']", "acceptance.max_refused_fraction=1"]
+    shard_set = set_of(tmp_path / "set", *overrides, *chosen)
+    scan_id = "sub-03_ses-1_task-rest_run-1_bold"
+    values, half_unit = run_values(shard_set, scan_id)
+    truth = bold_values(shard_set.space.positions_mm.astype(np.float64), phantom.NUM_FRAMES, (0, scan_id[:-5]))
+    is_measured = np.isfinite(values[0])
+    assert is_measured.mean() > 0.9
+    error = np.abs(values - truth.T)[:, is_measured]
+    is_clipped = np.abs(truth.T - truth.mean(axis=1))[:, is_measured] > 6 * 42 * half_unit[is_measured]
+    assert ((error <= half_unit[is_measured] * 1.01 + 0.01) | is_clipped).all()
+    assert is_clipped.mean() < 0.05
+    assert samples.events(shard_set, scan_id) == []
+
+
+def test_a_gifti_pair_becomes_a_run_on_fsaverage5(root: Path, tmp_path: Path) -> None:
+    overrides = ["dataset=bids", f"source.root={root}", "source.kinds=[bold]", "space=fsaverage5", "atlas=null"]
+    shard_set = set_of(tmp_path / "set", *overrides, "splits.rule=none", *AS_IT_IS)
+    assert shard_set.space.kind == "surface"
+    assert shard_set.runs("bold", ["train"]).scan_id.tolist() == [f"{RUN}_bold"]
+    values, half_unit = run_values(shard_set, f"{RUN}_bold")
+    truth = vertex_values(2 * phantom.FSAVERAGE5_VERTICES, phantom.NUM_FRAMES, (0, RUN))
+    assert np.median(np.abs(values - truth) / half_unit) < 1
+    assert (np.abs(values - truth) <= half_unit * 1.01 + 0.01).mean() > 0.99
+    assert [event.name for event in samples.events(shard_set, f"{RUN}_bold")] == ["face", "house"]
+
+
+def test_a_cifti_run_is_found_on_fslr_and_a_mesh_of_another_size_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = root / "sub-01" / "ses-1" / "func"
+    cifti = folder / f"{RUN}_space-fsLR_den-91k_bold.dtseries.nii"
+    overrides = ["dataset=bids", f"source.root={root}", "source.kinds=[bold]", "space=fslr32k"]
+    found, space = found_by(*overrides, f"space.vertices=[{cifti}]")
+    assert [scan.path for scan in found.scans] == [cifti]
+    assert (found.scans[0].repetition_time_s, found.scans[0].num_frames) == (2.0, phantom.NUM_FRAMES)
+    assert space.num_voxels == sum(mask.sum() for mask in phantom.fslr_cortex())
+    np.save(tmp_path / "few.npy", np.ones(642))
+    few = surface_space(SurfaceSpaceConfig("few", "fsLR", [], [str(tmp_path / "few.npy")] * 2, []))
+    config = config_of(*overrides[:3], "out=unused")
+    with pytest.raises(SourceError, match=r"meshes of \[10242\] vertices, the space few has 642 on that side"):
+        sources.find(config.source, config.privacy, replace(few, template="fsaverage5"), accepts_raw=False)
+
+
+def test_folders_that_are_no_subjects_and_broken_tables_are_named(tmp_path: Path) -> None:
+    phantom._t1(tmp_path, f"sub-01_{phantom.TEMPLATE}_T1w", 0)
+    (tmp_path / "sub-0..1").mkdir()
+    found = volumes(tmp_path)
+    assert [refusal.reason for refusal in found.refused] == [
+        f"{tmp_path}/sub-0..1: not a BIDS subject folder (sub- and letters or digits only); rename it and its files"
+    ]
+    phantom._bold(tmp_path, f"sub-01_task-rest_{phantom.TEMPLATE}_bold", 0)
+    (tmp_path / "task-rest_events.tsv").write_text("start\tduration\n1\t2\n")
+    assert "it needs onset and duration" in reasons(volumes(tmp_path))["sub-01_task-rest_bold"]
+    (tmp_path / "task-rest_events.tsv").write_text("onset\tduration\nsoon\t2\n")
+    assert "onset and duration are times in seconds" in reasons(volumes(tmp_path))["sub-01_task-rest_bold"]
+
+
+def test_unknown_sources_and_options_are_refused_with_what_is_known(root: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"source\.kind: 'bidz' is not one of adhd200, algonauts2023, bids, hcp_motor"
+    ):
+        volumes(root, "source.kind=bidz")
+    with pytest.raises(SourceError, match=r"source\.options\.ecko: unknown key, did you mean echo"):
+        volumes(root, "+source.options.ecko=1")
+
+
+def test_a_data_dictionary_with_missing_levels_leaves_the_codes(tmp_path: Path) -> None:
+    phantom._t1(tmp_path, f"sub-01_{phantom.TEMPLATE}_T1w", 0)
+    (tmp_path / "participants.tsv").write_text("participant_id\tgroup\nsub-01\t3\n")
+    (tmp_path / "participants.json").write_text(json.dumps({"group": {"Levels": {"1": "a"}}}))
+    assert volumes(tmp_path).subjects.at["01", "group"] == 3
