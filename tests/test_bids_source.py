@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 
 from brain_models.space import volume_space
-from data_sharding.config import SourceConfig
+from data_sharding import sources
+from data_sharding.config import PrivacyConfig, SourceConfig
 from data_sharding.errors import SourceError
 from data_sharding.scans import Found, scan_id_of
-from data_sharding.sources.bids import find
 from tests import helpers_scans
 from tests.helpers_scans import TEMPLATE, bold_values, save_nifti, write_bold, write_study, write_t1
-
 
 SPACE = volume_space(helpers_scans.SPACE)
 
@@ -33,7 +32,12 @@ def source(root: Path) -> SourceConfig:
 
 
 def found_in(root: Path) -> Found:
-    return find(source(root), SPACE, accepts_raw=False)
+    return found_by(source(root))
+
+
+def found_by(config: SourceConfig) -> Found:
+    privacy = PrivacyConfig(key_file=None, sidecar_fields=[], participant_columns=None)
+    return sources.find(config, privacy, SPACE, accepts_raw=False)
 
 
 def test_scans_subjects_and_typed_participants_are_found(tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_nothing_found_says_what_was_looked_for_and_where(tmp_path: Path) -> Non
         found_in(tmp_path / "nowhere")
     write_t1(tmp_path, "01")
     with pytest.raises(SourceError, match=r"source\.subjects and source\.tasks narrow it"):
-        find(replace(source(tmp_path), subjects=["09"]), SPACE, accepts_raw=False)
+        found_by(replace(source(tmp_path), subjects=["09"]))
 
 
 def test_a_raw_space_scan_is_refused_with_a_hint(tmp_path: Path) -> None:
@@ -105,7 +109,7 @@ def test_another_template_is_refused_unless_allowed(tmp_path: Path) -> None:
     (tmp_path / "task-rest_bold.json").write_text(json.dumps({"RepetitionTime": 2.0}))
     with pytest.raises(SourceError, match=r"lies in MNI152NLin2009cAsym, the space needs MNI152NLin6Asym"):
         found_in(tmp_path)
-    allowed = find(replace(source(tmp_path), allow_template_mix=True), SPACE, accepts_raw=False)
+    allowed = found_by(replace(source(tmp_path), allow_template_mix=True))
     assert len(allowed.scans) == 1
 
 
