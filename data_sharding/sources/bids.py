@@ -21,6 +21,7 @@ from data_sharding.scans import Found, Scan, scan_id_of
 from data_sharding.schema import Refusal
 from data_sharding.sources import parse_options
 from data_sharding.sources.bids_files import (
+    KIND_OF_SUFFIX,
     RAW_SPACES,
     SUFFIX_OF_KIND,
     Listing,
@@ -98,7 +99,7 @@ def _choose(
     suitable = in_space(files, space, allow_mix=config.allow_template_mix, accepts_raw=accepts_raw)
     of_echo, echo_choice = of_one_echo(suitable, options.echo)
     chosen = fitting(of_echo, space)
-    kind = "t1" if files[0].entities["suffix"] == "T1w" else "bold"
+    kind = KIND_OF_SUFFIX[files[0].entities["suffix"]]
     others = sorted({file.described for file in files} - {chosen[0].described})
     over = f", chosen over {', '.join(others)}" if others else ""
     return chosen, f"{kind} {chosen[0].described}{over}{echo_choice}"
@@ -106,7 +107,7 @@ def _choose(
 
 def _scan(chosen: list[ScanFile], *, root: Path, found: Found, listing: Listing, space: BrainSpace) -> Scan:
     path, entities = chosen[0].path, chosen[0].entities
-    kind = "t1" if entities["suffix"] == "T1w" else "bold"
+    kind = KIND_OF_SUFFIX[entities["suffix"]]
     header = read_surface_header(path) if is_surface_run(path) else read_header(path, "t1w" if kind == "t1" else "bold")
     subject = entities["sub"]
     has_site = subject in found.subjects.index and "site" in found.subjects.columns

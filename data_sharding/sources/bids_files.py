@@ -22,6 +22,7 @@ from data_sharding.scans import scan_id_of
 from data_sharding.schema import Refusal
 
 SUFFIX_OF_KIND = {"bold": "bold", "parcels": "bold", "t1": "T1w"}
+KIND_OF_SUFFIX = {"bold": "bold", "T1w": "t1"}
 VOLUME_ENDINGS = (".nii.gz", ".nii")
 SURFACE_ENDINGS = (".dtseries.nii", ".func.gii", ".func.gii.gz")
 RAW_SPACES = ("", "T1w", "orig", "native", "scanner", "boldref", "individual", "func")
@@ -86,7 +87,7 @@ def listed(root: Path, *, suffixes: Sequence[str], on_surface: bool) -> Listing:
             refused.append(_not_magnitude(file))
             continue
         same = {name: value for name, value in file.entities.items() if name not in SAME_SCAN}
-        files[file.entities["suffix"], scan_id_of(same, file.entities["suffix"])].append(file)
+        files[file.entities["suffix"], scan_id_of(same, KIND_OF_SUFFIX[file.entities["suffix"]])].append(file)
     return Listing(dict(sorted(files.items())), refused)
 
 
