@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from brain_models.nifti import read_header
-from brain_models.transform import Transform, apply_matrix
+from brain_models.transform import Record, Transform, apply_matrix
 from data_sharding.registration.ants_calls import Stage, align, require_ants
 from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.matching import (
@@ -51,7 +51,7 @@ def register_bold(
     t1_to_bold, reached, similarities = _to_bold(anatomy, mean, in_brain, config)
     measure = f"correlation ratio with {t1}"
     require_similarity(reached, config.min_bold_similarity, path=path, limit="min_bold_similarity", measure=measure)
-    found: dict[str, str | float | list[float]] = {
+    record: Record = {
         "similarity": reached,
         "similarity_of_starts": similarities,
         "t1_similarity": t1_transform.record["similarity"],
@@ -62,7 +62,7 @@ def register_bold(
         scan_to_template=t1_transform.scan_to_template @ np.linalg.inv(t1_to_bold),
         motion=motion.matrices,
         framewise_displacement_mm=motion.framewise_displacement_mm,
-        record=found | versioned(config),
+        record=record | versioned(config),
     )
 
 

@@ -5,6 +5,7 @@ Promise: similarities are pure functions measured at 4 mm, so that a gate means 
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float64
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from brain_models.transform import Record
 from data_sharding.registration.ants_calls import RegistrationError, Stage, align
 from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.volumes import Volume
@@ -104,10 +106,8 @@ def require_similarity(reached: float, lowest: float, *, path: Path | str, limit
         )
 
 
-def versioned(config: RegistrationConfig) -> dict[str, str | float | list[float]]:
+def versioned(config: RegistrationConfig) -> Record:
     """Returns what every record of a transform says about how it was made."""
-    import importlib.metadata
-
     return {
         "template_file": config.template,
         "spacing_mm": config.spacing_mm,

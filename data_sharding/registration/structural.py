@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brain_models.transform import Transform
+from brain_models.transform import Record, Transform
 from data_sharding.registration.ants_calls import RegistrationError, Stage, align, deform, require_ants
 from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.matching import COARSE_MM, Matrix, correlation, require_similarity, versioned, widened
@@ -61,9 +61,9 @@ def align_t1(path: Path | str, config: RegistrationConfig) -> AlignedT1:
     )
     measure = f"correlation with template {config.template_name}"
     require_similarity(reached, config.min_similarity, path=path, limit="min_similarity", measure=measure)
-    found: dict[str, str | float | list[float]] = {"similarity": reached, "similarity_of_starts": similarities}
-    skulls: dict[str, str | float | list[float]] = {"skull_of_scan": skull, "skull_of_template": template.skull}
-    return AlignedT1(replace(transform, record=found | skulls | versioned(config)), brain)
+    record: Record = {"similarity": reached, "similarity_of_starts": similarities}
+    record |= {"skull_of_scan": skull, "skull_of_template": template.skull} | versioned(config)
+    return AlignedT1(replace(transform, record=record), brain)
 
 
 def _require_plausible_size(to_scan: Matrix, path: Path | str) -> None:
