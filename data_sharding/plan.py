@@ -163,8 +163,8 @@ def _request(scan: Scan, original: Callable[[Path], str]) -> PackRequest:
 def _scan_bytes(scan: Scan, space: BrainSpace, config: ShardingConfig, atlases: list[Atlas]) -> int:
     events = [asdict(event) for event in scan.events]
     as_it_is = len(schema.padded_json(events)) if events else 0
-    if "image" in scan.files:
-        as_it_is = scan.files["image"].stat().st_size
+    if scan.kind == "response":
+        as_it_is = scan.path.stat().st_size
     return schema.scan_bytes(
         scan.kind,
         num_frames=scan.num_frames - num_dropped(scan, config),
@@ -178,7 +178,11 @@ def _scan_bytes(scan: Scan, space: BrainSpace, config: ShardingConfig, atlases: 
 
 def num_dropped(scan: Scan, config: ShardingConfig) -> int:
     """How many first frames of a run will not be stored."""
-    if scan.kind != "bold" or scan.confounds is None or config.preprocessing.cleaning.non_steady_state == "keep":
+    if (
+        scan.kind not in ("bold", "parcels")
+        or scan.confounds is None
+        or config.preprocessing.cleaning.non_steady_state == "keep"
+    ):
         return 0
     try:
         return num_non_steady(read_columns(scan.confounds))

@@ -13,10 +13,11 @@ from PIL import Image
 
 from data_sharding import samples
 from data_sharding.errors import ShardError, SourceError
+from data_sharding.prepare import prepare
 from data_sharding.shard_set import ShardSet
 from data_sharding.source_phantoms import algonauts2023 as phantom
 from data_sharding.sources.npy_mapping import read_mapping
-from tests.helpers_sources import found_by, set_of, write_phantom
+from tests.helpers_sources import config_of, found_by, set_of, write_phantom
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def first(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def test_every_image_has_the_response_of_its_own_row(root: Path, first: ShardSet) -> None:
+    assert prepare(config_of("out=unused", *algonauts(root, "subj01"))).plan.num_bytes == first.manifest.counts["bytes"]
     table = first.runs("response", ["train", "validation", "test"])
     assert len(table) == phantom.NUM_IMAGES
     truth = np.concatenate([phantom.responses(size, (0, 1, side)) for side, size in phantom.SIDES.items()], axis=1)

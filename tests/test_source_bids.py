@@ -12,6 +12,7 @@ import pytest
 from brain_models.surfaces import SurfaceSpaceConfig, surface_space
 from data_sharding import samples, sources
 from data_sharding.errors import SourceError
+from data_sharding.prepare import prepare
 from data_sharding.scans import Event, Found
 from data_sharding.source_phantoms import bids as phantom
 from data_sharding.source_phantoms.fields import bold_values, vertex_values
@@ -165,3 +166,18 @@ def test_a_data_dictionary_with_missing_levels_leaves_the_codes(tmp_path: Path) 
     (tmp_path / "participants.tsv").write_text("participant_id\tgroup\nsub-01\t3\n")
     (tmp_path / "participants.json").write_text(json.dumps({"group": {"Levels": {"1": "a"}}}))
     assert volumes(tmp_path).subjects.at["01", "group"] == 3
+
+
+def test_the_plan_knows_the_bytes_of_events_series_and_dropped_frames(root: Path, tmp_path: Path) -> None:
+    table = root / "sub-01" / "ses-1" / "func" / f"{RUN}_desc-confounds_timeseries.tsv"
+    rows = table.read_text().splitlines()
+    marked = [f"{row}\t{text}" for row, text in zip(rows, ["non_steady_state_outlier00", "1", *"0" * 30], strict=False)]
+    table.write_text("\n".join(marked) + "\n")
+    narrow = ["source.subjects=['01']", "source.options.sessions=['1']", "source.kinds=[bold,parcels]"]
+    overrides = ["dataset=bids", f"source.root={root}", "space=mni12", "splits.rule=none", *narrow]
+    shard_set = set_of(tmp_path / "set", *overrides)
+    runs = shard_set.runs("bold", ["train"]).set_index("scan_id").num_frames
+    assert runs.to_dict() == {f"{RUN}_bold": 19, "sub-01_ses-1_task-rest_run-2_bold": 20}
+    assert samples.events(shard_set, f"{RUN}_bold")[0] == Event(0.0, 1.5, "face"), "one frame of 2 s was dropped"
+    assert len(samples.region_series(shard_set, f"{RUN}_parcels", num_frames=None).values) == 19
+    assert prepare(config_of("out=unused", *overrides)).plan.num_bytes == shard_set.manifest.counts["bytes"]

@@ -9,10 +9,11 @@ import pytest
 
 from data_sharding import samples, schema
 from data_sharding.errors import ShardError, SourceError
+from data_sharding.prepare import prepare
 from data_sharding.shard_set import ShardSet
 from data_sharding.source_phantoms import mica_mics as phantom
 from data_sharding.source_phantoms.fields import bold_values
-from tests.helpers_sources import AS_IT_IS, array, document, found_by, run_values, set_of, write_phantom
+from tests.helpers_sources import AS_IT_IS, array, config_of, document, found_by, run_values, set_of, write_phantom
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,12 @@ def test_region_series_are_the_means_of_the_regions_voxels(rest: ShardSet) -> No
     float16_error = 2.0**-11 * np.abs(series.values).max() * series.scale  # of the largest stored value
     assert (np.abs(restored - truth) < 1e-4 * robust_range + float16_error).all()
     assert document(rest, scan_id)["atlas"] == "aal116"
+
+
+def test_the_plan_knows_the_bytes_of_series_exactly(root: Path, rest: ShardSet) -> None:
+    overrides = ["dataset=mica_mics", f"source.root={root}/derivatives/fmriprep", "space=mni12", "splits.rule=none"]
+    config = config_of("out=unused", *overrides, f"atlas={root}/atlas/aal116.nii.gz", *AS_IT_IS)
+    assert prepare(config).plan.num_bytes == rest.manifest.counts["bytes"]
 
 
 def test_series_lie_beside_the_voxels_and_are_padded_or_cut_only_when_read(rest: ShardSet) -> None:

@@ -75,7 +75,8 @@ def find_in_tree(root: Path, config: SourceConfig, options: Options, *, space: B
         choices[choice] += 1
         for kind in config.kinds:
             if SUFFIX_OF_KIND.get(kind) == suffix:
-                found.scans.append(replace(scan, kind=kind, scan_id=scan_id_of(scan.entities, kind)))
+                events = [] if kind == "parcels" else scan.events  # they lie beside the voxels
+                found.scans.append(replace(scan, kind=kind, scan_id=scan_id_of(scan.entities, kind), events=events))
     found.scans.sort(key=lambda scan: (scan.kind, scan.scan_id))
     found.notes = [f"{count} scans: {choice}" for choice, count in sorted(choices.items())]
     found.subjects = found.subjects.reindex(sorted({scan.subject for scan in found.scans}))
