@@ -47,7 +47,9 @@ def recorded_config(config: ShardingConfig) -> dict[str, Any]:
     """What a set keeps of its configuration: all that decides about its bytes; places are to be given again."""
     raw = dataclasses.asdict(config)
     raw["source"]["root"] = MISSING
-    raw["privacy"]["key_file"] = MISSING if config.privacy.key_file else None
+    if config.privacy.key_file is not None:
+        raw["privacy"]["key_file"] = MISSING
+        raw["source"]["subjects"] = MISSING if config.source.subjects else None  # ids
     return {name: value for name, value in raw.items() if name not in ("out", "cluster")}
 
 

@@ -45,6 +45,7 @@ def test_no_id_and_nothing_of_the_key_is_in_the_set_or_its_messages(
     broken = root / "Athena" / "9000137" / "sfnwmrda9000137_session_1_rest_1.nii.gz"
     broken.write_bytes(broken.read_bytes()[:3000])  # its header opens: it is refused while it is packed
     overrides = ["dataset=adhd200", f"source.root={root}", "space=mni12", "atlas=null", "splits.rule=none"]
+    overrides += ["source.subjects=['0010000','9000137','0010014']"]
     shard_set = set_of(
         tmp_path / "set", *overrides, f"privacy.key_file={key_file}", "acceptance.max_refused_fraction=1"
     )
