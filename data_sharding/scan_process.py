@@ -111,14 +111,23 @@ def serve(folder: str) -> None:
         part = Path(task["part"])
         if "s3://" in line:
             import boto3  # noqa: F401 - half a second, once; the client itself is made in the child
-        pid = os.fork()
-        if pid == 0:
-            die_with_parent()
-            _become_child(part, memory_bytes=task["memory_bytes"])
-            _fetch_pack_and_report(packing.PackRequest(**task["request"]), context, task)
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
+        status = _status_of_child(task, part, context)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            # Somebody's kill, or the system short of memory: only a scan that dies of it twice is to blame.
+            status = _status_of_child(task, part, context)
         print(json.dumps(_outcome(status, part, task)), flush=True)
+
+
+def _status_of_child(task: dict[str, Any], part: Path, context: PackContext) -> int:
+    from data_sharding.packing import PackRequest
+
+    pid = os.fork()
+    if pid == 0:
+        die_with_parent()
+        _become_child(part, memory_bytes=task["memory_bytes"])
+        _fetch_pack_and_report(PackRequest(**task["request"]), context, task)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
 
 
 def load_context(folder: Path) -> PackContext:

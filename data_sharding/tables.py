@@ -31,9 +31,7 @@ def saved_tables(prepared: Prepared, receipts: list[Receipt]) -> dict[str, bytes
             split = pd.Series({unit: prepared.split_of_unit.get(unit) for unit in table.index}, dtype="str")
             tables[name] = _parquet(table.assign(split=split).reset_index())
     tables[schema.QUALITY] = _parquet(quality_table(receipts, prepared))
-    coverage = pd.DataFrame([row for receipt in receipts for row in receipt.regions])
-    coverage = coverage if len(coverage) else pd.DataFrame({"scan_id": []}, dtype="str")
-    tables[schema.REGION_COVERAGE] = _parquet(coverage.sort_values("scan_id", ignore_index=True))
+    tables[schema.REGION_COVERAGE] = _parquet(coverage_table(receipts, prepared))
     return tables
 
 
@@ -70,6 +68,14 @@ def quality_table(receipts: list[Receipt], prepared: Prepared) -> pd.DataFrame:
         rows.append({"scan_id": scan.scan_id} | whose | about | row)
     columns = [*schema.QUALITY_COLUMNS]
     return pd.DataFrame(rows, columns=columns).astype(schema.QUALITY_COLUMNS).sort_values("scan_id", ignore_index=True)
+
+
+def coverage_table(receipts: list[Receipt], prepared: Prepared) -> pd.DataFrame:
+    """One row a scan, sorted by scan_id: the measured share of every region, in the order of the atlases."""
+    regions = {f"{atlas.name}/{label}": "float64" for atlas in prepared.atlases for label in atlas.region_ids}
+    rows = [row for receipt in receipts for row in receipt.regions]
+    table = pd.DataFrame(rows, columns=["scan_id", *regions]).astype({"scan_id": "string"} | regions)
+    return table.sort_values("scan_id", ignore_index=True)
 
 
 def make_manifest(
