@@ -21,7 +21,7 @@ check: setup
 	$(BIN)/python -m pytest tests/test_configs.py
 
 test: setup
-	$(BIN)/python -m pytest -m "not demo and not faults"
+	$(BIN)/python -m pytest -m "not demo and not faults" -n 2 --dist loadfile
 
 test-faults: setup
 	$(BIN)/python -m pytest -m faults --timeout 5400
