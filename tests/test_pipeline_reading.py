@@ -1,0 +1,146 @@
+"""A window costs one request; a node's cache holds whole, checked shards and never more bytes than it may."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.storage import LocalRangeReader, LocalStore, store_for
+from data_sharding import schema
+from data_sharding.build import build
+from data_sharding.errors import ShardError
+from data_sharding.reader import open_set
+from data_sharding.shard_cache import CachedShard, CacheSettings, ShardCache
+from tests.helpers_scans import sharding_config, write_study
+from tests.test_reader import rows_of, source_of, steps_of
+from tests.test_shards import copy_set, flip
+
+
+@pytest.fixture(scope="module")
+def location(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = write_study(tmp_path_factory.mktemp("study"))
+    out = tmp_path_factory.mktemp("written") / "set"
+    build(sharding_config(root, out))
+    return str(out)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Every ranged read of a shard, as (offset, bytes)."""
+    seen: list[tuple[int, int]] = []
+    original = LocalRangeReader.read_into
+
+    def counted(self: LocalRangeReader, offset: int, buffer: memoryview) -> None:
+        seen.append((offset, len(buffer)))
+        original(self, offset, buffer)
+
+    monkeypatch.setattr(LocalRangeReader, "read_into", counted)
+    return seen
+
+
+def test_a_window_is_one_request_and_two_across_a_chunk_boundary(
+    location: str, requests: list[tuple[int, int]]
+) -> None:
+    source = source_of(location, window_frames=6)
+    book = source.book("train")
+    for run, num_frames in enumerate(book.runs.num_frames):
+        bounds = schema.chunk_bounds(int(num_frames), 8)
+        for first in range(int(num_frames) - 5):
+            requests.clear()
+            fetched = source._substitutes.fetch([book.window(run, first)])
+            assert not fetched.failures
+            touched = [start for start, stop in bounds if start < first + 6 and stop > first]
+            assert len(requests) == len(touched)
+            assert sum(size for _, size in requests) == 6 * open_set(location).space.num_voxels
+
+
+def test_the_cache_changes_no_sample_and_reads_each_shard_once(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = [rows_of(batches) for batches in steps_of(source_of(location), 12)]
+    fetched = []
+    original = LocalStore.get_file
+    monkeypatch.setattr(
+        LocalStore, "get_file", lambda self, name, local: (fetched.append(name), original(self, name, local))[1]
+    )
+    cached = {"cache_folder": str(tmp_path / "cache"), "cache_bytes": 1 << 30}
+    assert [rows_of(batches) for batches in steps_of(source_of(location, **cached), 12)] == reference
+    shards = {shard.sha256 for shard in open_set(location).manifest.shards}
+    kept = {path.stem: path for path in (tmp_path / "cache").glob("*.tar")}
+    assert set(kept) <= shards
+    assert all(hashlib.sha256(path.read_bytes()).hexdigest() == name for name, path in kept.items())
+    assert sorted(fetched) == sorted(set(fetched))
+    assert [rows_of(batches) for batches in steps_of(source_of(location, **cached, num_workers=2), 12)] == reference
+
+
+def test_a_cache_smaller_than_a_shuffle_block_is_not_used_and_that_is_said(location: str, tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"cache is not used: a shuffle block of 2 shards has \d+ bytes, cache_bytes is 1"
+    ):
+        source = source_of(location, cache_folder=str(tmp_path / "cache"), cache_bytes=1000)
+    assert source.settings.cache is None
+
+
+def shards_of(location: str) -> list[CachedShard]:
+    return list(open_set(location).cached_shards.values())
+
+
+def test_the_least_recently_used_shards_make_room(location: str, tmp_path: Path) -> None:
+    first, second, third = shards_of(location)[:3]
+    room = max(first.num_bytes, second.num_bytes, third.num_bytes) * 2
+    cache, store = ShardCache(CacheSettings(str(tmp_path), room)), store_for(location)
+    opened = cache.open(store, first)
+    cache.open(store, second).close()
+    cache.open(store, first).close()
+    cache.open(store, third).close()
+    assert {path.stem for path in tmp_path.glob("*.tar")} == {first.sha256, third.sha256}
+    cache.open(store, second).close()
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= room
+    buffer = bytearray(600)
+    opened.read_into(0, memoryview(buffer))  # evicted, but still open
+    opened.close()
+    assert buffer == store.read(first.name, 0, 600)
+
+
+def test_a_shard_with_wrong_bytes_never_enters_the_cache(location: str, tmp_path: Path) -> None:
+    damaged = copy_set(Path(location), tmp_path / "copy")
+    shard = shards_of(location)[0]
+    flip(damaged / shard.name, 700)
+    cache = ShardCache(CacheSettings(str(tmp_path / "cache"), 1 << 30))
+    with pytest.raises(ShardError, match=r"000000\.tar has SHA-256 .*, the manifest says .*; run 'python -m"):
+        cache.open(store_for(damaged), shard)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix in (".tar", ".partial")]
+    (tmp_path / "cache" / f"{shard.sha256}.partial").write_bytes(b"left by a killed process")
+    cache.open(store_for(location), shard).close()
+    assert (tmp_path / "cache" / f"{shard.sha256}.tar").stat().st_size == shard.num_bytes
+
+
+def _open(location: str, folder: str, counts: object) -> None:
+    cache = ShardCache(CacheSettings(folder, 1 << 30))
+    store = store_for(location)
+    original = store.get_file
+
+    def counted(name: str, local: Path) -> None:
+        with counts.get_lock():  # type: ignore[attr-defined]
+            counts.value += 1  # type: ignore[attr-defined]
+        original(name, local)
+
+    store.get_file = counted  # type: ignore[method-assign]
+    for shard in shards_of(location):
+        cache.open(store, shard).close()
+
+
+def test_processes_of_a_node_download_a_shard_once(location: str, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    counts = context.Value("i", 0)
+    workers = [context.Process(target=_open, args=(location, str(tmp_path), counts)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert counts.value == len(shards_of(location))
