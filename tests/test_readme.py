@@ -103,7 +103,8 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     )
     try:
         deadline = time.monotonic() + 90
-        while subprocess.run(["ray", "job", "list"], env=environment() | extra, capture_output=True).returncode:
+        probe = ["ray", "job", "submit", "--no-wait", "--", "true"]  # the agent that takes jobs comes up last
+        while subprocess.run(probe, env=environment() | extra, capture_output=True).returncode:
             assert head.poll() is None, "ray start --head stopped"
             assert time.monotonic() < deadline, "Ray did not come up within 90 s"
             time.sleep(1)
