@@ -22,6 +22,8 @@ class DataConfig:
     prefetch: int  # batches a loader process prepares ahead
     reader: Literal["indexed", "stream"]
     max_bad_fraction: float  # samples that may fail to read before the run stops
+    cache_folder: str | None  # of every node: keeps whole shards there; null reads each window from the store
+    cache_bytes: int  # what it may hold; not used where a shuffle block does not fit
 
 
 @dataclass

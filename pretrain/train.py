@@ -106,6 +106,8 @@ def reader_config(config: PretrainConfig) -> ReaderConfig:
         prefetch=data.prefetch,
         reader=data.reader,
         max_bad_fraction=data.max_bad_fraction,
+        cache_folder=data.cache_folder,
+        cache_bytes=data.cache_bytes,
     )
 
 
