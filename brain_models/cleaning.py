@@ -16,7 +16,7 @@ from brain_models.errors import ScanError
 from brain_models.preprocess import PackedScan
 from brain_models.recipe import CleaningConfig
 
-VOXELS_A_BLOCK = 1 << 12
+VOXELS_A_BLOCK = 1 << 9  # their frames stay in the cache
 BUTTERWORTH_ORDER = 5  # nilearn's
 
 
@@ -123,16 +123,17 @@ def _clean_in_place(
     if projection is None and sections is None and not (config.detrend and config.filter == "butterworth"):
         return
     for start in range(0, packed.values.shape[1], VOXELS_A_BLOCK):
-        voxels = packed.values[:, start : start + VOXELS_A_BLOCK]
-        mean = voxels.mean(axis=0, dtype=np.float64).astype(np.float32)
+        voxels = packed.values[:, start : start + VOXELS_A_BLOCK].T
+        mean = voxels.mean(axis=1, keepdims=True)  # any centre would do: it is added again
         centred = voxels - mean
         if config.filter == "butterworth":
-            centred = _filtered(centred.astype(np.float64), sections, is_fitted, config.detrend, packed)
-            centred = centred.astype(np.float32)
+            filtered = _filtered(centred.T.astype(np.float64), sections, is_fitted, config.detrend, packed)
+            centred = filtered.T.astype(np.float32)
         if projection is not None:
             basis, weights = projection
-            centred -= basis @ (weights @ centred[is_fitted])
-        voxels[:] = centred + mean
+            fitted = centred if is_fitted.all() else centred[:, is_fitted]
+            centred -= (fitted @ weights.T) @ basis.T
+        np.add(centred, mean, out=voxels)
     packed.values[:, ~packed.is_measured] = 0.0
 
 

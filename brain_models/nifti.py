@@ -22,6 +22,8 @@ from brain_models.errors import ScanError
 ScanKind = Literal["bold", "t1w"]
 
 BLOCK_BYTES = 1 << 20
+FRAMES_BLOCK_BYTES = 32 << 20  # read at a time, if they hold a frame
+MAX_FRAMES_A_BLOCK = 32  # 16 to 32 are fastest to turn round and to resample
 MAX_FRAME_VOXELS = 1 << 29  # 800^3: no scanner makes more; a header that says more lies
 SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "unknown": 1.0}
 
@@ -86,23 +88,37 @@ def read_header(path: Path | str, kind: ScanKind) -> ScanHeader:
     )
 
 
-def stream_frames(header: ScanHeader, frames_a_block: int = 16) -> Iterator[np.ndarray]:
+def stream_frames(header: ScanHeader) -> Iterator[np.ndarray]:
     """Yields blocks [frame, source voxel] float32 in scan units, source voxels in Fortran order of the grid."""
+    for stored in stream_stored(header):
+        yield in_scan_units(stored.astype(np.float32), header)
+
+
+def stream_stored(header: ScanHeader) -> Iterator[np.ndarray]:
+    """Yields the same blocks as they are stored: the file's data type, without its slope and intercept.
+
+    All are views of one buffer, which the next block overwrites.
+    """
     frame_voxels = int(np.prod(header.shape))
     frame_bytes = frame_voxels * header.dtype.itemsize
+    frames_a_block = min(max(FRAMES_BLOCK_BYTES // frame_bytes, 1), MAX_FRAMES_A_BLOCK, header.num_frames)
+    block = np.empty((frames_a_block, frame_voxels), dtype=header.dtype)
     with _opened(header.data_path) as file:
         for done in range(0, header.data_offset, BLOCK_BYTES):  # piecewise: an offset may lie, too
             _read(file, min(BLOCK_BYTES, header.data_offset - done), header, frame=0)
         for first in range(0, header.num_frames, frames_a_block):
             count = min(frames_a_block, header.num_frames - first)
-            block = np.empty((count, frame_voxels), dtype=np.float32)
             for row in range(count):
-                raw = np.frombuffer(_read(file, frame_bytes, header, frame=first + row), dtype=header.dtype)
-                block[row] = raw
-            if (header.slope, header.intercept) != (1.0, 0.0):
-                block *= np.float32(header.slope)
-                block += np.float32(header.intercept)
-            yield block
+                block[row] = np.frombuffer(_read(file, frame_bytes, header, frame=first + row), dtype=header.dtype)
+            yield block[:count]
+
+
+def in_scan_units(values: np.ndarray, header: ScanHeader) -> np.ndarray:
+    """Returns the float32 values, to which the header's slope and intercept were applied in place."""
+    if (header.slope, header.intercept) != (1.0, 0.0):
+        values *= np.float32(header.slope)
+        values += np.float32(header.intercept)
+    return values
 
 
 @contextmanager

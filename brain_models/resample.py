@@ -5,6 +5,7 @@ target is coarser (nothing aliases); a plain index when the grids coincide. Foll
 compute the same W: the matrix pays off over many frames; one 0.7 mm image would need gigabytes of it.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -17,29 +18,70 @@ from brain_models.transform import Transform, apply_matrix
 
 FWHM_PER_SIGMA = 2.354820045
 VOXELS_A_BLOCK = 1 << 16  # bounds the memory of building the matrix
+VOXELS_A_PIECE = 1 << 10  # resampled at a time: what stays in the cache
+HELD_BYTES = 32 << 20  # of source voxels, before they are resampled
 
 
 class Resampler:
-    """Maps [source voxel, frame] arrays of one grid to [voxel, frame] of one space; False in `is_covered`: outside."""
+    """Maps [frame, source voxel] arrays of one grid to [voxel, frame] of one space; False in `is_covered`: outside.
+
+    `sources` are the source voxels that are needed at all, which the matrix's columns count: about a quarter of a scan.
+    """
 
     def __init__(self, affine: np.ndarray, shape: tuple[int, int, int], space: BrainSpace) -> None:
         coordinates, self.is_covered = _coordinates(affine, shape, space.positions_mm.astype(np.float64))
         sigmas = _sigmas_voxels(affine, space)
-        self.index = _index(coordinates, sigmas, shape)
+        index = _index(coordinates, sigmas, shape)
         self.matrix: sparse.csr_matrix | None = None
-        if self.index is None:
+        if index is None:
             blocks = [
                 _matrix(coordinates[start : start + VOXELS_A_BLOCK], sigmas, shape)
                 for start in range(0, len(coordinates), VOXELS_A_BLOCK)
             ]
-            self.matrix = sparse.vstack(blocks, format="csr")
+            self.matrix, index = _without_empty_columns(sparse.vstack(blocks, format="csr"))
+        self.first_source = int(index.min())
+        self.stop_source = int(index.max()) + 1
+        self.sources = index - self.first_source
+        starts = range(0, len(coordinates), VOXELS_A_PIECE)
+        self.pieces = [slice(start, start + VOXELS_A_PIECE) for start in starts]
+        self.matrices = [] if self.matrix is None else [self.matrix[piece] for piece in self.pieces]
 
-    def __call__(self, frames: np.ndarray, first_frame: int = 0) -> np.ndarray:
-        """Returns [frame, voxel] float32 from [frame, source voxel] (Fortran order of the grid)."""
-        if self.index is not None:
-            return np.take(frames, self.index, axis=1)
-        assert self.matrix is not None
-        return np.ascontiguousarray((self.matrix @ np.ascontiguousarray(frames.T)).T)
+    def fill(self, by_voxel: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
+        """Fills `by_voxel` [voxel, frame] float32 from blocks [frame, source voxel], in Fortran order of the grid.
+
+        Blocks may have any type. Needed sources are held until many frames are there: the sparse product then pays.
+        """
+        first = num_held = 0
+        held = np.empty((0, 0))
+        for block in blocks:
+            if not held.size:
+                fitting = HELD_BYTES // (len(self.sources) * block.itemsize)
+                num_frames = min(max(fitting, len(block)), by_voxel.shape[1])
+                held = np.empty((len(self.sources), num_frames), dtype=block.dtype)
+            if num_held + len(block) > held.shape[1]:
+                self._resample(held[:, :num_held], by_voxel[:, first : first + num_held])
+                first, num_held = first + num_held, 0
+            turned = np.ascontiguousarray(block[:, self.first_source : self.stop_source].T)
+            held[:, num_held : num_held + len(block)] = turned.take(self.sources, axis=0)
+            num_held += len(block)
+        self._resample(held[:, :num_held], by_voxel[:, first:])
+
+    def _resample(self, held: np.ndarray, by_voxel: np.ndarray) -> None:
+        if self.matrix is None:
+            by_voxel[:] = held
+            return
+        sources = np.ascontiguousarray(held, dtype=np.float32)
+        for piece, matrix in zip(self.pieces, self.matrices, strict=True):
+            by_voxel[piece] = matrix @ sources
+
+
+def _without_empty_columns(matrix: sparse.csr_matrix) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Returns the matrix of the columns that hold something, and which they were."""
+    is_used = np.zeros(matrix.shape[1], dtype=bool)
+    is_used[matrix.indices] = True
+    used = np.flatnonzero(is_used)
+    columns = (np.cumsum(is_used, dtype=np.int32) - 1)[matrix.indices]
+    return sparse.csr_matrix((matrix.data, columns, matrix.indptr), shape=(matrix.shape[0], len(used))), used
 
 
 class FrameResampler:
@@ -61,15 +103,14 @@ class FrameResampler:
         self.sigmas = _sigmas_voxels(in_template, space)
         self.index = _index(self.coordinates, self.sigmas, self.shape) if self.motion is None else None
 
-    def __call__(self, frames: np.ndarray, first_frame: int = 0) -> np.ndarray:
-        """Returns [frame, voxel] float32 from [frame, source voxel]; the first of them is frame `first_frame`."""
-        if self.index is not None:
-            return np.take(frames, self.index, axis=1)
-        resampled = np.empty((len(frames), len(self.places_mm)), dtype=np.float32)
-        for row, frame in enumerate(frames):
-            coordinates = self._coordinates_in_frame(first_frame + row)
-            resampled[row] = _sample(frame.reshape(self.shape, order="F"), coordinates, self.sigmas)
-        return resampled
+    def fill(self, by_voxel: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
+        """Fills `by_voxel` [voxel, frame] from blocks [frame, source voxel], in Fortran order of the grid."""
+        for number, frame in enumerate(frame for block in blocks for frame in block):
+            if self.index is not None:
+                by_voxel[:, number] = frame.take(self.index)
+                continue
+            image = frame.astype(np.float32, copy=False).reshape(self.shape, order="F")
+            by_voxel[:, number] = _sample(image, self._coordinates_in_frame(number), self.sigmas)
 
     def _coordinates_in_frame(self, frame: int) -> np.ndarray:
         if self.motion is None:
