@@ -272,8 +272,9 @@ def json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any
 
 def npy_bytes(array: np.ndarray) -> bytes:
     """The array as a .npy file, whose header has the length the schema promises."""
+    array = np.ascontiguousarray(array)
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    data = buffer.getvalue()
-    assert len(data) == schema.NPY_HEADER_BYTES + array.nbytes, "unexpected .npy header length"
-    return data
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
+    header = buffer.getvalue()
+    assert len(header) == schema.NPY_HEADER_BYTES, "unexpected .npy header length"
+    return b"".join((header, array.reshape(-1).view(np.uint8)))
