@@ -12,6 +12,7 @@ from typing import Any
 from cluster.storage import Store, store_for
 from configs.parse import MISSING
 from data_sharding import schema
+from data_sharding.alignment import find_transforms
 from data_sharding.config import ShardingConfig
 from data_sharding.dispatch import write_shards
 from data_sharding.errors import ShardError
@@ -31,13 +32,15 @@ def build(config: ShardingConfig) -> schema.Manifest:
     saved = saved_arrays(prepared)
     for name, data in saved.items():
         store.put(name, data)
+    find_transforms(store, prepared.plan, config)
     receipts = write_shards(store, prepared.plan, config)
     refused = all_refused(receipts, prepared.found)
     _check_refusals(refused, num_scans=len(prepared.found.scans) + len(prepared.found.refused), config=config)
     tables = saved_tables(prepared, receipts)
+    transforms = {name: store.read(name) for name in store.list(schema.TRANSFORMS)}
     for name, data in tables.items():
         store.put(name, data)
-    manifest = make_manifest(receipts, prepared, saved | tables, config=config)
+    manifest = make_manifest(receipts, prepared, saved | tables | transforms, config=config)
     store.put_if_absent(schema.MANIFEST, manifest.to_json())
     print("\n".join([f"{config.out} is complete: {_counted(manifest.counts)}", *refusal_lines(refused)]), flush=True)
     return manifest

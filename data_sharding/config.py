@@ -8,6 +8,7 @@ from typing import Literal
 
 from brain_models.recipe import BoldType, CleaningConfig, UnknownOrientation, validate_cleaning
 from cluster.config import ClusterConfig, validate_cluster
+from data_sharding.registration import RegistrationConfig, validate_registration
 from data_sharding.sources import validate_source
 from data_sharding.spaces import AnySpaceConfig, validate_space
 
@@ -106,6 +107,7 @@ class ShardingConfig:
     preprocessing: PreprocessingConfig
     acceptance: AcceptanceConfig
     limits: LimitsConfig
+    registration: RegistrationConfig | None  # null: scans must lie in the space's template
     splits: SplitConfig
     seed: int  # mixes runs over shards
     cluster: ClusterConfig
@@ -143,6 +145,14 @@ def validate_config(config: ShardingConfig) -> list[str]:
             problems.append(f"{key}: {share}; give a share between 0 and 1")
     if config.limits.memory_mb < 1 or config.limits.timeout_s <= 0 or config.limits.download_mb < 1:
         problems.append("limits: memory_mb, timeout_s and download_mb must be above 0")
+    if config.registration is not None:
+        problems += validate_registration(config.registration, "registration")
+        named, template = config.registration.template_name, getattr(config.space, "template", "none")
+        if named != template and not config.source.allow_template_mix:
+            problems.append(
+                f"registration.template_name: {named}, the space is in {template}; give that template's T1 image as "
+                "registration.template, or set source.allow_template_mix=true (recorded in the manifest)"
+            )
     problems += validate_cleaning(config.preprocessing.cleaning, "preprocessing.cleaning")
     return problems
 

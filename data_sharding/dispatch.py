@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from cluster.launch import is_our_error, ray_session
 from cluster.storage import Store
 from data_sharding import schema
-from data_sharding.config import LimitsConfig, ShardingConfig
+from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
 from data_sharding.plan import SetPlan, ShardPlan
 from data_sharding.writer import Receipt, close_helpers, finished_receipt, write_shard
@@ -25,6 +26,8 @@ MAX_DEATHS = 5  # of one shard's tasks, before the shard itself is to blame
 RECEIPTS_AT_ONCE = 16
 
 Step = Callable[[ShardPlan, Receipt], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def write_shards(store: Store, plan: SetPlan, config: ShardingConfig) -> list[Receipt]:
@@ -33,10 +36,14 @@ def write_shards(store: Store, plan: SetPlan, config: ShardingConfig) -> list[Re
     missing = [shard for shard in plan.shards if shard.number not in receipts]
     if receipts:
         print(f"{len(receipts)} of {len(plan.shards)} shards are written already", flush=True)
-    with _progress(missing, num_shards=len(plan.shards), num_written=len(receipts)) as advance:
-        for shard, receipt in _written(missing, config):
-            receipts[shard.number] = receipt
-            advance(shard, receipt)
+    written = each_result(write_shard, missing, (config.limits,), config, label=_label)
+    try:
+        with _progress(missing, num_shards=len(plan.shards), num_written=len(receipts)) as advance:
+            for shard, receipt in written:
+                receipts[shard.number] = receipt
+                advance(shard, receipt)
+    finally:
+        close_helpers()
     return [receipts[shard.number] for shard in plan.shards]
 
 
@@ -49,63 +56,80 @@ def _finished(store: Store, plan: SetPlan) -> dict[int, Receipt]:
     return {shard.number: receipt for shard, receipt in zip(candidates, found, strict=True) if receipt is not None}
 
 
-def _written(missing: list[ShardPlan], config: ShardingConfig) -> Iterator[tuple[ShardPlan, Receipt]]:
+def each_result(
+    function: Callable[..., Result],
+    items: list[Item],
+    arguments: tuple[object, ...],
+    config: ShardingConfig,
+    *,
+    label: Callable[[Item], str],
+) -> Iterator[tuple[Item, Result]]:
+    """(item, function(item, out, *arguments)) of every item, as they are done: here, or as Ray tasks."""
     if config.cluster.kind == "inline":
-        try:
-            for shard in missing:
-                yield shard, write_shard(shard, config.out, config.limits)
-        finally:
-            close_helpers()
-    elif missing:
+        for item in items:
+            yield item, function(item, config.out, *arguments)
+    elif items:
         with ray_session(config.cluster):
-            yield from _written_by_ray(missing, config)
+            yield from _by_ray(function, items, arguments, config, label)
 
 
-def _written_by_ray(missing: list[ShardPlan], config: ShardingConfig) -> Iterator[tuple[ShardPlan, Receipt]]:
+def _by_ray(
+    function: Callable[..., Result],
+    items: list[Item],
+    arguments: tuple[object, ...],
+    config: ShardingConfig,
+    label: Callable[[Item], str],
+) -> Iterator[tuple[Item, Result]]:
     """Tasks on Ray, at most `cluster.num_workers` in flight, so memory and scratch space stay bounded."""
     import ray
 
     out = config.out if "://" in config.out else str(Path(config.out).absolute())
-    task = ray.remote(num_cpus=config.cluster.cpus_per_worker, max_retries=0)(_write_shard_quietly)
-    deaths: Counter[int] = Counter()
-    waiting = list(reversed(missing))
-    running: dict[object, ShardPlan] = {}
+    task: Any = ray.remote(num_cpus=config.cluster.cpus_per_worker, max_retries=0)(_call_quietly)
+    deaths = Counter[str]()
+    waiting = list(reversed(items))
+    running: dict[object, Item] = {}
     while waiting or running:
         while waiting and len(running) < config.cluster.num_workers:
-            shard = waiting.pop()
-            running[task.remote(shard, out, config.limits)] = shard
+            item = waiting.pop()
+            running[task.remote(function, item, out, arguments)] = item
         (done,), _ = ray.wait(list(running), num_returns=1)
-        shard = running.pop(done)
+        item = running.pop(done)
         try:
-            receipt = ray.get(done)
+            result = ray.get(done)
         except (
             ray.exceptions.WorkerCrashedError,
             ray.exceptions.OutOfMemoryError,
             ray.exceptions.NodeDiedError,
         ) as error:
-            deaths[shard.number] += 1
-            if deaths[shard.number] > MAX_DEATHS:
-                raise _kept_dying(shard, error) from error
-            print(f"the worker of {shard.name} died ({type(error).__name__}); it is written again", flush=True)
-            waiting.append(shard)
+            deaths[label(item)] += 1
+            if deaths[label(item)] > MAX_DEATHS:
+                raise _kept_dying(label(item), error) from error
+            print(f"the worker of {label(item)} died ({type(error).__name__}); it is done again", flush=True)
+            waiting.append(item)
             continue
-        if isinstance(receipt, Exception):
-            raise receipt
-        yield shard, receipt
+        if isinstance(result, Exception):
+            raise result
+        yield item, result
 
 
-def _kept_dying(shard: ShardPlan, error: Exception) -> ShardError:
+def _label(shard: ShardPlan) -> str:
     scans = ", ".join(request.scan_id for request in shard.requests[:5])
+    return f"{shard.name} ({scans}{', ...' if len(shard.requests) > 5 else ''})"
+
+
+def _kept_dying(label: str, error: Exception) -> ShardError:
     return ShardError(
-        f"{shard.name} killed its worker {MAX_DEATHS + 1} times ({type(error).__name__}); it holds {scans}"
-        f"{', ...' if len(shard.requests) > 5 else ''}; lower cluster.num_workers, or give the nodes more memory"
+        f"{label} killed its worker {MAX_DEATHS + 1} times ({type(error).__name__}); lower cluster.num_workers, or "
+        "give the nodes more memory"
     )
 
 
-def _write_shard_quietly(plan: ShardPlan, out: str, limits: LimitsConfig) -> Receipt | Exception:
-    """The receipt, or our error as a value: Ray would wrap a raised one in its own class and traceback."""
+def _call_quietly(
+    function: Callable[..., Result], item: object, out: str, arguments: tuple[object, ...]
+) -> Result | Exception:
+    """The result, or our error as a value: Ray would wrap a raised one in its own class and traceback."""
     try:
-        return write_shard(plan, out, limits)
+        return function(item, out, *arguments)
     except Exception as error:  # noqa: BLE001 - only to hand on our own; others are re-raised
         if not is_our_error(error):
             raise

@@ -26,6 +26,7 @@ from brain_models.preprocess import (
 )
 from brain_models.recipe import BoldType, CleaningConfig
 from brain_models.space import BrainSpace
+from brain_models.transform import Transform
 from data_sharding import schema
 from data_sharding.checksums import crc32, crc32_of_frames
 from data_sharding.config import AcceptanceConfig
@@ -50,6 +51,8 @@ class PackRequest:
     sidecar: dict[str, object] = field(default_factory=dict)
     stimulus: str = ""
     row: int = 0
+    is_raw: bool = False  # in its own space: it is sampled through its transform
+    transform: str | None = None
     private: list[list[str]] = field(default_factory=list)  # [text, what stands for it in any message]
 
 
@@ -159,6 +162,7 @@ def _pack_image(request: PackRequest, context: PackContext) -> Packed:
         request.path,
         context.space,
         brain_mask=_path(request.brain_mask),
+        transform=_transform(request),
         unknown_orientation=context.settings.acceptance.unknown_orientation,
     )
     regions = region_coverage(context.atlases, packed.is_measured)
@@ -195,11 +199,13 @@ def _pack_run(request: PackRequest, context: PackContext) -> Packed:
 
 def cleaned_run(request: PackRequest, context: PackContext) -> CleanedRun:
     """The run on the set's space, cleaned as the set asks."""
+    transform = _transform(request)
     return clean_bold(
         _packed_run(request, context),
         context.settings.cleaning,
         repetition_time_s=request.repetition_time_s,
         confounds=request.confounds,
+        framewise_displacement_mm=None if transform is None else transform.framewise_displacement_mm,
     )
 
 
@@ -210,6 +216,7 @@ def _packed_run(request: PackRequest, context: PackContext) -> PackedScan:
         request.path,
         context.space,
         brain_mask=_path(request.brain_mask),
+        transform=_transform(request),
         unknown_orientation=context.settings.acceptance.unknown_orientation,
     )
 
@@ -251,6 +258,10 @@ def quality_fields(quality: ScanQuality) -> dict[str, Any]:
     return {name: value for name, value in asdict(quality).items() if name != "censored"}
 
 
+def _transform(request: PackRequest) -> Transform | None:
+    return None if request.transform is None else Transform.load(request.transform)
+
+
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
@@ -277,4 +288,4 @@ def npy_bytes(array: np.ndarray) -> bytes:
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
     header = buffer.getvalue()
     assert len(header) == schema.NPY_HEADER_BYTES, "unexpected .npy header length"
-    return b"".join((header, array.reshape(-1).view(np.uint8)))
+    return b"".join((header, array.reshape(-1).view(np.uint8).data))

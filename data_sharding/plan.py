@@ -118,6 +118,7 @@ def _shard_digest(scans: list[Scan], space: BrainSpace, config: ShardingConfig) 
         asdict(config.storage),
         asdict(pack_settings(config)) | {"acceptance": asdict(config.acceptance) | {"max_refused_fraction": None}},
         [[_request_identity(scan), _sizes(scan)] for scan in scans],
+        None if config.registration is None else asdict(config.registration),
     ]
     return _digest(content)
 
@@ -138,6 +139,7 @@ def _request_identity(scan: Scan) -> list[object]:
         scan.sidecar,
         scan.stimulus,
         scan.row,
+        scan.is_raw,
     ]
 
 
@@ -156,6 +158,7 @@ def _request(scan: Scan, original: Callable[[Path], str]) -> PackRequest:
         sidecar=scan.sidecar,
         stimulus=scan.stimulus,
         row=scan.row,
+        is_raw=scan.is_raw,
         private=[list(pair) for pair in scan.private],
     )
 

@@ -38,7 +38,7 @@ def prepare(config: ShardingConfig) -> Prepared:
     with source_view(config.source.root) as view:
         try:
             source = replace(config.source, root=view.root)
-            found = sources.find(source, config.privacy, space, accepts_raw=False)
+            found = sources.find(source, config.privacy, space, accepts_raw=config.registration is not None)
         except SourceError as error:
             raise SourceError(view.reworded(str(error))) from error
         atlases = _atlases(config, space) + found.atlases

@@ -22,6 +22,7 @@ STIMULI = "stimuli.parquet"  # of a set of responses
 QUALITY = "quality.parquet"  # one row a scan
 REGION_COVERAGE = "region_coverage.parquet"  # one row a scan, one column a region: the share of it that was measured
 ATLASES = "atlases/"
+TRANSFORMS = "transforms/"  # of raw scans: <scan_id>.npz, or <scan_id>.json with the reason why there is none
 RECEIPTS = "receipts/"
 SHARDS = "shards/"
 

@@ -136,7 +136,8 @@ def _preprocessing(receipts: list[Receipt], found: Found, config: ShardingConfig
         "cleaning": dataclasses.asdict(config.preprocessing.cleaning),
         "max_censored_fraction": config.preprocessing.max_censored_fraction,
         "acceptance": dataclasses.asdict(config.acceptance),
-        "alignment": "given",  # the source's derivatives; nothing is registered here
+        "alignment": _alignment(found, config),
+        "registration": None if config.registration is None else dataclasses.asdict(config.registration),
         "allow_template_mix": config.source.allow_template_mix,
         "source": {"kind": config.source.kind, "kinds": config.source.kinds},
         "privacy": {
@@ -150,6 +151,13 @@ def _preprocessing(receipts: list[Receipt], found: Found, config: ShardingConfig
         "frames_censored": sum(row["num_censored"] for row in quality),
         "seed": config.seed,
     }
+
+
+def _alignment(found: Found, config: ShardingConfig) -> str:
+    """How scans came to lie in the space: as the source had them, or the least that was done to a raw one."""
+    if config.registration is None or not any(scan.is_raw for scan in found.scans):
+        return "given"
+    return config.registration.kind
 
 
 def _parquet(table: pd.DataFrame) -> bytes:

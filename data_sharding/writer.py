@@ -12,13 +12,14 @@ import socket
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cluster.storage import Store, store_for
 from data_sharding import schema
 from data_sharding.config import LimitsConfig
+from data_sharding.packing import PackRequest
 from data_sharding.plan import ShardPlan
 from data_sharding.privacy import redacted
 from data_sharding.scan_process import SETTINGS, ScanProcess
@@ -72,7 +73,7 @@ def make_shard(plan: ShardPlan, store: Store, limits: LimitsConfig, scratch: Pat
     """The receipt of the shard, which is then in the scratch folder; nothing of the set is touched."""
     helper = _helper(plan, store, limits)
     with (scratch / SHARD_FILE).open("wb+") as file:
-        made = _append_scans(plan, helper, scratch, file)
+        made = _append_scans(plan, helper, store, scratch, file)
         if made.members:
             file.write(_end_of_tar())
         file.flush()
@@ -120,11 +121,11 @@ class _Made:
     regions: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _append_scans(plan: ShardPlan, helper: ScanProcess, scratch: Path, file: BinaryIO) -> _Made:
+def _append_scans(plan: ShardPlan, helper: ScanProcess, store: Store, scratch: Path, file: BinaryIO) -> _Made:
     made = _Made()
     part = scratch / "part.tar"
     for request in plan.requests:
-        outcome = helper.pack(request, part)
+        outcome = _packed(request, helper, store, part)
         whose = {"scan_id": request.scan_id}
         if "reason" in outcome:
             private = [(name, other) for name, other in request.private]
@@ -138,6 +139,18 @@ def _append_scans(plan: ShardPlan, helper: ScanProcess, scratch: Path, file: Bin
         with part.open("rb") as packed:
             _copy(packed, file, outcome["payload"])
     return made
+
+
+def _packed(request: PackRequest, helper: ScanProcess, store: Store, part: Path) -> dict[str, Any]:
+    """What became of a scan; a raw one is packed through its stored transform, or refused for the stored reason."""
+    if not request.is_raw:
+        return helper.pack(request, part)
+    name = f"{schema.TRANSFORMS}{request.scan_id}"
+    if store.exists(f"{name}.json") and not store.exists(f"{name}.npz"):
+        return json.loads(store.read(f"{name}.json"))
+    local = Path(f"{part}.transform.npz")
+    store.get_file(f"{name}.npz", local)
+    return helper.pack(replace(request, transform=str(local)), part)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:

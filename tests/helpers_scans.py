@@ -130,6 +130,7 @@ def sharding_config(root: Path, out: Path, *, cluster: str = "inline", num_worke
         preprocessing=PreprocessingConfig(replace(NO_CLEANING), max_censored_fraction=0.2),
         acceptance=replace(ACCEPTANCE),
         limits=LimitsConfig(memory_mb=2048, timeout_s=60.0, download_mb=64),
+        registration=None,
         splits=SplitConfig("ranked", 0, None, None, 1, 1, None, [], None),
         seed=0,
         cluster=ClusterConfig(cluster, num_workers, 1, False, 0, 60.0, 60.0, str(out.parent / "ray")),  # type: ignore[arg-type]

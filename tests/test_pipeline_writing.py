@@ -199,7 +199,7 @@ def test_a_kill_at_any_moment_of_any_process_loses_and_duplicates_nothing(
     chance = random.Random(trial)
     out = tmp_path / "set"
     cluster, num_workers = ("local", 2) if trial % 2 else ("inline", 1)
-    victims = ("driver", "_write_shard_quietly", "scan_process") if trial % 2 else ("driver", "scan_process")
+    victims = ("driver", "_call_quietly", "scan_process") if trial % 2 else ("driver", "scan_process")
     victim = victims[trial // 2 % len(victims)]
     driver = started(study, out, cluster=cluster, num_workers=num_workers)
     wanted = chance.randrange(0, 4)
