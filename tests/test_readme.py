@@ -64,6 +64,7 @@ def test_every_command_of_the_readme_runs_in_order_from_an_empty_folder(folder: 
         "data_sharding.phantom",
         "data_sharding",
         "data_sharding.verify",
+        "data_sharding.report",
         "pretrain",
         "finetune",
         "finetune.predict",
