@@ -26,6 +26,7 @@ from brain_models.preprocess import (
     standardise_bold,
     standardise_t1,
 )
+from brain_models.transform import Transform
 
 COLUMNS: dict[TokenKind, str] = {"bold": "bold", "t1": "t1w"}
 
@@ -35,8 +36,9 @@ class ServedModel(PythonModel):
 
     Columns: `bold` or `t1w` (paths of NIfTI files in the model's template space), `brain_mask` (path; required when the
     model was trained on masked scans), `repetition_time_s` (needed when the header has none), `confounds` (path of
-    fMRIPrep's desc-confounds_timeseries.tsv; required when the model was trained on runs cleaned by it). Instead of
-    paths, `bold` may hold packed arrays [time, voxel] (int8 or float16) and `t1w` float16 arrays [voxel], as shards do.
+    fMRIPrep's desc-confounds_timeseries.tsv; required when the model was trained on runs cleaned by it), `transform`
+    (path of a stored transform, of a scan that lies in its own space). Instead of paths, `bold` may hold packed arrays
+    [time, voxel] (int8 or float16) and `t1w` float16 arrays [voxel], as shards do.
     Returns a table: `prediction` and `probability`, or `embedding_0` ... of an encoder.
     """
 
@@ -107,6 +109,7 @@ class ServedModel(PythonModel):
             row["bold"],
             self.bundle.spaces["bold"],
             brain_mask=self._brain_mask(row, "bold"),
+            transform=_transform(row),
             unknown_orientation="refuse" if recipe is None else recipe.unknown_orientation,
         )
         seconds = _known(row, seconds or packed.header.repetition_time_s)
@@ -126,7 +129,9 @@ class ServedModel(PythonModel):
         if isinstance(row["t1w"], np.ndarray):
             stored = row["t1w"]
         else:
-            packed = pack_t1(row["t1w"], self.bundle.spaces["t1"], brain_mask=self._brain_mask(row, "t1"))
+            packed = pack_t1(
+                row["t1w"], self.bundle.spaces["t1"], brain_mask=self._brain_mask(row, "t1"), transform=_transform(row)
+            )
             stored = standardise_t1(packed).values
         return np.nan_to_num(stored.astype(np.float32))[None], np.isfinite(stored), 0.0
 
@@ -146,6 +151,10 @@ def _known(row: pandas.Series, seconds: float | None) -> float:
     if seconds is None:
         raise ScanError(f"row {row.name}: no repetition time in the header; add a column repetition_time_s")
     return seconds
+
+
+def _transform(row: pandas.Series) -> Transform | None:
+    return Transform.load(row["transform"]) if _given(row, "transform") else None
 
 
 def _require_frames(row: pandas.Series, values: torch.Tensor, num_frames: int) -> None:
