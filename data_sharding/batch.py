@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+# What brain_models.preprocess writes; that module is not imported because it needs a NIfTI library. A test compares.
+UNITS_PER_SCALE = 21
+NOT_MEASURED = -128
 
 
 @dataclass
@@ -33,3 +37,43 @@ class Batch:
             weight=self.weight.to(device, non_blocking=True),
             sample_seed=self.sample_seed.to(device, non_blocking=True),
         )
+
+
+@dataclass
+class StoredBatch(Batch):
+    """A batch whose windows are still as a shard holds them: `to` moves those few bytes and decodes on the device."""
+
+    values: Float[Tensor, "batch time voxel"] = field(init=False, repr=False)  # decoded when first asked for
+    is_measured: Bool[Tensor, "batch voxel"] = field(init=False, repr=False)
+    stored: Shaped[Tensor, "batch time voxel"]  # int8 (BOLD) or float16
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in ("values", "is_measured"):
+            raise AttributeError(name)
+        self.values, self.is_measured = decode(self.stored)
+        return self.__dict__[name]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The decoded batch on a device."""
+        values, is_measured = decode(self.stored.to(device, non_blocking=True))
+        return Batch(
+            values=values,
+            is_measured=is_measured,
+            repetition_time_s=self.repetition_time_s.to(device, non_blocking=True),
+            weight=self.weight.to(device, non_blocking=True),
+            sample_seed=self.sample_seed.to(device, non_blocking=True),
+            scan_ids=self.scan_ids,
+            subjects=self.subjects,
+            first_frame=self.first_frame,
+        )
+
+
+def decode(stored: Tensor) -> tuple[Float[Tensor, "batch time voxel"], Bool[Tensor, "batch voxel"]]:
+    """Values and what was measured, from stored int8 (BOLD) or float16 (T1) frames [batch, time, voxel]."""
+    if stored.dtype == torch.int8:
+        is_measured = stored[:, 0] != NOT_MEASURED
+        values = stored.float().div_(UNITS_PER_SCALE)
+    else:
+        is_measured = ~torch.isnan(stored[:, 0])
+        values = stored.float()
+    return values.masked_fill_(~is_measured[:, None], 0.0), is_measured

@@ -1,4 +1,7 @@
-"""Byte ranges -> checked, decoded windows. Runs inside loader processes: gets addresses, never opens the index."""
+"""Byte ranges -> checked windows. Runs inside loader processes: gets addresses, never opens the index.
+
+Windows stay as they are stored: decoded, they would be four times the bytes for the rank process to take over.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from cluster.errors import StorageError, StoreUnavailableError
@@ -19,10 +22,6 @@ from data_sharding.checksums import crc32_of_frames
 from data_sharding.errors import ShardError
 from data_sharding.shard_cache import CachedShard, CacheSettings, ShardCache
 from data_sharding.stream import read_shard
-
-# What brain_models.preprocess writes; that module is not imported because it needs a NIfTI library. A test compares.
-UNITS_PER_SCALE = 21
-NOT_MEASURED = -128
 
 MAX_OPEN_SHARDS = 64
 
@@ -62,10 +61,9 @@ class FetchSettings:
 
 @dataclass
 class Fetched:
-    """Decoded windows; `failures` are (row, reason), and those rows hold nothing of use."""
+    """Checked windows; `failures` are (row, reason), and those rows hold nothing of use."""
 
-    values: Float[Tensor, "batch time voxel"]
-    is_measured: Bool[Tensor, "batch voxel"]
+    stored: Shaped[Tensor, "batch time voxel"]  # int8 or float16
     failures: list[tuple[int, str]]
 
 
@@ -101,8 +99,7 @@ class Fetcher:
             except (ShardError, StorageError) as error:
                 failures.append((row, str(error)))
                 frames[row] = 0
-        values, is_measured = decode(torch.from_numpy(frames))
-        return Fetched(values, is_measured, failures)
+        return Fetched(torch.from_numpy(frames), failures)
 
     def close(self) -> None:
         while self._open:
@@ -156,14 +153,3 @@ class Fetcher:
                 self._streamed.popitem(last=False)
             self._streamed[shard] = read_shard(store_for(self.settings.location), shard)
         return self._streamed[shard]
-
-
-def decode(stored: Tensor) -> tuple[Float[Tensor, "batch time voxel"], Bool[Tensor, "batch voxel"]]:
-    """Values and what was measured, from stored int8 (BOLD) or float16 (T1) frames [batch, time, voxel]."""
-    if stored.dtype == torch.int8:
-        is_measured = stored[:, 0] != NOT_MEASURED
-        values = stored.float().div_(UNITS_PER_SCALE)
-    else:
-        is_measured = ~torch.isnan(stored[:, 0])
-        values = stored.float()
-    return values.masked_fill_(~is_measured[:, None], 0.0), is_measured

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data_sharding.addresses import AddressBook
-from data_sharding.batch import Batch
+from data_sharding.batch import Batch, StoredBatch
 from data_sharding.errors import ShardError
 from data_sharding.fetch import Fetched, Fetcher, FetchSettings, WindowRead
 from data_sharding.loading import fetched_in_order
@@ -210,16 +210,15 @@ class BatchSource:
                 samples, weight = asked.popleft()
                 yield self._batch(book, samples, weight, fetched)
 
-    def _batch(self, book: AddressBook, samples: Samples, weight: np.ndarray, fetched: Fetched) -> Batch:
+    def _batch(self, book: AddressBook, samples: Samples, weight: np.ndarray, fetched: Fetched) -> StoredBatch:
         run, first_frame = samples.run.copy(), samples.first_frame.copy()
         for row, reason in fetched.failures:
             self._quarantine(book.label(run[row], first_frame[row]), reason, book)
             run[row], first_frame[row] = self._put_substitute(book, samples.seed[row], row, fetched)
             if samples.epoch[row] < 0:
                 weight[row] = 0  # a substitute would count twice in a metric
-        return Batch(
-            values=fetched.values,
-            is_measured=fetched.is_measured,
+        return StoredBatch(
+            stored=fetched.stored,
             repetition_time_s=torch.from_numpy(book.repetition_time_s[run]),
             weight=torch.from_numpy(weight),
             sample_seed=torch.from_numpy(samples.seed),
@@ -242,7 +241,7 @@ class BatchSource:
             run, first = substitute(book.runs, int(seed), attempt)
             found = self._substitutes.fetch([book.window(run, first)])
             if not found.failures:
-                fetched.values[row], fetched.is_measured[row] = found.values[0], found.is_measured[0]
+                fetched.stored[row] = found.stored[0]
                 return run, first
         raise ShardError(
             f"{self.shard_set.location}: {MAX_SUBSTITUTES} samples in a row are damaged; last: {found.failures[0][1]}"
