@@ -9,7 +9,6 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-out/demo}
 RUNS=sqlite:///$OUT/mlflow.db
 mkdir -p "$OUT"
-: >"$OUT/seconds.txt"
 
 stage() { # stage <name> <command...>: run a command and note how long it took
     local name=$1 start=$SECONDS
@@ -40,8 +39,8 @@ stage finetune python -m finetune experiment=demo_adhd task=adhd_classification 
 SUBJECTS=$(python -c "
 import pandas
 subjects = pandas.read_parquet('$OUT/shards/subjects.parquet')
-held_out = subjects[subjects['split'] == 'test']['participant_id'].head(8)
-print(','.join(f'$OUT/bids/{subject}' for subject in held_out))")
+held_out = subjects.index[subjects['split'] == 'test'][:8]
+print(','.join(f'$OUT/bids/sub-{subject}' for subject in held_out))")
 stage predict python -m finetune.predict classifier=models:/callosum-adhd@candidate uri="$RUNS" \
     scans="[$SUBJECTS]" out="$OUT/predictions.csv"
 
