@@ -158,6 +158,7 @@ def lineage(setup: Setup) -> dict[str, str]:
         "callosum.shards": config.shards,
         "callosum.set_fingerprint": shard_set.fingerprint,
         "callosum.space": shard_set.space.name,
+        "callosum.alignment": str(shard_set.manifest.preprocessing["alignment"]),
         "callosum.space_fingerprint": shard_set.space.fingerprint,
         "callosum.atlas": config.task.atlas,
         "callosum.backbone": config.encoder,

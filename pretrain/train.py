@@ -124,6 +124,7 @@ def lineage(config: PretrainConfig, shard_set: ShardSet) -> dict[str, str]:
         "callosum.shards": config.shards,
         "callosum.set_fingerprint": shard_set.fingerprint,
         "callosum.space": shard_set.space.name,
+        "callosum.alignment": str(shard_set.manifest.preprocessing["alignment"]),
         "callosum.space_fingerprint": shard_set.space.fingerprint,
         "callosum.atlas": config.atlas,
         "callosum.masking": f"{config.masking.kind} {config.masking.hidden_share}",
