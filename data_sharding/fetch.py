@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage import RangeReader, store_for
@@ -89,7 +90,8 @@ class Fetcher:
     def fetch(self, reads: list[WindowRead]) -> Fetched:
         """The windows, each frame checked against its crc32."""
         shape = (len(reads), self.settings.window_frames, self.settings.num_voxels)
-        frames = np.empty(shape, dtype=self.frame_type)
+        stored = _room(shape, self.frame_type)
+        frames = stored.numpy()
         failures = []
         for row, read in enumerate(reads):
             try:
@@ -99,7 +101,7 @@ class Fetcher:
             except (ShardError, StorageError) as error:
                 failures.append((row, str(error)))
                 frames[row] = 0
-        return Fetched(torch.from_numpy(frames), failures)
+        return Fetched(stored, failures)
 
     def close(self) -> None:
         while self._open:
@@ -153,3 +155,13 @@ class Fetcher:
                 self._streamed.popitem(last=False)
             self._streamed[shard] = read_shard(store_for(self.settings.location), shard)
         return self._streamed[shard]
+
+
+def _room(shape: tuple[int, int, int], frame_type: np.dtype) -> Tensor:
+    """An empty tensor; in a loader process in shared memory, so that windows are read to where the rank process finds
+    them (what torch's own collate does)."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype=frame_type))
+    kind = torch.int8 if frame_type == np.int8 else torch.float16
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * frame_type.itemsize)
+    return torch.tensor([], dtype=kind).set_(storage).view(shape)
