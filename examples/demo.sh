@@ -39,7 +39,7 @@ stage finetune python -m finetune experiment=demo_adhd task=adhd_classification 
 SUBJECTS=$(python -c "
 import pandas
 subjects = pandas.read_parquet('$OUT/shards/subjects.parquet')
-held_out = subjects.index[subjects['split'] == 'test'][:8]
+held_out = subjects['subject_id'][subjects['split'] == 'test'][:8]
 print(','.join(f'$OUT/bids/sub-{subject}' for subject in held_out))")
 stage predict python -m finetune.predict classifier=models:/callosum-adhd@candidate uri="$RUNS" \
     scans="[$SUBJECTS]" out="$OUT/predictions.csv"
