@@ -1,10 +1,12 @@
 """A registered model answers elsewhere as it did here: without this repository and without pickle."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,10 @@ def test_a_registered_encoder_embeds_a_nifti_file_where_this_repository_is_unkno
     folder = bundles.save(tmp_path / "bundle", Bundle(encoder, {"bold": space}, stems, None, None, {}))
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     registry.register(folder, name="tiny", tags={}, alias="candidate", uri=uri, run_id=None, experiment="served")
+    # MLflow silently drops columns that the signature lacks.
+    read = set(re.findall(r'_given\(row, "(\w+)"\)', (registry.CODE_FOLDER / "served.py").read_text()))
+    signature = mlflow.models.get_model_info("models:/tiny@candidate").signature
+    assert set(signature.inputs.input_names()) == read | {"bold", "t1w"}
     scan = save_scan(
         tmp_path / "scan_bold.nii.gz", np.random.default_rng(0).normal(size=(*GRID_SHAPE, 10)) + 100, GRID_AFFINE
     )

@@ -32,6 +32,7 @@ SERVED_PACKAGES = (
     "jaxtyping",
     "pyyaml",
 )
+SERVED_FILES = ("brain_mask", "confounds", "transform")  # columns of paths; MLflow drops columns a signature lacks
 CODE_HASH_TAG = "callosum.code_hash"
 
 
@@ -47,12 +48,8 @@ def register(
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
-    columns: dict[str, AnyType | DataType] = {
-        "bold": AnyType(),
-        "t1w": AnyType(),
-        "brain_mask": DataType.string,
-        "repetition_time_s": DataType.double,
-    }
+    scans, files = dict.fromkeys(("bold", "t1w"), AnyType()), dict.fromkeys(SERVED_FILES, DataType.string)
+    columns: dict[str, AnyType | DataType] = {**scans, **files, "repetition_time_s": DataType.double}
     inputs = Schema([ColSpec(kind, column, required=False) for column, kind in columns.items()])
     tags = {**tags, **source_tags()}
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
