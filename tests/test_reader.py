@@ -12,9 +12,9 @@ import torch
 
 from brain_models.preprocess import dequantise
 from data_sharding import schema
+from data_sharding.batch import decode
 from data_sharding.build import build
 from data_sharding.errors import ShardError
-from data_sharding.batch import decode
 from data_sharding.reader import Batch, BatchSource, ReaderConfig, open_set
 from tests.helpers_scans import sharding_config, write_study
 from tests.test_shards import copy_set, flip, npy
