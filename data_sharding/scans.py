@@ -49,6 +49,7 @@ class Scan:
     row: int = 0  # of a response: where it lies in the files of responses
     private: list[tuple[str, str]] = field(default_factory=list)  # (id, what stands for it in any message)
     is_raw: bool = False  # not in the template's space yet: files["t1w"] is what a BOLD run is registered through
+    is_fmriprep: bool = False  # brought to its template by fMRIPrep, as its folder's description says
 
     @property
     def unit(self) -> str:

@@ -7,11 +7,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from data_sharding.errors import ShardError
 
 SCHEMA_VERSION = 2
+
+Alignment = Literal["fmriprep", "given", "nonlinear", "affine"]  # of a set; affine is a preview
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"

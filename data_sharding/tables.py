@@ -136,7 +136,7 @@ def _preprocessing(receipts: list[Receipt], found: Found, config: ShardingConfig
         "cleaning": dataclasses.asdict(config.preprocessing.cleaning),
         "max_censored_fraction": config.preprocessing.max_censored_fraction,
         "acceptance": dataclasses.asdict(config.acceptance),
-        "alignment": _alignment(found, config),
+        "alignment": alignment_of(found, config),
         "registration": None if config.registration is None else dataclasses.asdict(config.registration),
         "allow_template_mix": config.source.allow_template_mix,
         "source": {"kind": config.source.kind, "kinds": config.source.kinds},
@@ -153,11 +153,11 @@ def _preprocessing(receipts: list[Receipt], found: Found, config: ShardingConfig
     }
 
 
-def _alignment(found: Found, config: ShardingConfig) -> str:
-    """How scans came to lie in the space: as the source had them, or the least that was done to a raw one."""
-    if config.registration is None or not any(scan.is_raw for scan in found.scans):
-        return "given"
-    return config.registration.kind
+def alignment_of(found: Found, config: ShardingConfig) -> schema.Alignment:
+    """How scans came to lie in the space: as was done here to raw ones, else by fMRIPrep all of them, else as given."""
+    if config.registration is not None and any(scan.is_raw for scan in found.scans):
+        return config.registration.kind
+    return "fmriprep" if all(scan.is_fmriprep for scan in found.scans) else "given"
 
 
 def _parquet(table: pd.DataFrame) -> bytes:

@@ -16,6 +16,8 @@ from data_sharding.prepare import prepare
 from data_sharding.scans import Event, Found
 from data_sharding.source_phantoms import bids as phantom
 from data_sharding.source_phantoms.fields import bold_values, vertex_values
+from data_sharding.sources.bids_tables import is_by_fmriprep
+from data_sharding.tables import alignment_of
 from tests.helpers_sources import AS_IT_IS, config_of, found_by, run_values, set_of, write_phantom
 
 RUN = "sub-01_ses-1_task-rest_run-1"
@@ -166,6 +168,47 @@ def test_a_data_dictionary_with_missing_levels_leaves_the_codes(tmp_path: Path) 
     (tmp_path / "participants.tsv").write_text("participant_id\tgroup\nsub-01\t3\n")
     (tmp_path / "participants.json").write_text(json.dumps({"group": {"Levels": {"1": "a"}}}))
     assert volumes(tmp_path).subjects.at["01", "group"] == 3
+
+
+ANTS = [{"Name": "ANTs"}]
+FMRIPREP = [{"Name": "fMRIPrep", "Version": "23.2.0"}]
+
+
+@pytest.mark.parametrize(
+    ("described", "alignment"),
+    [
+        ({"DatasetType": "derivative", "GeneratedBy": FMRIPREP}, "fmriprep"),
+        ({"DatasetType": "derivative", "GeneratedBy": ANTS + FMRIPREP}, "fmriprep"),
+        ({"PipelineDescription": {"Name": "fmriprep"}}, "fmriprep"),  # as it was written until version 20.1
+        ({"DatasetType": "derivative", "GeneratedBy": ANTS}, "given"),
+        ({"DatasetType": "raw", "GeneratedBy": FMRIPREP}, "given"),
+        ({}, "given"),
+    ],
+)
+def test_who_brought_scans_to_their_template_is_read_from_their_folders_description(
+    tmp_path: Path, described: dict[str, object], alignment: str
+) -> None:
+    phantom._t1(tmp_path, f"sub-01_{phantom.TEMPLATE}_T1w", 0)
+    (tmp_path / "dataset_description.json").write_text(json.dumps({"Name": "a study"} | described))
+    config = config_of("out=unused", "dataset=bids", f"source.root={tmp_path}", "space=mni12")
+    found = volumes(tmp_path)
+    assert alignment_of(found, config) == alignment
+
+
+def test_one_scan_that_fmriprep_did_not_make_leaves_the_set_given(tmp_path: Path) -> None:
+    for folder, maker in (("fmriprep", FMRIPREP), ("other", ANTS)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dataset_description.json").write_text(json.dumps({"Name": folder, "GeneratedBy": maker}))
+    assert is_by_fmriprep(tmp_path / "fmriprep" / "sub-01" / "scan.nii", root=tmp_path)
+    assert not is_by_fmriprep(tmp_path / "other" / "sub-01" / "scan.nii", root=tmp_path)
+    assert not is_by_fmriprep(tmp_path / "scan.nii", root=tmp_path)
+    phantom._t1(tmp_path / "fmriprep", f"sub-01_{phantom.TEMPLATE}_T1w", 0)
+    phantom._t1(tmp_path / "fmriprep", f"sub-02_{phantom.TEMPLATE}_T1w", 0)
+    found = volumes(tmp_path / "fmriprep")
+    config = config_of("out=unused", "dataset=bids", f"source.root={tmp_path}", "space=mni12")
+    assert alignment_of(found, config) == "fmriprep"
+    found.scans[1].is_fmriprep = False
+    assert alignment_of(found, config) == "given"
 
 
 def test_the_plan_knows_the_bytes_of_events_series_and_dropped_frames(root: Path, tmp_path: Path) -> None:

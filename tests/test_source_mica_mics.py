@@ -52,6 +52,10 @@ def test_the_plan_knows_the_bytes_of_series_exactly(root: Path, rest: ShardSet) 
     assert prepare(config).plan.num_bytes == rest.manifest.counts["bytes"]
 
 
+def test_the_set_says_that_fmriprep_aligned_its_scans(rest: ShardSet) -> None:
+    assert rest.manifest.preprocessing["alignment"] == "fmriprep"
+
+
 def test_series_lie_beside_the_voxels_and_are_padded_or_cut_only_when_read(rest: ShardSet) -> None:
     runs, parcels = rest.runs("bold", ["train"]), rest.runs("parcels", ["train"])
     assert len(runs) == len(parcels) == 2

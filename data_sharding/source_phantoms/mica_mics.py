@@ -16,8 +16,10 @@ HEAD_OFFSET_MM = (11.0, -17.0, 23.0)  # where the head lies in the scanner, so t
 
 def write(out: Path, num_subjects: int, seed: int) -> None:
     """Subjects HC001, HC002 ...; the first has a second T1w of the same session."""
-    for tree in ("rawdata", "derivatives/fmriprep"):
-        write_json(out / tree / "dataset_description.json", {"Name": "MICA-MICs phantom", "BIDSVersion": "1.6.0"})
+    described = {"Name": "MICA-MICs phantom", "BIDSVersion": "1.6.0"}
+    made_by = {"DatasetType": "derivative", "GeneratedBy": [{"Name": "fMRIPrep", "Version": "23.2.0"}]}
+    write_json(out / "rawdata" / "dataset_description.json", described)
+    write_json(out / "derivatives/fmriprep" / "dataset_description.json", described | made_by)
     affine, positions = grid(12.0)
     head = positions - np.array(HEAD_OFFSET_MM)
     for number in range(1, num_subjects + 1):

@@ -32,7 +32,7 @@ from data_sharding.sources.bids_files import (
     listed,
     of_one_echo,
 )
-from data_sharding.sources.bids_tables import inherited_sidecar, read_events, read_participants
+from data_sharding.sources.bids_tables import inherited_sidecar, is_by_fmriprep, read_events, read_participants
 
 NOT_OF_CONFOUNDS = ("space", "res", "den", "desc", "hemi", "echo", "part", "suffix", "datatype")
 
@@ -135,6 +135,7 @@ def _scan(chosen: list[ScanFile], *, root: Path, found: Found, listing: Listing,
         events=read_events(path, root=root, entities_of=entities_of) if kind == "bold" else [],
         sidecar=sidecar,
         is_raw=is_raw,
+        is_fmriprep=chosen[0].space not in RAW_SPACES and is_by_fmriprep(path, root=root),
         confounds=_confounds(path, entities) if kind == "bold" else None,
     )
 

@@ -11,6 +11,7 @@ import pandas as pd
 from data_sharding.errors import SourceError
 from data_sharding.scans import Event
 
+DESCRIPTION = "dataset_description.json"
 MISSING_VALUES = ["n/a", "N/A", "NA", "", "nan", "NaN"]
 
 
@@ -100,6 +101,19 @@ def events_of_table(path: Path) -> list[Event]:
 
 def _duration_s(text: str) -> float:
     return 0.0 if text in MISSING_VALUES else float(text)
+
+
+def is_by_fmriprep(path: Path, *, root: Path) -> bool:
+    """True when the nearest dataset_description.json above a scan says that fMRIPrep made it."""
+    folders = [folder for folder in (path.parent, *path.parent.parents) if folder.is_relative_to(root)]
+    nearest = next((file for folder in folders if (file := folder / DESCRIPTION).is_file()), None)
+    if nearest is None:
+        return False
+    described = _read_json(nearest)
+    makers = described.get("GeneratedBy", described.get("PipelineDescription"))  # the second until fMRIPrep 20.1
+    makers = makers if isinstance(makers, list) else [makers]
+    names = {str(maker.get("Name")).lower() for maker in makers if isinstance(maker, dict)}
+    return described.get("DatasetType", "derivative") == "derivative" and "fmriprep" in names
 
 
 def _read_json(path: Path) -> dict[str, object]:
