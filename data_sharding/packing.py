@@ -93,7 +93,7 @@ class Member:
     first_frame: int
     num_frames: int
     frame_crc32: str  # of an array with checksums beside it
-    censored: str  # of a run's mean.npy
+    censored: str  # of a run's mean.npy and of its region series
 
 
 Entry = tuple[dict[str, Any], int, int]  # what TarWriter writes, first frame, number of frames
@@ -133,7 +133,7 @@ def write_part(request: PackRequest, context: PackContext, file: BinaryIO) -> Pa
                 assert len(name) <= schema.MAX_NAME_LENGTH, name
                 start, data = position + schema.TAR_BLOCK_BYTES, entry[kind]
                 frame_crc32 = checksums if kind in schema.CHECKED_BY_FRAME else ""
-                censored = packed.quality.censored if kind == schema.MEAN else ""
+                censored = packed.quality.censored if kind in (schema.MEAN, schema.PARCELS) else ""
                 numbers = (start, len(data), crc32(data), first_frame, num_frames)
                 members.append(Member(name, key, kind, *numbers, frame_crc32, censored))
                 position += schema.tar_bytes(len(data))
@@ -182,10 +182,7 @@ def _pack_image(request: PackRequest, context: PackContext) -> Packed:
 def _pack_run(request: PackRequest, context: PackContext) -> Packed:
     run = cleaned_run(request, context)
     stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
-    frames = np.empty((len(stored.quantised), len(schema.FRAME_COLUMNS)), dtype=np.float32)
-    columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
-    for number, column in enumerate(columns):
-        frames[:, number] = column
+    frames = frame_table(run, stored)
     regions = region_coverage(context.atlases, stored.is_measured)
     quality = run_quality(run, stored, frames[:, 1], regions)
     require_accepted(quality, request, context)
@@ -195,6 +192,15 @@ def _pack_run(request: PackRequest, context: PackContext) -> Packed:
         **quality_fields(quality),
     }
     return Packed(_run_entries(request, context, stored, frames, described), quality, regions)
+
+
+def frame_table(run: CleanedRun, stored: StandardisedRun) -> np.ndarray:
+    """float32 [time, column of schema.FRAME_COLUMNS]: what is known of every frame of a run."""
+    frames = np.empty((len(stored.quantised), len(schema.FRAME_COLUMNS)), dtype=np.float32)
+    columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
+    for number, column in enumerate(columns):
+        frames[:, number] = column
+    return frames
 
 
 def cleaned_run(request: PackRequest, context: PackContext) -> CleanedRun:

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from brain_models.atlas import Atlas
 from brain_models.cleaning import CleanedRun
 from brain_models.errors import ScanError
-from brain_models.preprocess import PackedScan, dvars, standardise_bold
+from brain_models.preprocess import PackedScan, standardise_bold
 from brain_models.space import BrainSpace
 from brain_models.surface_scans import pack_cifti, pack_gifti
 from data_sharding import schema
@@ -26,6 +26,7 @@ from data_sharding.packing import (
     Packed,
     PackRequest,
     cleaned_run,
+    frame_table,
     json_bytes,
     npy_bytes,
     quality_fields,
@@ -51,10 +52,15 @@ def pack_parcels(request: PackRequest, context: PackContext) -> Packed:
         raise ScanError(f"{request.path}: region series need an atlas; set atlas=, or take parcels out of source.kinds")
     atlas = next(iter(context.atlases.values()))
     run = cleaned_run(request, context)
-    stored = standardise_bold(run.packed, stored_as="float16")
+    stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
+    frames = frame_table(run, stored)
     regions = region_coverage({atlas.name: atlas}, run.packed.is_measured)
-    quality = run_quality(run, stored, dvars(stored), regions)
+    quality = run_quality(run, stored, frames[:, 1], regions)
     require_accepted(quality, request, context)
+    if run.is_kept.sum() < 2:
+        raise ScanError(
+            f"{request.path}: {run.is_kept.sum()} of its frames are not censored, too few for region series"
+        )
     series, mean, scale = region_series(run, atlas)
     about = {
         "repetition_time_s": request.repetition_time_s,
@@ -68,15 +74,19 @@ def pack_parcels(request: PackRequest, context: PackContext) -> Packed:
         schema.CRC: npy_bytes(crc32_of_frames(series)),
         schema.REGION_MEAN: npy_bytes(mean),
         schema.REGION_SCALE: npy_bytes(scale),
+        schema.FRAMES: npy_bytes(frames),
         schema.META: json_bytes(request, context.space, about),
     }
     return Packed(iter([(entry, 0, len(series))]), quality, regions)
 
 
 def region_series(run: CleanedRun, atlas: Atlas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Z-scored float16 [time, region] with float32 mean and deviation [region]; NaN where nothing was measured."""
+    """Z-scored float16 [time, region] with float32 mean and deviation [region]; NaN where nothing was measured.
+
+    Censored frames are there, as they are among the voxels, but mean and deviation are those of the others.
+    """
     means = atlas.region_means(run.packed.values, run.packed.is_measured).astype(np.float64)
-    mean, scale = means.mean(axis=0), means.std(axis=0)
+    mean, scale = means[run.is_kept].mean(axis=0), means[run.is_kept].std(axis=0)
     varies = scale > 1e-6 * np.abs(mean)
     series = np.where(varies, (means - mean) / np.where(varies, scale, 1), np.nan)
     return series.astype(np.float16), mean.astype(np.float32), scale.astype(np.float32)

@@ -19,13 +19,16 @@ from data_sharding.errors import ShardError
 from data_sharding.scans import Event
 from data_sharding.shard_set import ShardSet
 
+KEEP = schema.FRAME_COLUMNS.index("keep")
+
 
 @dataclass(frozen=True)
 class RegionSeries:
-    """Z-scored series; 0.0 in padding and where a region was not measured, which the two flags tell."""
+    """Z-scored series; 0.0 in padding and where a region was not measured, which the flags tell."""
 
     values: Float32[np.ndarray, "time region"]
     is_frame: Bool[np.ndarray, "time"]
+    is_kept: Bool[np.ndarray, "time"]  # False: padding, or a censored frame, whose values are there all the same
     is_measured: Bool[np.ndarray, "region"]
     mean: Float32[np.ndarray, "region"]  # of the scan's own units
     scale: Float32[np.ndarray, "region"]
@@ -46,9 +49,12 @@ def region_series(shard_set: ShardSet, scan_id: str, *, num_frames: int | None) 
     length = len(stored) if num_frames is None else num_frames
     values = np.zeros((length, stored.shape[1]), dtype=np.float32)
     values[: len(stored)] = np.where(is_measured, stored[:length], 0)
+    is_kept = np.zeros(length, dtype=bool)
+    is_kept[: len(stored)] = _array(shard_set, scan_id, schema.FRAMES)[:length, KEEP] == 1
     return RegionSeries(
         values=values,
         is_frame=np.arange(length) < len(stored),
+        is_kept=is_kept,
         is_measured=is_measured,
         mean=_array(shard_set, scan_id, schema.REGION_MEAN),
         scale=_array(shard_set, scan_id, schema.REGION_SCALE),

@@ -33,7 +33,7 @@ MEAN, SCALE, FRAMES, META = "mean.npy", "scale.npy", "frames.npy", "json"  # the
 BOLD, CRC = "bold.npy", "crc.npy"  # a chunk: int8 [time, voxel] and uint32 [time]
 T1 = "t1.npy"  # float16 [voxel], beside a json and the crc.npy of its one frame
 EVENTS = "events.json"  # beside the stats of a run that has events: [{"onset_s", "duration_s", "name"}]
-PARCELS = "parcels.npy"  # region series: float16 [time, region], with crc.npy, and in units of the scan
+PARCELS = "parcels.npy"  # region series: float16 [time, region], with crc.npy, frames.npy, and in units of the scan
 REGION_MEAN, REGION_SCALE = "region_mean.npy", "region_scale.npy"  # float32 [region]
 IMAGE, BETAS = "image.png", "betas.npy"  # a stimulus, and the response to it: float16 [1, vertex], with crc.npy
 KIND_OF_SCAN = {  # the member each scan of this kind has exactly once
@@ -73,7 +73,7 @@ INDEX_COLUMNS = {
     "first_frame": "int64",
     "num_frames": "int64",
     "frame_crc32": "string",  # of an array with checksums beside it: 8 hexadecimal digits a frame, else ""
-    "censored": "string",  # of a run's mean.npy: its censored frames as ranges, "3-5,9", else ""
+    "censored": "string",  # of a mean.npy or parcels.npy: its censored frames as ranges, "3-5,9", else ""
     "repetition_time_s": "float64",  # 0 for a T1
 }
 
@@ -242,6 +242,7 @@ def scan_bytes(
         return total + tar_bytes(NPY_HEADER_BYTES + 2 * num_voxels) + tar_bytes(NPY_HEADER_BYTES + 4)
     if kind == "parcels":
         total += 2 * tar_bytes(NPY_HEADER_BYTES + 4 * num_regions) + tar_bytes(NPY_HEADER_BYTES + 4 * num_frames)
+        total += tar_bytes(NPY_HEADER_BYTES + 4 * len(FRAME_COLUMNS) * num_frames)
         return total + tar_bytes(NPY_HEADER_BYTES + 2 * num_regions * num_frames)
     total += 2 * tar_bytes(NPY_HEADER_BYTES + 4 * num_voxels)
     total += tar_bytes(NPY_HEADER_BYTES + 4 * len(FRAME_COLUMNS) * num_frames)

@@ -1,9 +1,21 @@
 """Windows with too many censored frames are never drawn; everything else about the order stays as it was."""
 
-import numpy as np
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+from data_sharding import samples, schema
+from data_sharding.addresses import run_table as runs_of_set
+from data_sharding.build import build
+from data_sharding.errors import ShardError
 from data_sharding.hashing import hash_names
 from data_sharding.order import RunTable, SampleOrder, SlotGrids, substitute, tiled
+from data_sharding.prepare import prepare
+from data_sharding.shard_set import open_set
+from tests.helpers_scans import sharding_config, write_bold, write_confounds
+from tests.test_shards import npy
 
 WINDOW, NUM_FRAMES = 5, 33
 CENSORED = {1: [0, 1, 2, 3, 4, 5, 6, 7, 20, 21], 3: list(range(NUM_FRAMES)), 5: [12], 6: [2, 3]}
@@ -85,3 +97,43 @@ def test_evaluation_tiles_and_substitutes_only_what_may_be_drawn() -> None:
     drawn = [substitute(runs, seed, attempt) for seed in range(60) for attempt in range(2)]
     assert max(num_censored(run, first) for run, first in drawn) < 2
     assert {run for run, _ in drawn} == {0, 1, 2, 4, 5, 6, 7}
+
+
+def test_region_series_drop_and_censor_the_frames_that_their_voxels_do(tmp_path: Path) -> None:
+    spikes = (4, 5, 13)  # of the scan; its first two frames are dropped
+    scan = write_bold(tmp_path / "study", "01", num_frames=20)
+    write_confounds(scan, num_frames=20, num_non_steady=2, spikes=spikes)
+    config = sharding_config(tmp_path / "study", tmp_path / "set")
+    config = replace(
+        config,
+        source=replace(config.source, kinds=["bold", "parcels"]),
+        atlas="template",
+        splits=replace(config.splits, rule="none"),
+    )
+    build(config)
+    shard_set = open_set(config.out)
+    run, series = ("sub-01_task-rest_bold", "sub-01_task-rest_parcels")
+    beside = samples.region_series(shard_set, series, num_frames=None)
+    expected = np.array([frame + 2 not in spikes for frame in range(18)])
+    np.testing.assert_array_equal(beside.is_kept, expected)
+    np.testing.assert_array_equal(npy(shard_set, series, schema.FRAMES)[0], npy(shard_set, run, schema.FRAMES)[0])
+    assert np.abs(beside.values[expected].mean(axis=0)).max() < 1e-3
+    np.testing.assert_allclose(beside.values[expected].std(axis=0), 1, atol=2e-3)
+    padded = samples.region_series(shard_set, series, num_frames=25)
+    assert padded.is_kept.tolist() == [*expected.tolist(), *[False] * 7]
+    assert shard_set.runs("parcels", ["train"]).censored.tolist() == ["2-3,11"]
+    drawn = {kind: runs_of_set(shard_set, kind=kind, split="train", window_frames=4) for kind in ("bold", "parcels")}
+    assert drawn["parcels"].num_slots.tolist() == drawn["bold"].num_slots.tolist() == [2]
+    starts = {kind: tiled(runs, fingerprint="set", limit=None).first_frame.tolist() for kind, runs in drawn.items()}
+    assert starts["parcels"] == starts["bold"] == [4, 12]  # frames 2-3 and 11 lie in the windows from 0 and 8
+    assert prepare(config).plan.num_bytes == shard_set.manifest.counts["bytes"]
+
+
+def test_a_run_with_fewer_than_two_frames_left_has_no_region_series(tmp_path: Path) -> None:
+    scan = write_bold(tmp_path / "study", "01", num_frames=8)
+    write_confounds(scan, num_frames=8, spikes=tuple(range(8)))
+    config = sharding_config(tmp_path / "study", tmp_path / "set")
+    source = replace(config.source, kinds=["parcels"])
+    config = replace(config, source=source, atlas="template", splits=replace(config.splits, rule="none"))
+    with pytest.raises(ShardError, match="1 of its frames are not censored, too few for region series"):
+        build(config)
