@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from phantom_runs import PhantomRuns, RunSource, make_batch, make_population, make_runs
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from brain_models.bundle import Bundle, StemSpec, make_encoder
 from brain_models.encoder import EncoderConfig
@@ -27,7 +29,7 @@ from training.engine import PlainEngine
 from training.loop import FitResult, Services, fit
 
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 60, 16, 104
-ENCODER = EncoderConfig(width=32, depth=2, num_heads=2, mlp_ratio=2.0, num_frequencies=8)
+ENCODER = EncoderConfig(width=32, depth=2, num_heads=2, mlp_ratio=2.0, num_frequencies=8, time_in="seconds")
 
 
 @cache
@@ -177,6 +179,18 @@ def test_two_runs_of_a_subject_give_one_score_their_mean(small: tuple[AdhdClassi
     first = task.number_of_subject["0001"]
     predictions = {"logit": torch.tensor([1.0, 2.0]), "subject": torch.tensor([first, first])}
     assert task.scores(predictions).values.tolist() == [1.5]
+
+
+def test_the_analytic_cost_is_what_torch_counts_up_to_head_and_positions(
+    small: tuple[AdhdClassification, PhantomRuns],
+) -> None:
+    task, runs = small
+    batch = make_batch(runs.runs[:2])
+    for is_open in (True, False):
+        task.model.encoder.requires_grad_(is_open)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no flash on a CPU
+            task(batch)["loss"].backward()
+        assert task.cost(batch).flops == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 def test_class_weights_let_both_classes_count_alike() -> None:

@@ -22,7 +22,7 @@ from training.config import (
     TrackingConfig,
     TrainConfig,
 )
-from training.task import ParameterGroup, State, Task
+from training.task import Cost, ParameterGroup, State, Task
 from training.unfreezing import split_decay
 
 GLOBAL_BATCH = 8
@@ -132,6 +132,10 @@ class ToyTask(Task):
             ),
             *split_decay("head", [self.head, self.offset], learning_rate_scale=1.0, weight_decay=0.1, opens_at_step=0),
         ]
+
+    def cost(self, batch: ToyBatch) -> Cost:  # type: ignore[override]
+        matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
+        return Cost(tokens=len(batch.features), flops=6.0 * len(batch.features) * matrices)
 
     def exported(self) -> nn.Module:
         return self.encoder

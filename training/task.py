@@ -51,6 +51,14 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What training on a batch asks for, counted from shapes: never measured, never read from the device."""
+
+    tokens: int  # that pass through the model, seen or guessed
+    flops: float  # forward and backward, 2 for a multiply-add; what is computed twice to save memory counts once
+
+
 @dataclass
 class ParameterGroup:
     """Parameters that share a learning rate, a weight decay and the step at which they start to move."""
@@ -81,6 +89,16 @@ class Task(nn.Module):
     def parameter_groups(self) -> list[ParameterGroup]:
         """Every parameter exactly once."""
         raise TrainingError(f"{type(self).__name__} has no parameter_groups(); see training.unfreezing.split_decay")
+
+    def cost(self, batch: Any) -> Cost:
+        """Of a forward and backward pass over every row of the batch, padding included. Asks for shapes only."""
+        raise TrainingError(f"{type(self).__name__} has no cost(batch); return training.task.Cost from shapes")
+
+    def checkpoint_activations(self) -> None:
+        """From now on recompute activations in the backward pass instead of keeping them; losses stay the same."""
+        raise TrainingError(
+            f"{type(self).__name__} cannot checkpoint its activations; set train.engine.activation_checkpointing=false"
+        )
 
     def exported(self) -> nn.Module:
         """The module a registered model keeps."""

@@ -24,7 +24,7 @@ from data_sharding.reader import Batch
 from finetune.evaluation import Scores, auroc, balanced_accuracy, subject_scores, within_site_auroc
 from finetune.labels import LabelConfig, Labels
 from finetune.probe import ProbeConfig
-from training.task import ParameterGroup, Task
+from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
 
 NO_LABEL = -1
@@ -145,6 +145,18 @@ class AdhdClassification(Task):
                 opens_at_step=unfreezing.first_block_opens_at_step + depth * unfreezing.steps_per_block,
             )
         return groups
+
+    def cost(self, batch: Batch) -> Cost:
+        """The encoder over every window (backward only once a block is open); head and positions are left out."""
+        encoder = self.model.encoder
+        stem, width = encoder.stem("bold"), encoder.config.width
+        tokens = self.model.window_frames // stem.tubelet_frames * stem.num_patches  # of a window
+        matrices = sum(parameter.numel() for parameter in encoder.blocks.parameters() if parameter.ndim == 2)
+        attention = 2 * encoder.config.depth * tokens * width  # a token's scores with all others, and their mixture
+        forward = 2.0 * tokens * (matrices + stem.num_features * width + attention)
+        passes = 3 if any(parameter.requires_grad for parameter in encoder.parameters()) else 1
+        num_windows = len(batch.weight) * self.config.num_windows
+        return Cost(tokens=num_windows * tokens, flops=passes * num_windows * forward)
 
     def exported(self) -> nn.Module:
         return self.model
