@@ -4,6 +4,7 @@ Promise: what loads computes what was saved: loading recomputes the golden outpu
 """
 
 import dataclasses
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from brain_models.encoder import BrainEncoder, EncoderConfig, TokenKind
+from brain_models.encoder import BrainEncoder, EncoderConfig, StemName, kind_of
 from brain_models.errors import BundleError
 from brain_models.heads import Classifier, HeadConfig
 from brain_models.patches import PatchLayout
@@ -25,9 +26,10 @@ from brain_models.recipe import BoldPreprocessing, CleaningConfig
 from brain_models.run_classifier import RunClassifier
 from brain_models.space import BrainSpace
 
-SCHEMA = 1
+SCHEMA = 2  # 2: several stems a kind, by layout fingerprint; time_in
 GOLDEN_TOLERANCE = 1e-4
 GOLDEN_SEED = 2009
+COMMIT_VARIABLE = "CALLOSUM_GIT_COMMIT"  # set by cluster.submit, for copies without history
 
 
 @dataclass
@@ -57,11 +59,14 @@ class HeadSpec:
 
 @dataclass
 class Bundle:
-    """A loaded bundle: one encoder, spaces by stem kind, and a classifier if it has a head."""
+    """A loaded bundle: one encoder, spaces by stem, and a classifier if it has a head.
+
+    The stem named as a kind ("bold", "t1") is the first of that kind; others have another token shape.
+    """
 
     encoder: BrainEncoder
-    spaces: dict[TokenKind, BrainSpace]
-    stems: dict[TokenKind, StemSpec]
+    spaces: dict[StemName, BrainSpace]
+    stems: dict[StemName, StemSpec]
     head: HeadSpec | None
     classifier: RunClassifier | None
     made_by: dict[str, str]
@@ -70,13 +75,24 @@ class Bundle:
     def model(self) -> BrainEncoder | RunClassifier:
         return self.classifier or self.encoder
 
+    def in_space(self, kind: str, space: BrainSpace) -> "Bundle":
+        """Returns this bundle with the stem of `kind` for `space` under that plain name, if it has one."""
+        same = (name for name in self.stems if self.spaces[name].fingerprint == space.fingerprint)
+        found = next((name for name in same if kind_of(name) == kind), kind)
+        if found != kind:
+            stems = self.encoder.stems
+            stems[kind], stems[found] = stems[found], stems[kind]
+            self.spaces[kind], self.spaces[found] = self.spaces[found], self.spaces[kind]
+            self.stems[kind], self.stems[found] = self.stems[found], self.stems[kind]
+        return self
+
 
 def save(folder: Path | str, bundle: Bundle) -> Path:
     """Writes `bundle` to `folder` and returns it; the model is taken as it is, on any device."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, space in bundle.spaces.items():
-        space.save(folder / f"space_{kind}.npz")
+    for name, space in bundle.spaces.items():
+        space.save(folder / f"space_{name}.npz")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in bundle.model.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
     np.save(folder / "golden.npy", _golden_output(bundle).numpy())
@@ -84,8 +100,12 @@ def save(folder: Path | str, bundle: Bundle) -> Path:
         "schema": SCHEMA,
         "encoder": dataclasses.asdict(bundle.encoder.config),
         "stems": {
-            kind: dataclasses.asdict(stem) | {"space_fingerprint": bundle.spaces[kind].fingerprint}
-            for kind, stem in bundle.stems.items()
+            name: dataclasses.asdict(stem)
+            | {
+                "space_fingerprint": bundle.spaces[name].fingerprint,
+                "layout_fingerprint": bundle.encoder.stem(name).layout_fingerprint,
+            }
+            for name, stem in bundle.stems.items()
         },
         "head": dataclasses.asdict(bundle.head) if bundle.head else None,
         "made_by": bundle.made_by | {"commit": code_commit(), "torch": str(torch.__version__)},
@@ -101,13 +121,16 @@ def load(folder: Path | str) -> Bundle:
     """
     folder = Path(folder)
     spec = _read_spec(folder)
-    spaces = {kind: BrainSpace.load(folder / f"space_{kind}.npz") for kind in spec["stems"]}
-    for kind, stem in spec["stems"].items():
-        if stem.pop("space_fingerprint") != spaces[kind].fingerprint:
-            raise BundleError(f"{folder}/space_{kind}.npz is not the space this model was trained on; fetch it again")
-    stems = {kind: _stem_spec(stem) for kind, stem in spec["stems"].items()}
+    spaces = {name: BrainSpace.load(folder / f"space_{name}.npz") for name in spec["stems"]}
+    for name, stem in spec["stems"].items():
+        if stem.pop("space_fingerprint") != spaces[name].fingerprint:
+            raise BundleError(f"{folder}/space_{name}.npz is not the space this model was trained on; fetch it again")
+    layouts = {name: stem.pop("layout_fingerprint") for name, stem in spec["stems"].items()}
+    stems = {name: _stem_spec(stem) for name, stem in spec["stems"].items()}
     weights = _read_weights(folder)
     encoder = make_encoder(EncoderConfig(**spec["encoder"]), spaces, stems)
+    if changed := [name for name, layout in layouts.items() if encoder.stem(name).layout_fingerprint != layout]:
+        raise BundleError(f"{folder}: this code cuts the tokens of {changed} otherwise than the code that wrote it did")
     head = spec["head"] and HeadSpec(**(spec["head"] | {"config": HeadConfig(**spec["head"]["config"])}))
     classifier = _classifier(encoder, head, stems, weights) if head else None
     bundle = Bundle(encoder, spaces, stems, head, classifier, spec["made_by"])
@@ -121,17 +144,20 @@ def load(folder: Path | str) -> Bundle:
 
 
 def make_encoder(
-    config: EncoderConfig, spaces: dict[TokenKind, BrainSpace], stems: dict[TokenKind, StemSpec]
+    config: EncoderConfig, spaces: dict[StemName, BrainSpace], stems: dict[StemName, StemSpec]
 ) -> BrainEncoder:
-    """Returns a fresh encoder with one stem for each kind."""
+    """Returns a fresh encoder with these stems."""
     layouts = {
-        kind: (PatchLayout(spaces[kind], stem.patch_voxels), stem.tubelet_frames) for kind, stem in stems.items()
+        name: (PatchLayout(spaces[name], stem.patch_voxels), stem.tubelet_frames) for name, stem in stems.items()
     }
     return BrainEncoder(config, layouts)
 
 
 def code_commit() -> str:
-    """Returns the git commit of this code, with '+' when it differs from it; 'unknown' outside a checkout."""
+    """Returns the git commit of this code, with '+' when it differs from it.
+
+    A copy on a cluster's node has no history: whoever sent it there says the commit by COMMIT_VARIABLE, else 'unknown'.
+    """
     here = Path(__file__).parent
     try:
         described = subprocess.run(
@@ -142,7 +168,7 @@ def code_commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(COMMIT_VARIABLE, "unknown")
     return described.stdout.strip()
 
 
@@ -173,7 +199,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _classifier(
-    encoder: BrainEncoder, head: HeadSpec, stems: dict[TokenKind, StemSpec], weights: dict[str, Tensor]
+    encoder: BrainEncoder, head: HeadSpec, stems: dict[StemName, StemSpec], weights: dict[str, Tensor]
 ) -> RunClassifier:
     membership = weights.get("head.pool.shares")
     module = Classifier(head.config, encoder.config.width, membership=membership)
@@ -187,10 +213,10 @@ def _golden_output(bundle: Bundle) -> Float[Tensor, "stem output"]:
     model.eval().cpu()
     outputs = []
     with torch.inference_mode():
-        for kind, stem in sorted(bundle.stems.items()):
+        for name, stem in sorted(bundle.stems.items()):
             generator = np.random.Generator(np.random.PCG64(GOLDEN_SEED))
             num_frames = bundle.head.segment_frames if bundle.head else stem.window_frames
-            shape = (1, num_frames, bundle.spaces[kind].num_voxels)
+            shape = (1, num_frames, bundle.spaces[name].num_voxels)
             values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
             is_measured = torch.ones(1, shape[2], dtype=torch.bool)
             repetition_time_s = torch.full((1,), 2.0)
@@ -198,7 +224,7 @@ def _golden_output(bundle: Bundle) -> Float[Tensor, "stem output"]:
                 outputs.append(bundle.classifier(values, is_measured, repetition_time_s)[:, None])
             else:
                 embedding = bundle.encoder.embed(
-                    values, is_measured, repetition_time_s, kind=kind, window_frames=stem.window_frames
+                    values, is_measured, repetition_time_s, name=name, window_frames=stem.window_frames
                 )
                 outputs.append(embedding)
     model.train(was_training).to(device)

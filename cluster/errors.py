@@ -7,3 +7,11 @@ class StorageError(ValueError):
 
 class StoreUnavailableError(StorageError):
     """The store did not answer, or not let us in: nothing is known about the object, so nothing is wrong with it."""
+
+
+class SubmitError(ValueError):
+    """A command that cannot be handed to a cluster as given."""
+
+
+class PreflightError(ValueError):
+    """A cluster on which this run would fail."""

@@ -41,7 +41,13 @@ def environment() -> dict[str, str]:
 
 
 def run(command: str, folder: Path, **extra: str) -> str:
-    done = subprocess.run(
+    done = attempt(command, folder, **extra)
+    assert done.returncode == 0, f"$ {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def attempt(command: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
         env=environment() | extra,
@@ -51,8 +57,6 @@ def run(command: str, folder: Path, **extra: str) -> str:
         check=False,
         timeout=280,
     )
-    assert done.returncode == 0, f"$ {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
 
 
 def test_every_command_of_the_readme_runs_in_order_from_an_empty_folder(folder: Path) -> None:
@@ -80,7 +84,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     """The environment of a user beside a Ray that was started as the README says, on free ports."""
     token, temporary = folder / "token", Path(tempfile.mkdtemp(prefix="ray-"))  # sockets need a short path
@@ -96,6 +100,7 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
         [
             *("ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}"),
             *(f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"),
+            f"--dashboard-agent-listen-port={free_port()}",
         ],
         cwd=folder,
         env=environment() | extra,
@@ -127,6 +132,39 @@ def test_the_readmes_ray_job_runs_on_a_started_ray_and_ends_in_a_bundle(folder: 
     printed = run(command, job_folder, **ray_head)
     assert "succeeded" in printed
     assert (folder / "out/readme/submitted/bundle/model.yaml").exists()
+    listed = run("python -m training.runs sqlite:///out/mlflow.db", folder)
+    assert re.search(
+        r"quick-bold  FINISHED  step 4\n +commit \S+/out/readme/submitted/checkpoints/step-00000004-", listed
+    )
+
+
+def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_status(
+    folder: Path, ray_head: dict[str, str]
+) -> None:
+    out = folder / "submitted-bids"
+
+    def submit(arguments: str) -> subprocess.CompletedProcess[str]:
+        return attempt(f"bash {ROOT}/cluster/submit.sh --working-dir '' {arguments}", folder, **ray_head)
+
+    misspelt = submit(f"data_sharding.phantom out={out} num_subject=2")
+    assert misspelt.returncode == 2
+    assert "num_subject" in misspelt.stderr
+    relative = submit("data_sharding.phantom out=somewhere num_subjects=2")
+    assert relative.returncode == 2
+    assert "  - out=somewhere" in relative.stderr
+    assert run("ray list jobs 2>/dev/null || true", folder, **ray_head).count("data_sharding-phantom") == 0
+    assert not out.exists()
+
+    first = submit(f"data_sharding.phantom out={out} num_subjects=2 num_frames=12")
+    assert first.returncode == 0, first.stderr
+    assert "submitted data-sharding" in first.stdout.replace("_", "-")
+    assert "phantom: 2 subjects" in first.stdout  # the job's own log
+    assert (out / "participants.tsv").exists()
+
+    (folder / "no_folder").write_text("a file where a folder is asked for")
+    failing = submit(f"data_sharding.phantom out={folder}/no_folder num_subjects=2 num_frames=12")
+    assert failing.returncode not in (0, 2)
+    assert "failed" in failing.stderr
 
 
 @pytest.mark.parametrize("part", ["data_sharding", "data_sharding.phantom", "pretrain", "finetune", "finetune.predict"])

@@ -8,6 +8,7 @@ import pytest
 
 from training import registry
 from training.errors import RegistryError
+from training.pull import pull_to
 from training.runs import list_models, list_runs
 
 
@@ -43,7 +44,13 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
     assert tags[registry.CODE_HASH_TAG] == registry.code_hash(registry.CODE_FOLDER)
     assert not (tmp_path / "mlruns").exists()
     assert list_models(uri) == ["toy-encoder/1 @candidate"]
-    assert list_runs(uri)[0].startswith("toy-encoder  FINISHED")
+    assert list_runs(uri)[0] == "toy-encoder  FINISHED"
+
+    folder = pull_to("toy-encoder@candidate", tmp_path / "some" / "folder", uri=uri)
+    assert (folder / "weights.safetensors").read_bytes() == bytes(range(256))
+    assert [path.name for path in (tmp_path / "some").iterdir()] == ["folder"]
+    with pytest.raises(RegistryError, match=r"folder is not empty; give a new folder"):
+        pull_to("toy-encoder@candidate", folder, uri=uri)
 
     with pytest.raises(RegistryError, match=r"models:/toy-encoder@champion cannot be read .* lists what is registered"):
         registry.pull("toy-encoder@champion", tmp_path / "none", uri=uri)

@@ -1,39 +1,87 @@
-"""`python -m training.runs <tracking uri>`: the runs and registered models a tracking server knows."""
+"""`python -m training.runs <tracking uri>`: the runs and registered models a tracking server knows.
+
+Of every run: state, last step, the newest commit it would go on from, where to look at it, its final numbers.
+"""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
+from cluster.errors import StorageError
+from cluster.storage import store_for
+from training.checkpoint import committed_folders
 from training.tracking import mlflow_environment
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+STEP_KEYS = (
+    "train/loss",
+    "validation/loss",
+    "train_split/loss",
+)  # the first one tracked tells the last step
+MAX_DEPTH = 2  # of the final numbers shown: final/<split>/<metric>, not those of every group
 
 
 def list_runs(uri: str) -> list[str]:
-    """One line a run, newest first: name, state, last values."""
+    """Some lines a run, newest run first: name, state, last step; commit; link; final values."""
     mlflow_environment(timeout_s=30)
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    lines = []
-    for run in client.search_runs(experiments, order_by=["attributes.start_time DESC"]):
-        final = {key: value for key, value in sorted(run.data.metrics.items()) if key.startswith("final/")}
-        numbers = "  ".join(f"{key.removeprefix('final/')} {value:.4g}" for key, value in final.items())
-        lines.append(f"{run.info.run_name}  {run.info.status}  {numbers}  ({run.info.run_id})")
+    runs = client.search_runs(experiments, order_by=["attributes.start_time DESC"])
+    return [line for run in runs for line in describe(client, run, uri)]
+
+
+def describe(client: MlflowClient, run: Run, uri: str) -> list[str]:
+    """One run's lines."""
+    key = next((key for key in STEP_KEYS if key in run.data.metrics), None)
+    step = max(point.step for point in client.get_metric_history(run.info.run_id, key)) if key else None
+    lines = [f"{run.info.run_name}  {run.info.status}" + (f"  step {step}" if step is not None else "")]
+    if folder := run.data.params.get("train.run.folder"):
+        lines.append(f"  commit {newest_commit(folder)}")
+    lines.append(f"  at {link(run, uri)}")
+    numbers = {
+        name.removeprefix("final/"): value
+        for name, value in sorted(run.data.metrics.items())
+        if name.startswith("final/") and name.count("/") <= MAX_DEPTH
+    }
+    if numbers:
+        lines.append("  " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
     return lines
 
 
+def newest_commit(folder: str) -> str:
+    """Where the run would go on from, or why that cannot be seen from here."""
+    try:
+        store = store_for(folder)
+        folders = committed_folders(store)
+    except StorageError as error:
+        return f"not visible from here: {error}"
+    return store.join(folders[-1]) if folders else f"none in {folder}"
+
+
+def link(run: Run, uri: str) -> str:
+    """The run's page on a tracking server, or its id in a database file."""
+    if uri.startswith(("http://", "https://")):
+        return f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{uri} run {run.info.run_id}"
+
+
 def list_models(uri: str) -> list[str]:
-    """One line a registered version: name, version, aliases, set."""
+    """One line a registered version: name, version, aliases."""
     mlflow_environment(timeout_s=30)
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     lines = []
     for model in client.search_registered_models():
-        aliases = {str(version): alias for alias, version in model.aliases.items()}
         for version in client.search_model_versions(f"name='{model.name}'"):
-            label = f"@{aliases[str(version.version)]}" if str(version.version) in aliases else ""
-            lines.append(f"{model.name}/{version.version} {label}")
+            aliases = [alias for alias, aliased in model.aliases.items() if str(aliased) == str(version.version)]
+            lines.append(" ".join([f"{model.name}/{version.version}", *(f"@{alias}" for alias in sorted(aliases))]))
     return lines
 
 
@@ -41,7 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.runs", description=__doc__)
     parser.add_argument("uri", help="tracking server, e.g. sqlite:///out/mlflow.db")
     uri = parser.parse_args().uri
-    print("Runs:", *list_runs(uri), "Registered models:", *list_models(uri), sep="\n  ")
+    print("Runs:", *(f"  {line}" for line in list_runs(uri)), sep="\n")
+    print("Registered models:", *(f"  {line}" for line in list_models(uri)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,237 @@
+"""Send one command of this project to a Ray cluster: check it here, submit it, follow its log, exit as it did.
+
+    python -m cluster.submit pretrain kind=bold shards=s3://brains/shards run.folder=s3://runs/bold \\
+        train.tracking.uri=http://mlflow:5000 cluster=ray cluster.num_workers=16
+
+The same command again follows the job while it runs; after it ended, a new job goes on from the run's last commit.
+Stopping this command (Ctrl-C) leaves the job running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import yaml
+
+from cluster.errors import SubmitError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+# Of the composed configuration: where a command's results live, by which two commands are known to be the same run.
+RUN_KEYS = ("run.folder", "out")
+# Last parts of keys that name a place every node must reach; a job's own folder is a copy that is thrown away.
+PLACE_KEYS = ("folder", "out", "shards", "root", "uri", "checkpoint")
+COMMIT_VARIABLE = "CALLOSUM_GIT_COMMIT"  # what a registered model is tagged with: the copy on a node has no history
+RECONNECT_S = 120.0
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Command:
+    """One `python -m <part> <overrides>`, and the run it works on."""
+
+    part: str
+    overrides: tuple[str, ...]
+    run: str  # where its results live
+
+    @property
+    def entrypoint(self) -> str:
+        return shlex.join(["python", "-m", self.part, *self.overrides])
+
+    @property
+    def base_id(self) -> str:
+        """The same for every attempt at one run."""
+        place = hashlib.sha256(f"{self.part} {self.run}".encode()).hexdigest()[:8]
+        name = re.sub(r"[^A-Za-z0-9]+", "-", self.run.rstrip("/").rpartition("/")[2]).strip("-")
+        return f"{self.part.replace('.', '-')}-{name}-{place}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--address", help="of the cluster's job server; default: RAY_API_SERVER_ADDRESS, or this machine"
+    )
+    parser.add_argument(
+        "--working-dir", default=".", help="uploaded to the nodes; '' when this project is installed there"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="return as soon as the job is submitted")
+    parser.add_argument("part", help="data_sharding, pretrain, finetune, ...")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="as for python -m <part>")
+    arguments = parser.parse_args()
+    try:
+        command = checked_command(arguments.part, arguments.overrides)
+        client = connect(arguments.address)
+        submission_id = submit(client, command, arguments.working_dir)
+        if not arguments.no_wait:
+            sys.exit(follow(client, submission_id))
+    except SubmitError as error:
+        print(f"SubmitError: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def checked_command(part: str, overrides: list[str]) -> Command:
+    """The command, after `python -m <part> --validate` accepted it; SubmitError lists places only this machine has.
+
+    Exits with the part's own report of all problems when it refuses.
+    """
+    validation = subprocess.run([sys.executable, "-m", part, *overrides, "--validate"], check=False)
+    if validation.returncode:
+        sys.exit(validation.returncode)
+    shown = subprocess.run([sys.executable, "-m", part, *overrides, "--show"], check=True, capture_output=True)
+    values = dict(leaves(yaml.safe_load(shown.stdout)))
+    if relative := [f"{key}={value}" for key, value in values.items() if is_relative_place(key, value)]:
+        raise SubmitError(
+            "these places are relative, and a job runs in a copy of this folder that is thrown away:\n"
+            + "\n".join(f"  - {place}" for place in relative)
+            + "\ngive s3://bucket/prefix, http://server, or a path (from /) on a disk that every node mounts"
+        )
+    run = next((values[key] for key in RUN_KEYS if values.get(key)), None)
+    if run is None:
+        raise SubmitError(f"python -m {part} has neither {' nor '.join(RUN_KEYS)}: there is no run to submit")
+    return Command(part, tuple(overrides), str(run))
+
+
+def leaves(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every value of nested mappings under its dotted key."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_relative_place(key: str, value: object) -> bool:
+    """True for a place that means something else on every machine and in every folder."""
+    if not isinstance(value, str) or key.rpartition(".")[2] not in PLACE_KEYS:
+        return False
+    scheme, separator, rest = value.partition("://")
+    if not separator:
+        return not value.startswith("/")
+    return scheme == "sqlite" and not rest.startswith("//")  # sqlite:///file is relative, sqlite:////file is not
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the cluster's job server; SubmitError when nothing answers there or it wants a token."""
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # one line for every file it does not upload
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
+    try:
+        return JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise SubmitError(
+            f"no Ray job server answers at {address}; start one (ray start --head), forward its port "
+            "(ssh -L 8265:127.0.0.1:8265 <head>), or give --address"
+        ) from error
+    except (AuthenticationError, RuntimeError) as error:
+        raise SubmitError(f"{address} refused: {error}; set RAY_AUTH_MODE=token and the cluster's token") from error
+
+
+def submit(client: JobSubmissionClient, command: Command, working_dir: str) -> str:
+    """The id of the job that works on this run: the one that runs already, or a new one."""
+    earlier = [job for job in client.list_jobs() if attempt_of(job, command) is not None]
+    if running := [job for job in earlier if not job.status.is_terminal()]:
+        return adopt(running[0], command)
+    attempt = 1 + max((attempt_of(job, command) or 0 for job in earlier), default=0)
+    submission_id = f"{command.base_id}-{attempt:03d}"
+    try:
+        client.submit_job(
+            entrypoint=command.entrypoint,
+            submission_id=submission_id,
+            runtime_env={"working_dir": working_dir, "env_vars": commit_of(working_dir)} if working_dir else {},
+            metadata={"part": command.part, "run": command.run},
+        )
+    except RuntimeError as error:
+        others = [job for job in client.list_jobs() if job.submission_id == submission_id]
+        if not others:  # otherwise somebody else submitted the same run a moment ago
+            raise SubmitError(f"the cluster did not take {command.entrypoint}: {error}") from error
+        return adopt(others[0], command)
+    print(f"submitted {submission_id}: {command.entrypoint}", flush=True)
+    return submission_id
+
+
+def commit_of(folder: str) -> dict[str, str]:
+    """The variable that names the git commit of a folder, '+' when files differ from it; empty outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return {COMMIT_VARIABLE: described.stdout.strip()} if described.returncode == 0 else {}
+
+
+def attempt_of(job: JobDetails, command: Command) -> int | None:
+    """The number of the attempt a job is at this run; None for jobs of other runs."""
+    base, _, attempt = (job.submission_id or "").rpartition("-")
+    return int(attempt) if base == command.base_id and attempt.isdecimal() else None
+
+
+def adopt(job: JobDetails, command: Command) -> str:
+    """The id of a job that works on this run already; SubmitError when it does so with other values."""
+    assert job.submission_id is not None
+    if job.entrypoint != command.entrypoint:
+        raise SubmitError(
+            f"job {job.submission_id} works on {command.run} with another command:\n  there {job.entrypoint}\n"
+            f"  here  {command.entrypoint}\nstop it (ray job stop {job.submission_id}), or choose another place"
+        )
+    print(f"{job.submission_id} is running already; following it", flush=True)
+    return job.submission_id
+
+
+def follow(client: JobSubmissionClient, submission_id: str) -> int:
+    """The exit status of the job, after printing its log to the end."""
+    try:
+        asyncio.run(print_log(client, submission_id))
+        while not (job := client.get_job_info(submission_id)).status.is_terminal():
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        print(
+            f"\n{submission_id} goes on; the same command follows it again, 'ray job stop {submission_id}' ends it",
+            file=sys.stderr,
+        )
+        return 130
+    print(f"{submission_id} {job.status.value.lower()}" + (f": {job.message}" if job.message else ""), file=sys.stderr)
+    if job.status.value == "SUCCEEDED":
+        return 0
+    return job.driver_exit_code or 1
+
+
+async def print_log(client: JobSubmissionClient, submission_id: str) -> None:
+    """Print the job's log as it grows; after a lost connection go on behind what was printed."""
+    num_printed, lost_at = 0, None
+    while True:
+        num_seen = 0
+        try:
+            async for text in client.tail_job_logs(submission_id):
+                lost_at = None
+                new = text[max(num_printed - num_seen, 0) :]
+                num_seen += len(text)
+                num_printed = max(num_printed, num_seen)
+                print(new, end="", flush=True)
+            return
+        except (RuntimeError, OSError) as error:
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > RECONNECT_S:
+                raise SubmitError(
+                    f"the job server has not answered for {RECONNECT_S:.0f} s ({error}); {submission_id} may go on: "
+                    "the same command follows it again"
+                ) from error
+            await asyncio.sleep(POLL_S)
+
+
+if __name__ == "__main__":
+    main()
