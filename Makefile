@@ -24,7 +24,9 @@ test: setup
 	$(BIN)/python -m pytest -m "not demo and not faults" -n 2 --dist loadfile
 
 test-faults: setup
-	$(BIN)/python -m pytest -m faults --timeout 5400
+	@mkdir -p out && rm -f out/faults.jsonl
+	CALLOSUM_FAULTS=$(CURDIR)/out/faults.jsonl $(BIN)/python -m pytest -m "faults or injected" --timeout 5400; \
+	result=$$?; $(BIN)/python -m tests.fault_report out/faults.jsonl docs/faults.md; exit $$result
 
 test-demo: setup
 	$(BIN)/python -m pytest -m demo --timeout 5400

@@ -8,4 +8,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from jaxtyping import install_import_hook
 
+from tests.fault_report import pytest_runtest_makereport  # noqa: F401  (a hook: lines for docs/faults.md)
+
 install_import_hook(["brain_models", "pretrain.masking", "finetune.evaluation"], "beartype.beartype")

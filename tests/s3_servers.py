@@ -150,7 +150,8 @@ class Fault:
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Hands requests on to a server; each fault in `faults` befalls the first request it fits."""
+    """Hands requests on to a server; each fault in `faults` befalls the first request it fits, those in `always` all,
+    `every_other` half of them."""
 
     daemon_threads = True
 
@@ -160,6 +161,8 @@ class FaultProxy(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         self.faults: list[Fault] = []
         self.always: list[Fault] = []
+        self.every_other: Fault | None = None
+        self._num_fitting = 0
         self.requests: list[str] = []
         self.lock = threading.Lock()
 
@@ -171,6 +174,10 @@ class FaultProxy(ThreadingHTTPServer):
                     if fault in self.faults:
                         self.faults.remove(fault)
                     return fault
+            fault = self.every_other
+            if fault is not None and fault.method == method and fault.path in path:
+                self._num_fitting += 1
+                return fault if self._num_fitting % 2 else None
         return None
 
 

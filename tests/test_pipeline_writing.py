@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from tests.helpers_scans import sharding_config, write_confounds, write_study
 from tests.s3_servers import BUCKET, Server, running_rclone, use  # noqa: F401  (running_rclone is a fixture)
 from tests.test_shards import contents, copy_set, flip
 
+FAULT_SECTION = "Writing a shard set"
 ROOT = Path(__file__).parent.parent
+VICTIMS = {"driver": "the driver", "_call_quietly": "a Ray worker", "scan_process": "a packing process"}
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -191,7 +194,11 @@ def test_a_scan_that_cannot_be_fetched_stops_the_run_and_is_no_refusal(
 @pytest.mark.faults
 @pytest.mark.parametrize("trial", range(20))
 def test_a_kill_at_any_moment_of_any_process_loses_and_duplicates_nothing(
-    trial: int, study: Path, written: ShardingConfig, tmp_path: Path
+    trial: int,
+    study: Path,
+    written: ShardingConfig,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Even trials run in one process, odd ones on Ray with two workers; the victim takes turns."""
     import random
@@ -202,14 +209,20 @@ def test_a_kill_at_any_moment_of_any_process_loses_and_duplicates_nothing(
     victims = ("driver", "_call_quietly", "scan_process") if trial % 2 else ("driver", "scan_process")
     victim = victims[trial // 2 % len(victims)]
     driver = started(study, out, cluster=cluster, num_workers=num_workers)
-    wanted = chance.randrange(0, 4)
+    wanted, pause_s = chance.randrange(0, 4), chance.uniform(0, 0.6)
     while driver.poll() is None and len(list(out.glob("receipts/*.json"))) < wanted:
         time.sleep(0.005)
-    time.sleep(chance.uniform(0, 0.6))
+    time.sleep(pause_s)
     below = [process for process, command in descendants(driver.pid).items() if victim in command]
     target = driver.pid if victim == "driver" or not below else chance.choice(below)
-    if driver.poll() is None:
+    is_killed = driver.poll() is None
+    if is_killed:
         os.kill(target, signal.SIGKILL)
+    hit = VICTIMS["driver" if target == driver.pid else victim]
+    num_written = len(list(out.glob("receipts/*.json")))
+    record_property("fault", f"SIGKILL of {hit}, {'2 Ray workers' if trial % 2 else 'one process'}")
+    record_property("when", f"{num_written} shards written, after {pause_s:.2f} s" if is_killed else "it had ended")
+    killed = time.monotonic()
     driver.communicate(timeout=120)
     for process in descendants(driver.pid):
         os.kill(process, signal.SIGKILL)
@@ -217,3 +230,4 @@ def test_a_kill_at_any_moment_of_any_process_loses_and_duplicates_nothing(
     printed, _ = again.communicate(timeout=120)
     assert again.returncode == 0, printed
     assert contents(out) == contents(Path(written.out))
+    record_property("recovery_s", time.monotonic() - killed)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,10 @@ from cluster import s3_client, s3_create
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.s3 import S3Store
 from cluster.storage import Store, store_for
+
+FAULT_SECTION = "S3: single reads and writes"
+pytestmark = pytest.mark.injected
+Recorder = Callable[[str, object], None]
 
 DATA = random.Random(0).randbytes(300_000)
 LARGE = random.Random(1).randbytes(s3_client.PART_BYTES + 54_321)
@@ -61,6 +65,7 @@ def store(proxy: FaultProxy, tmp_path: Path) -> Store:
     return store
 
 
+on_both = pytest.mark.parametrize("proxy", ["rclone", pytest.param("moto", marks=pytest.mark.faults)], indirect=True)
 before_moto = pytest.mark.parametrize("proxy", ["moto"], indirect=True)
 
 PASSING_FAULTS = {
@@ -74,8 +79,12 @@ PASSING_FAULTS = {
 }
 
 
+@on_both
 @pytest.mark.parametrize("faults", PASSING_FAULTS.values(), ids=PASSING_FAULTS)
-def test_reads_survive(store: Store, proxy: FaultProxy, tmp_path: Path, faults: list[Fault]) -> None:
+def test_reads_survive(
+    store: Store, proxy: FaultProxy, tmp_path: Path, faults: list[Fault], record_property: Recorder
+) -> None:
+    started = time.monotonic()
     proxy.faults = list(faults)
     assert store.read("a") == DATA
     proxy.faults = list(faults)
@@ -86,6 +95,8 @@ def test_reads_survive(store: Store, proxy: FaultProxy, tmp_path: Path, faults: 
     store.get_file("a", tmp_path / "local")
     assert (tmp_path / "local").read_bytes() == DATA
     assert proxy.faults == []
+    record_property("when", "in a read, a ranged read and a download")
+    record_property("recovery_s", time.monotonic() - started)
 
 
 def test_a_listing_survives(store: Store, proxy: FaultProxy) -> None:
@@ -94,12 +105,19 @@ def test_a_listing_survives(store: Store, proxy: FaultProxy) -> None:
     assert proxy.faults == []
 
 
-@pytest.mark.parametrize("kind", ["answer", "drop", "hang", "lost", "cut_upload"])
-def test_writes_survive(store: Store, proxy: FaultProxy, kind: str) -> None:
+@on_both
+@pytest.mark.parametrize(
+    "kind",
+    ["answer", "drop", "hang", "lost", "cut_upload"],
+    ids=["an internal error", "a closed connection", "no answer", "the answer lost", "an upload cut short"],
+)
+def test_writes_survive(store: Store, proxy: FaultProxy, kind: str, record_property: Recorder) -> None:
+    started = time.monotonic()
     proxy.faults = [Fault(kind, method="PUT")]
     store.put("a", DATA[::-1])
     assert store.read("a") == DATA[::-1]
     assert proxy.faults == []
+    record_property("recovery_s", time.monotonic() - started)
 
 
 @pytest.mark.parametrize("proxy", ["rclone", "moto"], indirect=True)
@@ -226,8 +244,14 @@ def test_what_a_killed_writer_claimed_is_free_again(store: Store, monkeypatch: p
 
 
 def test_a_server_that_dies_and_returns_interrupts_nothing(
-    tmp_path: Path, patience: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    patience: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    record_property: Recorder,
 ) -> None:
+    record_property("fault", "rclone, SIGKILL, started again after 0.6 s")
+    record_property("when", "before a write, and before a read")
     server = rclone_server(tmp_path)
     server.start()
     try:
@@ -238,9 +262,11 @@ def test_a_server_that_dies_and_returns_interrupts_nothing(
         for attempt in (lambda: store.put("a", DATA), lambda: store.read("a")):
             attempt()
             server.kill()
+            killed = time.monotonic()
             revival = threading.Timer(0.6, server.start)
             revival.start()
             attempt()
+            record_property("recovery_s", time.monotonic() - killed)
             revival.join()
         assert store.read("a") == DATA
         assert "keeps failing (EndpointConnectionError); trying for another" in caplog.text

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from s3_servers import (  # noqa: F401  (running_rclone is a fixture)
+from s3_servers import (  # noqa: F401  (running_ are fixtures)
     BUCKET,
     SECRET_KEY,
     Fault,
@@ -18,7 +20,9 @@ from s3_servers import (  # noqa: F401  (running_rclone is a fixture)
     Server,
     aws_environment,
     fault_proxy,
+    rclone_server,
     running_rclone,
+    running_servers,
     use,
 )
 
@@ -29,9 +33,13 @@ from data_sharding.build import build
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
 from data_sharding.verify import main as verify_main
+from data_sharding.verify import verify
 from tests.helpers_scans import sharding_config, write_study
 from tests.test_reader import rows_of, source_of, steps_of
 from tests.test_shards import contents
+
+FAULT_SECTION = "S3: whole shard sets"
+pytestmark = pytest.mark.injected
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +51,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> ShardingConfig:
     return config
 
 
-@pytest.fixture
-def proxy(rclone: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+@pytest.fixture(params=["rclone", pytest.param("moto", marks=pytest.mark.faults)])
+def proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Before rclone; in test-faults also before moto, which takes seconds to start."""
+    is_moto = request.param == "moto"
+    server = request.getfixturevalue("servers")["moto"] if is_moto else request.getfixturevalue("rclone")
     monkeypatch.setattr(s3_create, "SETTLES_S", 0.3)
     monkeypatch.setattr(s3_client, "RETRY_FOR_S", 20.0)
-    with fault_proxy(rclone.endpoint) as running:
+    with fault_proxy(server.endpoint) as running:
         use(monkeypatch, running.endpoint)
         yield running
 
@@ -63,8 +74,13 @@ def stored(location: str) -> dict[str, bytes]:
 
 
 def test_a_set_on_s3_is_the_local_one_byte_for_byte_through_faults(
-    written: ShardingConfig, config: ShardingConfig, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
+    written: ShardingConfig,
+    config: ShardingConfig,
+    proxy: FaultProxy,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
+    record_property("when", "500s, cut uploads and cut reads while it is written, verified and read")
     proxy.faults = [Fault("answer", "PUT"), Fault("cut_upload", "PUT", path=".tar"), Fault("drop", "HEAD")]
     build(config)
     assert proxy.faults == []
@@ -96,6 +112,63 @@ def test_a_rerun_finishes_what_is_missing_and_another_set_is_refused(
         build(replace(config, seed=1))
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("slow"), Fault("answer"), Fault("answer", "PUT"), Fault("cut_upload", "PUT")],
+    ids=["a trickle", "500 to reads", "500 to writes", "an upload cut short"],
+)
+def test_a_set_is_written_and_verified_though_every_other_request_fails(
+    written: ShardingConfig,
+    config: ShardingConfig,
+    proxy: FaultProxy,
+    fault: Fault,
+    record_property: Callable[[str, object], None],
+) -> None:
+    started = time.monotonic()
+    proxy.every_other = fault
+    build(config)
+    assert stored(config.out) == contents(Path(written.out))
+    assert verify(config.out) == []
+    record_property("when", "in every other request")
+    record_property("recovery_s", time.monotonic() - started)
+
+
+@pytest.mark.faults
+def test_a_server_that_dies_and_returns_while_a_set_is_written_costs_time_only(
+    written: ShardingConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    monkeypatch.setattr(s3_create, "SETTLES_S", 0.3)
+    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 30.0)
+    server = rclone_server(tmp_path)
+    server.start()
+    try:
+        server.wait_until_ready()
+        use(monkeypatch, server.endpoint)
+        config = replace(written, out=f"s3://{BUCKET}/set")
+        writer = threading.Thread(target=build, args=(config,))
+        writer.start()
+        receipts = tmp_path / "buckets" / BUCKET / "set" / "receipts"
+        while not list(receipts.glob("*.json")):
+            assert writer.is_alive()
+            time.sleep(0.01)
+        server.kill()
+        killed = time.monotonic()
+        time.sleep(3)
+        server.start()
+        writer.join()
+        assert stored(config.out) == contents(Path(written.out))
+        record_property("fault", "rclone: SIGKILL, away for 3 s")
+        record_property("when", "after the first shard")
+        record_property("recovery_s", time.monotonic() - killed)
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("proxy", ["rclone"], indirect=True)  # moto takes any credentials
 def test_a_set_nobody_may_reach_says_so(config: ShardingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3_client.forget_clients()

@@ -74,6 +74,18 @@ def test_two_ray_workers_write_the_same_bytes_as_one_process(
     assert contents(tmp_path / "set") == contents(Path(written.out))
 
 
+@pytest.mark.faults
+def test_eight_ray_workers_write_the_same_bytes_as_one_process(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "study", num_subjects=14)
+    sets = {}
+    for cluster, num_workers in (("inline", 1), ("local", 8)):
+        config = sharding_config(study, tmp_path / cluster, cluster=cluster, num_workers=num_workers)
+        manifest = build(replace(config, storage=replace(config.storage, target_bytes=70_000)))
+        assert len(manifest.shards) > 8, "each of the eight has one"
+        sets[cluster] = contents(tmp_path / cluster)
+    assert sets["local"] == sets["inline"]
+
+
 def test_a_rerun_writes_only_what_is_missing(
     copied: Path, written: ShardingConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
