@@ -26,8 +26,8 @@ MARKERS = ("faults", "injected")
 HEAD = """# What was broken on purpose, and what held
 
 Made by `make test-faults`: the tests do the harm, each appends a line, `tests/fault_report.py` makes the tables. A
-claim is a test's name; held means that it was true afterwards. Recovery is the time from the fault to the finished, compared
-result; where a process was killed it is the whole second run, imports included.
+claim is a test's name; held means that it was true afterwards. Recovery is the time from the fault to the finished,
+compared result; where a process was killed it is the whole second run, imports included.
 """
 
 
