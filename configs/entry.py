@@ -4,7 +4,8 @@ The only module that uses Hydra: its compose API, so that one command has the sa
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +55,7 @@ def main(
         print(_help_page(help_text))
         return
     flags = {argument for argument in arguments if argument.startswith("--")}
-    try:
+    with told_to_users():
         if unknown := flags - FLAGS.keys():
             raise ConfigError(f"unknown flag {', '.join(sorted(unknown))}; known: {', '.join(FLAGS)}")
         raw = compose(part, [argument for argument in arguments if argument not in flags])
@@ -71,6 +72,13 @@ def main(
             print(f"python -m {command_name()}: the configuration is valid")
         else:
             run(config)
+
+
+@contextmanager
+def told_to_users() -> Iterator[None]:
+    """Prints an error of ours with its name and exits 2; any other passes with its traceback."""
+    try:
+        yield
     except Exception as error:  # noqa: BLE001 - only to print our own errors without a traceback; others are re-raised
         if not is_for_users(error):
             raise

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.launch import is_our_error, ray_session
+from cluster.launch import ray_session
 from cluster.storage import Store
+from configs.entry import is_for_users
 from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
@@ -131,7 +132,7 @@ def _call_quietly(
     try:
         return function(item, out, *arguments)
     except Exception as error:  # noqa: BLE001 - only to hand on our own; others are re-raised
-        if not is_our_error(error):
+        if not is_for_users(error):
             raise
         return error
 

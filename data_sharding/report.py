@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from configs.entry import is_for_users
+from configs.entry import told_to_users
 from data_sharding import report_figures as figures
 from data_sharding import schema
 from data_sharding.hashing import hash_names
@@ -245,15 +245,10 @@ def main() -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print((__doc__ or "").strip())
         return 0 if arguments in (["-h"], ["--help"]) else 2
-    try:
+    with told_to_users():
         shard_set = open_set(arguments[0])
         shard_set.store.put(REPORT, render(shard_set).encode())
         print(f"wrote {shard_set.store.join(REPORT)}")
-    except Exception as error:  # noqa: BLE001 - only to print our own errors without a traceback; others are re-raised
-        if not is_for_users(error):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

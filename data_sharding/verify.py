@@ -23,7 +23,7 @@ from isal import isal_zlib
 
 from cluster.errors import StorageError
 from cluster.storage import RangeReader
-from configs.entry import is_for_users
+from configs.entry import told_to_users
 from data_sharding import schema
 from data_sharding.shard_set import ShardSet, open_set
 
@@ -195,7 +195,7 @@ def main() -> int:
         print((__doc__ or "").strip())
         return 0 if arguments in (["-h"], ["--help"]) else 2
     location = arguments[0]
-    try:
+    with told_to_users():
         problems = verify(location)
         for problem in problems:
             print(f"BAD {location}/{problem}")
@@ -205,11 +205,6 @@ def main() -> int:
             for line in repair(location, problems, overrides=arguments[2:]):
                 print(line, flush=True)
             problems = verify(location)
-    except Exception as error:  # noqa: BLE001 - only to print our own errors without a traceback; others are re-raised
-        if not is_for_users(error):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
     if problems:
         print(f"write them again with 'python -m data_sharding.verify {location} --repair source.root=<the scans>'")
         return 1
