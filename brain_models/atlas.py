@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from brain_models.errors import SpaceError
 from brain_models.patches import PatchLayout
@@ -121,7 +121,7 @@ class Atlas:
     def membership(self, layout: PatchLayout, space: BrainSpace) -> Membership:
         """Returns the regions' shares of each patch; unlabelled voxels form regions of the median size."""
         self._require_voxels(layout.num_voxels)
-        labels = self._pseudo_labels(space.positions_mm)
+        labels = self.complete_labels(space)
         region_ids, column = np.unique(labels, return_inverse=True)
         counts = np.zeros((layout.num_patches, len(region_ids)))
         np.add.at(counts, (layout.patch_of_voxel, column), 1)
@@ -160,8 +160,9 @@ class Atlas:
         if len(self.labels) != num_voxels:
             raise SpaceError(f"atlas {self.name} labels {len(self.labels)} voxels, the data have {num_voxels}")
 
-    def _pseudo_labels(self, positions_mm: np.ndarray) -> np.ndarray:
-        """Returns new labels for the unlabelled voxels: halved along their longest axis down to a region's size."""
+    def complete_labels(self, space: BrainSpace) -> Int64[np.ndarray, "voxel"]:
+        """Returns a label above 0 for every voxel: unlabelled tissue is halved along its longest axis, down to
+        pseudo-regions of the median region's size with labels above the atlas's own."""
         sizes = np.bincount(self.labels[self.labels != 0])
         target = float(np.median(sizes[sizes > 0])) if sizes.any() else len(self.labels) / 100
         labels = self.labels.astype(np.int64)
@@ -170,7 +171,7 @@ class Atlas:
         while waiting:
             voxels = waiting.pop()
             if len(voxels) > 1.5 * target:
-                places = positions_mm[voxels]
+                places = space.positions_mm[voxels]
                 along = places[:, np.ptp(places, axis=0).argmax()]
                 order = np.argsort(along, kind="stable")
                 waiting += [voxels[order[: len(order) // 2]], voxels[order[len(order) // 2 :]]]

@@ -1,4 +1,4 @@
-"""The encoder: a pre-norm transformer on visible tokens, with one stem per kind of token.
+"""The encoder: a pre-norm transformer on visible tokens, with one stem per shape of token.
 
 Promise: positions are millimetres and seconds, so one trunk serves any resolution and repetition time; only stems
 depend on a layout. Knows no task, no loss and no data set.
@@ -10,14 +10,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from brain_models.patches import PatchLayout
 
 TokenKind = Literal["bold", "t1"]
+StemName = str  # a kind, or for further token shapes of it '<kind>_<hash of the shape>'
+
+
+def kind_of(name: StemName) -> str:
+    """Returns the kind of scan a stem reads."""
+    return name.partition("_")[0]
+
 
 # Distances over which two positions stop resembling one another: neighbouring patches do, far ends of the head do not.
 LENGTHS_MM = (12.0, 48.0)
@@ -28,13 +36,18 @@ POSITION_SEED = 1998
 
 @dataclass
 class EncoderConfig:
-    """Sizes of the trunk; `num_frequencies` plane waves code positions."""
+    """Sizes of the trunk; `num_frequencies` plane waves code positions.
+
+    `time_in` frames: time is counted in frames from the window's start, and the model cannot tell repetition times
+    apart: an arm to compare with, not a setting to train with.
+    """
 
     width: int
     depth: int
     num_heads: int
     mlp_ratio: float
     num_frequencies: int
+    time_in: Literal["seconds", "frames"]
 
 
 class Stem(nn.Module):
@@ -53,7 +66,9 @@ class Stem(nn.Module):
     def __init__(self, layout: PatchLayout, tubelet_frames: int, width: int) -> None:
         super().__init__()
         self.tubelet_frames = tubelet_frames
+        self.patch_voxels = layout.patch_voxels
         self.num_patches = layout.num_patches
+        self.layout_fingerprint = layout.fingerprint
         self.register_buffer("gather", torch.from_numpy(layout.gather).clamp(max=layout.num_voxels - 1), False)
         self.register_buffer("is_valid", torch.from_numpy(layout.is_valid), False)
         self.register_buffer("centres_mm", torch.from_numpy(layout.centres_mm), False)
@@ -83,15 +98,42 @@ class Stem(nn.Module):
             frame=self.tubelet_frames,
         )
 
+    def is_like(self, other: "Stem") -> bool:
+        """Returns True when both cut the same space into the same tokens."""
+        return (self.layout_fingerprint, self.tubelet_frames) == (other.layout_fingerprint, other.tubelet_frames)
+
+    @torch.no_grad()
+    def start_from(self, other: "Stem") -> None:
+        """Take over a projection made for another token shape, by the pseudo-inverse of interpolating that shape to
+        this one (FlexiViT, Beyer 2023): a token interpolated to a finer shape gives the same features."""
+        places = "width (frame x y z) -> width frame x y z"
+        old = rearrange(other.project.weight, places, x=other.patch_voxels, y=other.patch_voxels, z=other.patch_voxels)
+        in_time = torch.linalg.pinv(_interpolation(other.tubelet_frames, self.tubelet_frames)).to(old)
+        in_space = torch.linalg.pinv(_interpolation(other.patch_voxels, self.patch_voxels)).to(old)
+        new = einsum(old, in_time, in_space, "width f x y z, f frame, x p -> width frame p y z")
+        new = einsum(new, in_space, in_space, "width frame p y z, y q, z r -> width frame p q r")
+        self.project.weight.copy_(rearrange(new, "width frame x y z -> width (frame x y z)"))
+        self.project.bias.copy_(other.project.bias)
+
+
+def _interpolation(num_old: int, num_new: int) -> Float[Tensor, "new old"]:
+    """Returns the matrix that interpolates `num_old` cells of an interval linearly to `num_new`, centre to centre."""
+    centres = ((torch.arange(num_new) + 0.5) * num_old / num_new - 0.5).clamp(0, num_old - 1)
+    return (1 - (centres[:, None] - torch.arange(num_old)).abs()).clamp(min=0).double()
+
 
 class BrainEncoder(nn.Module):
-    """A trunk with stems by kind; encodes whatever subset of tokens it is given."""
+    """A trunk with stems by name; encodes whatever subset of tokens it is given.
 
-    def __init__(self, config: EncoderConfig, stems: Mapping[TokenKind, tuple[PatchLayout, int]]) -> None:
+    `recomputes_activations`: blocks keep only their input and are computed again in the backward pass.
+    """
+
+    def __init__(self, config: EncoderConfig, stems: Mapping[StemName, tuple[PatchLayout, int]]) -> None:
         super().__init__()
         self.config = config
+        self.recomputes_activations = False
         self.stems = nn.ModuleDict(
-            {kind: Stem(layout, tubelet_frames, config.width) for kind, (layout, tubelet_frames) in stems.items()}
+            {name: Stem(layout, tubelet_frames, config.width) for name, (layout, tubelet_frames) in stems.items()}
         )
         self.embed_position = PositionEmbedding(config.width, config.num_frequencies)
         self.blocks = nn.ModuleList(
@@ -99,22 +141,23 @@ class BrainEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width)
 
-    def stem(self, kind: TokenKind) -> Stem:
-        """Returns the stem of `kind`."""
-        stem = self.stems[kind]
+    def stem(self, name: StemName) -> Stem:
+        """Returns the stem of that name."""
+        stem = self.stems[name]
         assert isinstance(stem, Stem)
         return stem
 
     def positions(
-        self, kind: TokenKind, num_tubelets: int, repetition_time_s: Float[Tensor, "batch"]
+        self, name: StemName, num_tubelets: int, repetition_time_s: Float[Tensor, "batch"]
     ) -> Float[Tensor, "batch token 4"]:
-        """Returns x, y, z in mm and the tubelet's centre in seconds from the window's start, tubelet-major."""
-        stem = self.stem(kind)
+        """Returns x, y, z in mm and the tubelet's centre from the window's start, in `time_in`; tubelet-major."""
+        stem = self.stem(name)
         centre_frames = (torch.arange(num_tubelets, device=repetition_time_s.device) + 0.5) * stem.tubelet_frames - 0.5
-        seconds = repetition_time_s[:, None] * centre_frames[None]
+        frame_length = repetition_time_s if self.config.time_in == "seconds" else torch.ones_like(repetition_time_s)
+        times = frame_length[:, None] * centre_frames[None]
         batch, patches = len(repetition_time_s), stem.num_patches
         places = stem.centres_mm[None, None].expand(batch, num_tubelets, patches, 3)
-        times = seconds[:, :, None, None].expand(batch, num_tubelets, patches, 1)
+        times = times[:, :, None, None].expand(batch, num_tubelets, patches, 1)
         return rearrange(
             torch.cat([places, times], dim=-1), "batch tubelet patch coordinate -> batch (tubelet patch) coordinate"
         )
@@ -123,12 +166,12 @@ class BrainEncoder(nn.Module):
         self,
         features: Float[Tensor, "batch token feature"],
         positions: Float[Tensor, "batch token 4"],
-        kind: TokenKind,
+        name: StemName,
     ) -> Float[Tensor, "batch token width"]:
         """Returns the encoded tokens; the caller chooses which are visible."""
-        tokens = self.stem(kind).project(features) + self.embed_position(positions)
+        tokens = self.stem(name).project(features) + self.embed_position(positions)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = _recomputed(block, tokens) if self.recomputes_activations else block(tokens)
         return self.norm(tokens)
 
     def encode_windows(
@@ -136,12 +179,12 @@ class BrainEncoder(nn.Module):
         values: Float[Tensor, "batch time voxel"],
         is_measured: Bool[Tensor, "batch voxel"],
         repetition_time_s: Float[Tensor, "batch"],
-        kind: TokenKind,
+        name: StemName,
     ) -> Float[Tensor, "batch token width"]:
         """Returns all tokens of whole windows, none hidden, tubelet-major."""
-        features = self.stem(kind).features(values, is_measured)
-        num_tubelets = values.shape[1] // self.stem(kind).tubelet_frames
-        return self(features, self.positions(kind, num_tubelets, repetition_time_s), kind)
+        features = self.stem(name).features(values, is_measured)
+        num_tubelets = values.shape[1] // self.stem(name).tubelet_frames
+        return self(features, self.positions(name, num_tubelets, repetition_time_s), name)
 
     def embed(
         self,
@@ -149,7 +192,7 @@ class BrainEncoder(nn.Module):
         is_measured: Bool[Tensor, "batch voxel"],
         repetition_time_s: Float[Tensor, "batch"],
         *,
-        kind: TokenKind,
+        name: StemName,
         window_frames: int,
     ) -> Float[Tensor, "batch width"]:
         """Returns each scan's mean token over all whole windows; a T1 is one window of one frame."""
@@ -157,44 +200,47 @@ class BrainEncoder(nn.Module):
         sums = torch.zeros(len(values), self.config.width, device=values.device)
         for window in range(num_windows):
             frames = values[:, window * window_frames : (window + 1) * window_frames]
-            sums += self.encode_windows(frames, is_measured, repetition_time_s, kind).mean(dim=1)
+            sums += self.encode_windows(frames, is_measured, repetition_time_s, name).mean(dim=1)
         return sums / num_windows
 
 
 class PatchDecoder(nn.Module):
     """Predicts the features of hidden tokens from visible ones: hidden queries attend to the visible, then to nothing.
+    One output a token shape.
 
     Cross-attention only (as CrossMAE, Fu 2024): cost grows with hidden x visible. The output starts at zero, which is
     the train split's mean, and attention starts as a smoothing kernel over millimetres: queries and keys are at first
     the positions themselves. From random ones, a tiny model needs several times the steps to find its neighbours.
     """
 
-    def __init__(self, config: EncoderConfig, *, width: int, depth: int, num_features: int) -> None:
+    def __init__(self, config: EncoderConfig, *, width: int, depth: int, num_features: Mapping[StemName, int]) -> None:
         super().__init__()
+        self.recomputes_activations = False
         self.embed = nn.Linear(config.width, width)
         self.embed_position = PositionEmbedding(width, config.num_frequencies)
         blocks = [CrossBlock(width, config.num_heads, config.mlp_ratio) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
-        self.predict = nn.Linear(width, num_features)
+        self.predict = nn.ModuleDict({name: nn.Linear(width, count) for name, count in num_features.items()})
         for block in blocks:
             nn.init.eye_(block.attention.query.weight)
             nn.init.eye_(block.attention.key_value.weight[:width])
-        nn.init.zeros_(self.predict.weight)
-        nn.init.zeros_(self.predict.bias)
+        for parameter in self.predict.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
         visible: Float[Tensor, "batch visible width"],
         visible_positions: Float[Tensor, "batch visible 4"],
         hidden_positions: Float[Tensor, "batch hidden 4"],
+        name: StemName,
     ) -> Float[Tensor, "batch hidden feature"]:
-        """Returns predicted features of the hidden tokens."""
+        """Returns predicted features of the hidden tokens, in the token shape of that stem."""
         context = self.embed(visible) + self.embed_position(visible_positions)
         tokens = self.embed_position(hidden_positions)
         for block in self.blocks:
-            tokens = block(tokens, context)
-        return self.predict(self.norm(tokens))
+            tokens = _recomputed(block, tokens, context) if self.recomputes_activations else block(tokens, context)
+        return self.predict[name](self.norm(tokens))
 
 
 class PositionEmbedding(nn.Module):
@@ -278,3 +324,8 @@ class CrossBlock(nn.Module):
 def _mlp(width: int, mlp_ratio: float) -> nn.Sequential:
     hidden = int(width * mlp_ratio)
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def _recomputed(block: nn.Module, *tokens: Tensor) -> Tensor:
+    """Returns what the block returns, keeping only its inputs. Blocks draw no random numbers, so none are restored."""
+    return checkpoint(block, *tokens, use_reentrant=False, preserve_rng_state=False)

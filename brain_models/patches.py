@@ -48,5 +48,5 @@ class PatchLayout:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Returns a SHA-256 of the gather index: equal layouts cut the same packed axis the same way."""
-        return hashlib.sha256(self.gather.astype("<i8").tobytes()).hexdigest()
+        """Returns a SHA-256 of gather index and centres: equal layouts cut the same space the same way."""
+        return hashlib.sha256(self.gather.astype("<i8").tobytes() + self.centres_mm.astype("<f4").tobytes()).hexdigest()

@@ -15,7 +15,7 @@ from mlflow.pyfunc import PythonModel
 
 from brain_models import bundle as bundles
 from brain_models.cleaning import clean_bold
-from brain_models.encoder import TokenKind
+from brain_models.encoder import StemName, TokenKind, kind_of
 from brain_models.errors import ScanError
 from brain_models.preprocess import (
     StandardisedRun,
@@ -59,11 +59,11 @@ class ServedModel(PythonModel):
         return pandas.DataFrame({"prediction": predictions, "probability": probabilities}, index=model_input.index)
 
     def _embedding(self, row: pandas.Series) -> np.ndarray:
-        kind, values, is_measured, repetition_time_s = self._scan(row)
-        window_frames = self.bundle.stems[kind].window_frames
+        name, values, is_measured, repetition_time_s = self._scan(row)
+        window_frames = self.bundle.stems[name].window_frames
         _require_frames(row, values, window_frames)
         embedding = self.bundle.encoder.embed(
-            values, is_measured, repetition_time_s, kind=kind, window_frames=window_frames
+            values, is_measured, repetition_time_s, name=name, window_frames=window_frames
         )
         return embedding[0].numpy()
 
@@ -78,20 +78,29 @@ class ServedModel(PythonModel):
         ]
         return float(torch.sigmoid(torch.stack(logits).mean()))
 
-    def _scan(self, row: pandas.Series) -> tuple[TokenKind, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns kind, values [1, time, voxel], is_measured [1, voxel] and repetition time [1] of a row."""
+    def _scan(self, row: pandas.Series) -> tuple[StemName, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns stem, values [1, time, voxel], is_measured [1, voxel] and repetition time [1] of a row."""
         for kind, column in COLUMNS.items():
             if kind in self.bundle.stems and _given(row, column):
                 read = self._read_bold if kind == "bold" else self._read_t1
                 values, is_measured, seconds = read(row)
                 return (
-                    kind,
+                    self._stem_for(row, kind, values.shape[1]),
                     torch.from_numpy(values)[None],
                     torch.from_numpy(is_measured)[None],
                     torch.tensor([seconds], dtype=torch.float32),
                 )
-        wanted = " or ".join(COLUMNS[kind] for kind in self.bundle.stems)
+        wanted = " or ".join(column for kind, column in COLUMNS.items() if kind in self.bundle.stems)
         raise ScanError(f"row {row.name}: columns {list(row.index)}; this model needs a column {wanted}")
+
+    def _stem_for(self, row: pandas.Series, kind: TokenKind, num_voxels: int) -> StemName:
+        """Returns the stem that reads this many voxels: files are packed into the kind's first space, arrays come as
+        they are."""
+        sizes = {name: space.num_voxels for name, space in self.bundle.spaces.items() if kind_of(name) == kind}
+        found = [name for name, size in sizes.items() if size == num_voxels]
+        if not found:
+            raise ScanError(f"row {row.name}: {num_voxels} voxels in {COLUMNS[kind]}; this model reads {sizes}")
+        return kind if kind in found else found[0]
 
     def _read_bold(self, row: pandas.Series) -> tuple[np.ndarray, np.ndarray, float]:
         seconds = float(row["repetition_time_s"]) if _given(row, "repetition_time_s") else None

@@ -29,6 +29,7 @@ class Batch:
     scan_ids: list[str]
     subjects: list[str]
     first_frame: list[int]
+    set_name: str = field(default="", kw_only=True)  # of a run over several sets
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
@@ -68,6 +69,7 @@ class StoredBatch(Batch):
             scan_ids=self.scan_ids,
             subjects=self.subjects,
             first_frame=self.first_frame,
+            set_name=self.set_name,
         )
 
 

@@ -5,9 +5,20 @@ from typing import Literal
 
 from cluster.config import ClusterConfig
 from pretrain.baselines import BaselineConfig
-from pretrain.masked_volumes import ModelConfig, WindowConfig
+from pretrain.geometry import WindowConfig
+from pretrain.masked_set import LossConfig
+from pretrain.masked_volumes import ModelConfig
 from pretrain.masking import MaskingConfig
 from training.config import RunConfig, TrainConfig
+
+
+@dataclass
+class SetConfig:
+    """One shard set of a joint run."""
+
+    kind: Literal["bold", "t1"]
+    shards: str
+    weight: float  # its share of the steps, up to a factor
 
 
 @dataclass
@@ -30,7 +41,7 @@ class DataConfig:
 class RegisterConfig:
     """Under which name the backbone enters the registry."""
 
-    names: dict[str, str]  # by kind
+    names: dict[str, str]  # by kind; 'joint' for sets of several kinds
     alias: str
 
 
@@ -38,13 +49,15 @@ class RegisterConfig:
 class PretrainConfig:
     """One run of `python -m pretrain`."""
 
-    kind: Literal["bold", "t1"]
-    shards: str
-    atlas: str  # an atlas of the shard set: regions for masking and for scores
+    kind: Literal["bold", "t1"] | None  # with shards: a run on one set
+    shards: str | None
+    sets: dict[str, SetConfig] | None  # instead of the two: a joint run, by name
+    atlas: str  # an atlas of every set: regions for masking and for scores
     run: RunConfig
-    windows: dict[str, WindowConfig]  # by kind
+    windows: dict[str, WindowConfig]  # by kind, or by the name of a set that has its own
     model: ModelConfig
     masking: MaskingConfig
+    loss: LossConfig
     data: DataConfig
     weight_decay: float  # of matrices; norms and biases have none
     min_mean_subjects: (
@@ -57,5 +70,20 @@ class PretrainConfig:
     cluster: ClusterConfig
 
     @property
-    def window(self) -> WindowConfig:
-        return self.windows[self.kind]
+    def named_sets(self) -> dict[str, SetConfig]:
+        """The sets by name; kind and shards alone are a set named as its kind."""
+        if self.sets is not None:
+            return self.sets
+        assert self.kind is not None
+        assert self.shards is not None
+        return {self.kind: SetConfig(self.kind, self.shards, 1.0)}
+
+    @property
+    def label(self) -> str:
+        """What the backbone reads: its kind, or 'joint' for several."""
+        kinds = {each.kind for each in self.named_sets.values()}
+        return kinds.pop() if len(kinds) == 1 else "joint"
+
+    def window_of(self, name: str) -> WindowConfig:
+        """The window of a set: its own, or that of its kind."""
+        return self.windows[name if name in self.windows else self.named_sets[name].kind]

@@ -1,29 +1,30 @@
 """The pretraining task: encode the visible tokens of a scan, guess the voxels of the hidden ones.
 
-Knows windows, layouts and atlases; nothing of files, ranks or the loop.
+Knows sets, windows and layouts; nothing of files, ranks or the loop.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from brain_models import bundle
-from brain_models.atlas import Atlas
-from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, TokenKind
+from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, StemName, kind_of
 from brain_models.patches import PatchLayout
-from brain_models.space import BrainSpace
-from data_sharding.reader import Batch
+from data_sharding.batch import Batch
 from pretrain.errors import PretrainError
-from pretrain.masking import Masker, MaskingConfig, TokenChoice, columns_of_groups
-from pretrain.references import References, centre, hidden_voxels
-from pretrain.scores import Regions, metrics_of, report_of
+from pretrain.geometry import Geometry, WindowConfig
+from pretrain.masked_set import LossConfig, MaskedSet, SetSpec, at
+from pretrain.masking import MaskingConfig, TokenChoice
+from pretrain.references import centre, hidden_voxels
+from pretrain.scores import metrics_of, report_of
 from training.task import ParameterGroup, Task
 from training.unfreezing import split_decay
+
+__all__ = ["DecoderConfig", "Geometry", "LossConfig", "MaskedVolumes", "ModelConfig", "SetSpec", "WindowConfig"]
 
 
 @dataclass
@@ -40,136 +41,134 @@ class ModelConfig:
     decoder: DecoderConfig
 
 
-@dataclass
-class WindowConfig:
-    """What one sample of a kind is, and how it is cut into tokens."""
-
-    window_frames: int
-    tubelet_frames: int
-    patch_voxels: int
-
-
-@dataclass(frozen=True, eq=False)
-class Geometry:
-    """Where the voxels are: everything that masking and scores need of a space, an atlas and a window."""
-
-    space: BrainSpace
-    atlas: Atlas
-    layout: PatchLayout
-    window: WindowConfig
-
-    @classmethod
-    def of(cls, space: BrainSpace, atlas: Atlas, window: WindowConfig) -> "Geometry":
-        return cls(space, atlas, PatchLayout(space, window.patch_voxels), window)
-
-    @property
-    def num_tubelets(self) -> int:
-        return self.window.window_frames // self.window.tubelet_frames
-
-    def masker(self, config: MaskingConfig) -> Masker:
-        """The masker of this geometry; MaskingError when the budget is out of reach."""
-        shares, allowed = self.membership(config)
-        return Masker(config, shares, allowed=allowed, num_tubelets=self.num_tubelets)
-
-    def membership(self, config: MaskingConfig) -> tuple[Float[Tensor, "patch region"], list[int] | None]:
-        """Shares of each patch in each region, and the columns that may be hidden (None = all)."""
-        membership = self.atlas.membership(self.layout, self.space)
-        allowed = columns_of_groups(
-            config.groups, atlas_groups=self.atlas.groups, region_ids=membership.region_ids.tolist()
-        )
-        return torch.from_numpy(membership.shares), allowed
-
-
 class MaskedVolumes(Task):
     """Reconstruction of hidden tokens, scored on measured voxels, about the training split's voxel mean.
 
-    `references`, when set, are scored beside the model on the same voxels by `predict`.
+    One trunk for all sets; sets whose tokens have the same shape share a stem and an output of the decoder. A batch is
+    of one set. Where a set has `references`, `predict` scores them beside the model on the same voxels.
     """
-
-    kind: TokenKind
-    references: References | None
-    region_of_voxel: Tensor
-    patch_of_voxel: Tensor
-    place_of_voxel: Tensor
 
     def __init__(
         self,
         config: ModelConfig,
-        geometry: Geometry,
+        sets: Mapping[str, SetSpec],
         *,
-        kind: TokenKind,
         masking: MaskingConfig,
+        loss: LossConfig,
         batch_size: int,
         weight_decay: float,
     ) -> None:
         super().__init__()
-        window, layout = geometry.window, geometry.layout
-        self.kind = kind
-        self.masker = geometry.masker(masking)
         self.weight_decay = weight_decay
-        self.references = None
-        self.encoder = BrainEncoder(config.encoder, {kind: (layout, window.tubelet_frames)})
+        self.batch_size = batch_size
+        self.loss_kind = loss.kind
+        stem_of_set = stem_names(sets)
+        shapes = {stem: sets[name].geometry for name, stem in reversed(stem_of_set.items())}
+        shapes = {stem: shapes[stem] for stem in stem_of_set.values()}
+        self.encoder = BrainEncoder(
+            config.encoder, {stem: (shape.layout, shape.window.tubelet_frames) for stem, shape in shapes.items()}
+        )
         self.decoder = PatchDecoder(
             config.encoder,
             width=config.decoder.width,
             depth=config.decoder.depth,
-            num_features=self.encoder.stem(kind).num_features,
+            num_features={stem: self.encoder.stem(stem).num_features for stem in shapes},
         )
-        values_per_token = float(layout.voxels_per_patch.mean()) * window.tubelet_frames
-        self.values_per_sample = self.masker.num_hidden * values_per_token  # hidden ones, as if all were measured
-        self.batch_size = batch_size
-        self.regions = Regions.of(geometry.atlas)
-        self.register_buffer("region_of_voxel", torch.from_numpy(self.regions.column_of_voxel), persistent=False)
-        self.register_buffer("patch_of_voxel", torch.from_numpy(layout.patch_of_voxel), persistent=False)
-        place = np.empty(layout.num_voxels, dtype=np.int64)
-        place[layout.gather[layout.is_valid]] = np.nonzero(layout.is_valid)[1]
-        self.register_buffer("place_of_voxel", torch.from_numpy(place), persistent=False)
+        self.names = list(sets)
+        self.sets = nn.ModuleList(
+            MaskedSet(name, stem_of_set[name], spec, masking=masking, loss=loss) for name, spec in sets.items()
+        )
+        self.num_columns = max(self.set_named(name).regions.num_columns for name in sets)
 
-    def set_voxel_statistics(self, mean: Float[Tensor, "voxel"], deviation: Float[Tensor, "voxel"]) -> None:
-        """Store the training split's voxel mean and deviation in the stem, with which they travel."""
-        stem = self.encoder.stem(self.kind)
-        stem.voxel_offset.copy_(mean)
-        stem.voxel_scale.copy_(deviation)
+    def set_named(self, name: str) -> MaskedSet:
+        """The set of that name; of a single set, batches need not name it."""
+        part = self.sets[self.names.index(name) if name or len(self.names) > 1 else 0]
+        assert isinstance(part, MaskedSet)
+        return part
+
+    def set_voxel_statistics(
+        self, stem: StemName, mean: Float[Tensor, "voxel"], deviation: Float[Tensor, "voxel"]
+    ) -> None:
+        """Store the training split's voxel mean and deviation in a stem, with which they travel."""
+        self.encoder.stem(stem).voxel_offset.copy_(mean)
+        self.encoder.stem(stem).voxel_scale.copy_(deviation)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The loss: weighted squared error over measured voxels of hidden tokens, divided by a constant."""
-        choice = self.masker.choose(batch.sample_seed)
+        """The loss: weighted squared error over measured voxels of hidden tokens, divided by a constant; of several
+        sets also under the set's name."""
+        part = self.set_named(batch.set_name)
+        choice = part.masker.choose(batch.sample_seed)
         features = self._features(batch)
-        guess = self._guess(features, batch, choice)
-        residual = guess.float() - _at(features, choice.hidden)
-        counted = self._weights(batch, choice)  # voxel scale where measured, else 0
+        residual = self._guess(features, batch, choice).float() - at(features, choice.hidden)
+        counted = part.counted(self.encoder.stem(part.stem_name), batch.is_measured, choice)
         squared = (residual * counted).square().sum(dim=(1, 2))
-        return {"loss": (batch.weight * squared).sum() / (self.batch_size * self.values_per_sample)}
+        loss = (batch.weight * squared).sum() / (self.batch_size * part.values_per_sample)
+        if len(self.names) == 1:
+            return {"loss": loss}
+        return {"loss": loss + self._untouched(part.stem_name), f"loss/{part.name}": loss.detach()}
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Per sample and region (the last column: no region): squared error of the model and of each reference, total
-        about the training mean, and the number of values they are summed over."""
-        choice = self.masker.choose(batch.sample_seed)
+        about the training mean, and the number of values they are summed over; per sample, the loss's weighted error.
+        """
+        part = self.set_named(batch.set_name)
+        stem = self.encoder.stem(part.stem_name)
+        choice = part.masker.choose(batch.sample_seed)
         guess = self._guess(self._features(batch), batch, choice).float()
-        is_hidden = self.hidden_patches(batch)
-        is_scored = hidden_voxels(is_hidden, self.patch_of_voxel, batch.values.shape[1])
+        is_hidden = part.hidden_patches(choice)
+        is_scored = hidden_voxels(is_hidden, part.patch_of_voxel, batch.values.shape[1])
         is_scored = is_scored & batch.is_measured[:, None]
-        stem = self.encoder.stem(self.kind)
         truth = centre(batch.values, batch.is_measured, stem.voxel_offset)
-        model = self._by_voxel(guess, choice) * stem.voxel_scale
+        squared = (part.by_voxel(stem, guess, choice) * stem.voxel_scale - truth).square() * is_scored
         sums = {
-            "error": self._by_region((model - truth).square() * is_scored),
-            "total": self._by_region(truth.square() * is_scored),
-            "count": self._by_region(is_scored.float()),
+            "error": part.by_region(squared),
+            "total": part.by_region(truth.square() * is_scored),
+            "count": part.by_region(is_scored.float()),
         }
-        if self.references is not None:
-            guesses = self.references.guess(batch.values.cpu(), batch.is_measured.cpu(), is_hidden.cpu())
+        if part.references is not None:
+            guesses = part.references.guess(batch.values.cpu(), batch.is_measured.cpu(), is_hidden.cpu())
             for name, values in guesses.items():
-                squared = (values.to(truth.device) - truth).square() * is_scored
-                sums[f"error_{name}"] = self._by_region(squared)
-        return sums
+                sums[f"error_{name}"] = part.by_region((values.to(truth.device) - truth).square() * is_scored)
+        padding = self.num_columns - part.regions.num_columns
+        sums = {name: nn.functional.pad(values, (0, padding)) for name, values in sums.items()}
+        of_set = torch.full((len(truth),), self.names.index(part.name), device=truth.device)
+        return sums | {"weighted": (squared * part.voxel_weight).sum(dim=(1, 2)), "set": of_set}
 
     def metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
-        return metrics_of(predictions, self.regions, values_per_sample=self.values_per_sample)
+        """loss and r2 with their parts; of several sets <set>/r2 and so on, and the loss weighted as training is."""
+        by_set = {}
+        for name, rows in self.by_set(predictions).items():
+            part = self.set_named(name)
+            loss = float(rows["weighted"].double().sum() / (len(rows["weighted"]) * part.values_per_sample))
+            by_set[name] = metrics_of(rows, part.regions, values_per_sample=part.values_per_sample) | {"loss": loss}
+        if len(self.names) == 1:
+            return by_set[self.names[0]]
+        weights = {name: self.set_named(name).weight for name in by_set}
+        whole = sum(weights[name] * found["loss"] for name, found in by_set.items()) / sum(weights.values())
+        return {"loss": whole} | {
+            f"{name}/{key}": value for name, found in by_set.items() for key, value in found.items()
+        }
 
     def report(self, predictions: dict[str, Tensor]) -> dict[str, object]:
-        """The whole table of a split; see pretrain.scores."""
-        return report_of(predictions, self.regions, values_per_sample=self.values_per_sample)
+        """The whole table of a split, see pretrain.scores; of several sets one table each."""
+        reports = {}
+        for name, rows in self.by_set(predictions).items():
+            part = self.set_named(name)
+            reports[name] = report_of(rows, part.regions, values_per_sample=part.values_per_sample)
+        return reports[self.names[0]] if len(self.names) == 1 else dict(reports)
+
+    def by_set(self, predictions: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The predictions of each set that has any, with its own number of region columns."""
+        found = {}
+        for index, name in enumerate(self.names):
+            rows = predictions["set"] == index
+            columns = self.set_named(name).regions.num_columns
+            if bool(rows.any()):
+                found[name] = {
+                    key: values[rows][:, :columns] if is_by_region(key) else values[rows]
+                    for key, values in predictions.items()
+                }
+        return found
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return split_decay(
@@ -180,67 +179,84 @@ class MaskedVolumes(Task):
             opens_at_step=0,
         )
 
+    def checkpoint_activations(self) -> None:
+        self.encoder.recomputes_activations = self.decoder.recomputes_activations = True
+
     def exported(self) -> nn.Module:
         return self.encoder
 
     def load_registered(self, folder: Path) -> None:
-        """Take over a registered encoder of the same sizes, space and token shape; the decoder starts anew."""
-        weights = bundle.load(folder).encoder.state_dict()
-        try:
-            self.encoder.load_state_dict(weights)
-        except RuntimeError as error:
+        """Take over a registered encoder's trunk, and its stems where the token shape is known; a new shape's stem is
+        one of theirs resampled, of the same kind if there is one. The decoder starts anew."""
+        from brain_models import bundle  # needs PyYAML, which a machine that only trains may lack
+
+        theirs = bundle.load(folder).encoder
+        if theirs.config != self.encoder.config:
             raise PretrainError(
-                f"{folder}: the registered encoder has another size, space or token shape ({error}); "
-                "use the model, space and windows it was trained with, or train.start.registered=null"
-            ) from error
+                f"{folder}: the registered encoder is {theirs.config}, this run's model is {self.encoder.config}; "
+                "use the model it was trained with, or train.start.registered=null"
+            )
+        trunk = {key: value for key, value in theirs.state_dict().items() if not key.startswith("stems.")}
+        self.encoder.load_state_dict(trunk, strict=False)
+        for name in self.encoder.stems:
+            mine = self.encoder.stem(name)
+            known = {other: theirs.stem(other) for other in theirs.stems}
+            same = next((stem for stem in known.values() if stem.is_like(mine)), None)
+            if same is not None:
+                mine.load_state_dict(same.state_dict())
+            else:
+                mine.start_from(known[min(known, key=lambda other: kind_of(other) != kind_of(name))])
 
     def hidden_patches(self, batch: Batch) -> Bool[Tensor, "batch tubelet patch"]:
         """True for the tokens that this batch hides."""
-        hidden = self.masker.choose(batch.sample_seed).hidden
-        flat = torch.zeros(len(hidden), self.masker.num_tokens, dtype=torch.bool, device=hidden.device)
-        flat.scatter_(1, hidden, True)
-        return rearrange(flat, "batch (tubelet patch) -> batch tubelet patch", patch=self.masker.num_patches)
+        part = self.set_named(batch.set_name)
+        return part.hidden_patches(part.masker.choose(batch.sample_seed))
 
     def _features(self, batch: Batch) -> Float[Tensor, "batch token feature"]:
-        return self.encoder.stem(self.kind).features(batch.values, batch.is_measured)
+        stem = self.encoder.stem(self.set_named(batch.set_name).stem_name)
+        return stem.features(batch.values, batch.is_measured)
 
     def _guess(
         self, features: Float[Tensor, "batch token feature"], batch: Batch, choice: TokenChoice
     ) -> Float[Tensor, "batch hidden feature"]:
         """Standardised voxels of the hidden tokens, guessed from the visible ones."""
-        positions = self.encoder.positions(self.kind, self.masker.num_tubelets, batch.repetition_time_s)
-        visible_positions = _at(positions, choice.visible)
-        encoded = self.encoder(_at(features, choice.visible), visible_positions, self.kind)
-        return self.decoder(encoded, visible_positions, _at(positions, choice.hidden))
+        part = self.set_named(batch.set_name)
+        positions = self.encoder.positions(part.stem_name, part.masker.num_tubelets, batch.repetition_time_s)
+        visible_positions = at(positions, choice.visible)
+        encoded = self.encoder(at(features, choice.visible), visible_positions, part.stem_name)
+        return self.decoder(encoded, visible_positions, at(positions, choice.hidden), part.stem_name)
 
-    def _weights(self, batch: Batch, choice: TokenChoice) -> Float[Tensor, "batch hidden feature"]:
-        """The voxel's scale where a hidden feature stands for a measured voxel, else 0."""
-        stem = self.encoder.stem(self.kind)
-        scale = stem.by_token(stem.voxel_scale.expand(1, stem.tubelet_frames, -1))
-        scaled = stem.measured(batch.is_measured) * scale
-        return _at(scaled, choice.hidden % self.masker.num_patches)
-
-    def _by_voxel(
-        self, tokens: Float[Tensor, "batch hidden feature"], choice: TokenChoice
-    ) -> Float[Tensor, "batch time voxel"]:
-        """Features of hidden tokens put back where they belong on the packed axis, 0 elsewhere."""
-        stem = self.encoder.stem(self.kind)
-        every = tokens.new_zeros(len(tokens), self.masker.num_tokens, tokens.shape[2])
-        every.scatter_(1, choice.hidden[:, :, None].expand_as(tokens), tokens)
-        places = rearrange(
-            every,
-            "batch (tubelet patch) (frame place) -> batch (tubelet frame) patch place",
-            patch=self.masker.num_patches,
-            frame=stem.tubelet_frames,
-        )
-        return places[:, :, self.patch_of_voxel, self.place_of_voxel]
-
-    def _by_region(self, values: Float[Tensor, "batch time voxel"]) -> Float[Tensor, "batch region"]:
-        sums = values.new_zeros(len(values), self.regions.num_columns)
-        return sums.index_add_(1, self.region_of_voxel, values.sum(dim=1))
+    def _untouched(self, used: StemName) -> Tensor:
+        """0, with the stems and outputs this step does not use in its graph: their gradient is then zero, not absent,
+        so that every engine moves them alike. Through their modules, because ZeRO 3 gathers weights there."""
+        width = self.decoder.norm.normalized_shape[0]
+        sums = [
+            stem.project(stem.voxel_offset.new_zeros(1, stem.num_features)).sum()
+            + self.decoder.predict[name](stem.voxel_offset.new_zeros(1, width)).sum()
+            for name, stem in ((name, self.encoder.stem(name)) for name in self.encoder.stems)
+            if name != used
+        ]
+        return 0.0 * torch.stack([*sums, self.encoder.stem(used).voxel_offset.new_zeros(())]).sum()
 
 
-def _at(
-    tokens: Float[Tensor, "batch token feature"], chosen: Int64[Tensor, "batch chosen"]
-) -> Float[Tensor, "batch chosen feature"]:
-    return tokens.gather(1, chosen[:, :, None].expand(-1, -1, tokens.shape[2]))
+def is_by_region(name: str) -> bool:
+    """True for the predictions that have a column a region."""
+    return name in ("error", "total", "count") or name.startswith("error_")
+
+
+def stem_names(sets: Mapping[str, SetSpec]) -> dict[str, StemName]:
+    """The stem each set reads with: one a token shape, the first of a kind named as the kind."""
+    names: dict[tuple[str, str, int], StemName] = {}
+    found = {}
+    for set_name, spec in sets.items():
+        layout, frames = spec.geometry.layout, spec.geometry.window.tubelet_frames
+        shape = (spec.kind, layout.fingerprint, frames)
+        is_first = not any(kind == spec.kind for kind, _, _ in names)
+        names.setdefault(shape, spec.kind if is_first else f"{spec.kind}_{shape_hash(layout, frames)}")
+        found[set_name] = names[shape]
+    return found
+
+
+def shape_hash(layout: PatchLayout, tubelet_frames: int) -> str:
+    """Eight hexadecimal digits that name a token shape."""
+    return sha256(f"{layout.fingerprint} {tubelet_frames}".encode()).hexdigest()[:8]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.errors import MaskingError
 
@@ -27,6 +27,15 @@ class MaskingConfig:
     hidden_share: float  # of all patches; the token budget is this many patches in every tubelet
     rule: Rule  # how a patch belongs to regions
     groups: list[str]  # hide only patches of these atlas groups; empty = the whole brain
+    exclude: list[str]  # never hide patches of these atlas groups
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Membership columns of the regions that may be hidden (None = all), and of those that may not."""
+
+    allowed: Sequence[int] | None
+    excluded: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -93,23 +102,42 @@ def reachable(
     return (regions_of_patches(membership, rule, allowed) < membership.shape[1]).any(dim=1)
 
 
+def eligible_patches(
+    membership: Float[Tensor, "patch region"], config: MaskingConfig, columns: Columns
+) -> Bool[Tensor, "patch"]:
+    """True for the patches that an arm may hide.
+
+    A patch is of a group when the rule gives it one of the group's regions: under `any` a patch that touches an
+    excluded region is never hidden, under `majority` one that is mostly of it.
+    """
+    eligible = ~reachable(membership, config.rule, columns.excluded)
+    if config.kind == "region" or columns.allowed is not None:
+        eligible = eligible & reachable(membership, config.rule, columns.allowed)
+    return eligible
+
+
+def hidable_columns(
+    config: MaskingConfig, *, atlas_groups: Mapping[str, Sequence[int]], region_ids: Sequence[int]
+) -> Columns:
+    """The membership columns that `groups` and `exclude` name; MaskingError for a group the atlas does not have."""
+    allowed = columns_of_groups(config.groups, "groups", atlas_groups=atlas_groups, region_ids=region_ids)
+    excluded = columns_of_groups(config.exclude, "exclude", atlas_groups=atlas_groups, region_ids=region_ids)
+    return Columns(allowed if config.groups else None, excluded)
+
+
 def columns_of_groups(
-    groups: Sequence[str], *, atlas_groups: Mapping[str, Sequence[int]], region_ids: Sequence[int]
-) -> list[int] | None:
-    """The membership columns of the named groups' regions; None when no group is named."""
+    groups: Sequence[str], key: str, *, atlas_groups: Mapping[str, Sequence[int]], region_ids: Sequence[int]
+) -> list[int]:
+    """The membership columns of the named groups' regions."""
     unknown = [name for name in groups if name not in atlas_groups]
     if unknown:
-        raise MaskingError(f"masking.groups: no group {unknown} in this atlas; it has {sorted(atlas_groups)}")
+        raise MaskingError(f"masking.{key}: no group {unknown} in this atlas; it has {sorted(atlas_groups)}")
     wanted = {label for name in groups for label in atlas_groups[name]}
-    return [column for column, label in enumerate(region_ids) if label in wanted] if groups else None
+    return [column for column, label in enumerate(region_ids) if label in wanted]
 
 
 def masking_problems(
-    config: MaskingConfig,
-    membership: Float[Tensor, "patch region"],
-    *,
-    allowed: Sequence[int] | None,
-    num_tubelets: int,
+    config: MaskingConfig, membership: Float[Tensor, "patch region"], *, columns: Columns, num_tubelets: int
 ) -> list[str]:
     """Why this arm cannot hide its budget on this layout, each with the number; empty when it can."""
     num_patches = membership.shape[0]
@@ -122,10 +150,10 @@ def masking_problems(
         )
     if config.kind == "future" and num_tubelets < 2:
         problems.append("masking.kind: 'future' needs windows of at least 2 tubelets; lengthen window_frames")
-    restricted = config.kind == "region" or config.groups
-    can_hide = int(reachable(membership, config.rule, allowed).sum()) if restricted else num_patches
+    can_hide = int(eligible_patches(membership, config, columns).sum())
     if budget > can_hide:
         only = f" of the groups {config.groups}" if config.groups else ""
+        only += f" without the groups {config.exclude}" if config.exclude else ""
         problems.append(
             f"masking.hidden_share: {config.hidden_share} asks for {budget} of {num_patches} patches, but "
             f"'{config.kind}' with rule '{config.rule}'{only} reaches {can_hide} ({can_hide / num_patches:.3f}); "
@@ -134,30 +162,30 @@ def masking_problems(
     return problems
 
 
-class Masker:
+class Masker(nn.Module):
     """Chooses the hidden tokens of a batch; built once from a configuration and a membership matrix."""
+
+    regions: Int64[Tensor, "patch choice"]
+    eligible: Bool[Tensor, "patch"]
 
     def __init__(
         self,
         config: MaskingConfig,
         membership: Float[Tensor, "patch region"],
         *,
-        allowed: Sequence[int] | None,
+        columns: Columns,
         num_tubelets: int,
     ) -> None:
-        problems = masking_problems(config, membership, allowed=allowed, num_tubelets=num_tubelets)
+        problems = masking_problems(config, membership, columns=columns, num_tubelets=num_tubelets)
         if problems:
             raise MaskingError("; ".join(problems))
+        super().__init__()
         self.kind = config.kind
         self.num_patches, self.num_regions = membership.shape
         self.num_tubelets = num_tubelets
         self.num_hidden = hidden_patches(config.hidden_share, self.num_patches) * num_tubelets
-        self.regions = regions_of_patches(membership, config.rule, allowed)
-        self.eligible = (
-            reachable(membership, config.rule, allowed)
-            if config.groups
-            else torch.ones(self.num_patches, dtype=torch.bool)
-        )
+        self.register_buffer("regions", regions_of_patches(membership, config.rule, columns.allowed), persistent=False)
+        self.register_buffer("eligible", eligible_patches(membership, config, columns), persistent=False)
 
     @property
     def num_tokens(self) -> int:
@@ -186,7 +214,7 @@ class Masker:
         elif self.kind == "future":
             tubelets_left = torch.arange(self.num_tubelets - 1, -1, -1, device=keys.device)
             keys = keys + (repeat(tubelets_left, "tubelet -> (tubelet patch)", patch=self.num_patches) << 31)
-        eligible = self.eligible.to(keys.device)
+        eligible = self.eligible
         if not by_patch:
             eligible = repeat(eligible, "patch -> (tubelet patch)", tubelet=self.num_tubelets)
         return torch.where(eligible, keys, _NEVER)
@@ -196,4 +224,4 @@ class Masker:
         numbers = random_bits(sample_seed, self.num_regions, stream=1)
         above_all = torch.full_like(numbers[:, :1], 1 << 31)
         numbers = torch.cat([numbers, above_all], dim=1)
-        return numbers[:, self.regions.to(numbers.device)].amin(dim=2)
+        return numbers[:, self.regions].amin(dim=2)

@@ -2,22 +2,30 @@
 
 import dataclasses
 import math
+import re
+from typing import get_args
 
 from torch import nn
 
+from brain_models.encoder import TokenKind
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
 from data_sharding.addresses import run_table
 from data_sharding.errors import ShardError
-from data_sharding.reader import ShardSet, open_set
+from data_sharding.joint import sets_of_steps, split_conflicts
 from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
-from pretrain.masked_volumes import Geometry, MaskedVolumes
+from pretrain.geometry import Geometry
+from pretrain.masked_set import MaskedSet
+from pretrain.masked_volumes import MaskedVolumes
 from pretrain.masking import masking_problems
-from pretrain.train import build_task, geometry_of
+from pretrain.sets import OpenedSet, open_sets
+from pretrain.train import build_task
 from training.config import validate_train
 
-BYTES_PER_VALUE = {"bold": 1, "t1": 2}  # int8 and float16 in the shards
+BYTES_PER_VALUE = {"int8": 1, "float16": 2}
+REQUIRED = {"kind": "<bold|t1>", "shards": "<shard set>"}
+SET_NAME = re.compile("[a-z][a-z0-9_]*")
 OPTIMISER_BYTES = 8  # AdamW's two moments in float32, a parameter
 SHARED_FROM_STAGE = {"optimiser": 1, "gradients": 2, "weights": 3}  # what each ZeRO stage divides over the ranks
 
@@ -27,36 +35,70 @@ def validate(config: PretrainConfig) -> list[str]:
     problems = (
         validate_cluster(config.cluster, "cluster")
         + validate_train(config.train, "train", num_workers=config.cluster.num_workers)
-        + window_problems(config)
         + number_problems(config)
     )
-    if any(problem.startswith("windows") for problem in problems):
-        return problems
+    unreadable = naming_problems(config) or [
+        problem for name in config.named_sets for problem in window_problems(config, name)
+    ]
+    if unreadable:
+        return problems + unreadable
+    problems += registration_problems(config)
     try:
-        shard_set = open_set(config.shards)
-        geometry = geometry_of(config, shard_set)
-        shares, allowed = geometry.membership(config.masking)
+        sets = open_sets(config)
+        for opened in sets.values():
+            shares, columns = opened.geometry.membership(config.masking)
+            found = masking_problems(config.masking, shares, columns=columns, num_tubelets=opened.geometry.num_tubelets)
+            problems += found if len(sets) == 1 else [f"set {opened.name}: {problem}" for problem in found]
+            problems += set_problems(config, opened)
     except (ShardError, StorageError, PretrainError) as error:
         return [*problems, str(error)]
-    problems += masking_problems(config.masking, shares, allowed=allowed, num_tubelets=geometry.num_tubelets)
-    return problems + set_problems(config, shard_set)
+    return problems + split_conflicts({name: each.shard_set.subjects for name, each in sets.items()})
 
 
-def window_problems(config: PretrainConfig) -> list[str]:
-    """Problems of the window of this kind."""
-    if config.kind not in config.windows:
-        return [f"windows: no entry for kind={config.kind}; it has {sorted(config.windows)}"]
-    window, key = config.window, f"windows.{config.kind}"
+def naming_problems(config: PretrainConfig) -> list[str]:
+    """What is wrong with how the sets are given: kind and shards, or sets."""
+    if config.sets is None:
+        missing = [
+            f"{key}: required; add {key}={hint}" for key, hint in REQUIRED.items() if getattr(config, key) is None
+        ]
+        return [f"{problem} (or sets=... for a joint run)" for problem in missing]
+    problems = []
+    if config.kind is not None or config.shards is not None:
+        problems.append("sets: kind or shards are given as well; a joint run names both in each set")
+    if not config.sets:
+        problems.append("sets: empty; name at least one, e.g. sets={rest: {kind: bold, shards: ..., weight: 1}}")
+    for name, each in config.sets.items():
+        if not SET_NAME.fullmatch(name) or (name in get_args(TokenKind) and name != each.kind):
+            problems.append(f"sets.{name}: use small letters, digits and _, and no other kind's name")
+        if each.weight <= 0:
+            problems.append(f"sets.{name}.weight: {each.weight}; must be above 0")
+    return problems
+
+
+def window_problems(config: PretrainConfig, name: str) -> list[str]:
+    """Problems of the window of a set."""
+    kind = config.named_sets[name].kind
+    key = name if name in config.windows else kind
+    if key not in config.windows:
+        return [f"windows: no entry for kind={kind}; it has {sorted(config.windows)}"]
+    window, key = config.windows[key], f"windows.{key}"
     problems = [
-        f"{key}.{name}: {value}; must be above 0" for name, value in dataclasses.asdict(window).items() if value < 1
+        f"{key}.{field}: {value}; must be above 0" for field, value in dataclasses.asdict(window).items() if value < 1
     ]
     if not problems and window.window_frames % window.tubelet_frames:
         problems.append(
             f"{key}.window_frames: {window.window_frames} is no multiple of tubelet_frames {window.tubelet_frames}"
         )
-    if config.kind == "t1" and window.window_frames != 1:
+    if kind == "t1" and window.window_frames != 1:
         problems.append(f"{key}.window_frames: {window.window_frames}, but a T1 is one frame; set it to 1")
     return problems
+
+
+def registration_problems(config: PretrainConfig) -> list[str]:
+    """A backbone without a name to register it under."""
+    if config.register is None or config.label in config.register.names:
+        return []
+    return [f"register.names: no name for {config.label}; add register.names.{config.label}=<name>"]
 
 
 def number_problems(config: PretrainConfig) -> list[str]:
@@ -86,27 +128,28 @@ def number_problems(config: PretrainConfig) -> list[str]:
         problems.append(f"baselines.ridge_penalties: {baselines.ridge_penalties}; give at least one, all above 0")
     if not 0 < baselines.choice_share < 1:
         problems.append(f"baselines.choice_share: {baselines.choice_share}; give a share between 0 and 1")
-    if config.register is not None and config.kind not in config.register.names:
-        problems.append(f"register.names: no name for kind={config.kind}; add register.names.{config.kind}=<name>")
+    if not 0 < config.loss.smallest_region <= 1:
+        problems.append(f"loss.smallest_region: {config.loss.smallest_region}; must lie above 0 and up to 1")
     if config.weight_decay < 0:
         problems.append(f"weight_decay: {config.weight_decay}; must not be negative")
     return problems
 
 
-def set_problems(config: PretrainConfig, shard_set: ShardSet) -> list[str]:
+def set_problems(config: PretrainConfig, opened: OpenedSet) -> list[str]:
     """Splits without a scan of this kind, and windows longer than every run."""
     problems = []
-    evaluation = config.train.evaluation
+    evaluation, window_frames = config.train.evaluation, opened.geometry.window.window_frames
     for split in dict.fromkeys(["train", evaluation.split, *evaluation.final_splits]):
-        runs = shard_set.runs(config.kind, [split])
+        runs = opened.shard_set.runs(opened.kind, [split])
         if not len(runs):
             problems.append(
-                f"shards={config.shards}: no {config.kind} scan in split '{split}'; choose kind or split anew "
+                f"shards={opened.location}: no {opened.kind} scan in split '{split}'; choose kind or split anew "
                 "(train.evaluation), or write the set with both"
             )
-        elif config.kind == "bold" and int(runs["num_frames"].max()) < config.window.window_frames:
+        elif opened.kind == "bold" and int(runs["num_frames"].max()) < window_frames:
+            key = opened.name if opened.name in config.windows else opened.kind
             problems.append(
-                f"windows.bold.window_frames: {config.window.window_frames}, but the longest run of split "
+                f"windows.{key}.window_frames: {window_frames}, but the longest run of split "
                 f"'{split}' has {int(runs['num_frames'].max())} frames; shorten the window"
             )
     return problems
@@ -114,23 +157,17 @@ def set_problems(config: PretrainConfig, shard_set: ShardSet) -> list[str]:
 
 def plan(config: PretrainConfig) -> str:
     """What would happen: samples, steps, bytes, parameters, tokens and memory, one line each."""
-    shard_set = open_set(config.shards)
-    geometry = geometry_of(config, shard_set)
-    task = build_task(config, geometry)
-    samples = samples_per_epoch(shard_set, config)
-    drawn = config.train.steps * config.data.batch_size
-    values = config.window.window_frames * geometry.space.num_voxels
-    bytes_per_sample = values * BYTES_PER_VALUE[config.kind]
-    lines = {
-        "set": f"{config.shards}, space {geometry.space.name}, {geometry.space.num_voxels:,} voxels",
-        "samples an epoch": f"{samples:,} of the train split",
-        "steps": f"{config.train.steps:,} of {config.data.batch_size} samples: {drawn / max(samples, 1):.1f} epochs",
-        "tokens a sample": f"{task.masker.num_tokens:,}, {task.masker.num_hidden:,} of them hidden "
-        f"({geometry.layout.num_patches} patches x {geometry.num_tubelets} tubelets)",
-        "bytes read": f"{drawn * bytes_per_sample:,} ({bytes_per_sample:,} a sample)",
+    sets = open_sets(config)
+    task = build_task(config, sets)
+    steps_of_set = steps_by_set(config)
+    lines: dict[str, str] = {}
+    for name, opened in sets.items():
+        of_set = set_lines(config, opened, task.set_named(name), num_steps=steps_of_set[name])
+        lines |= of_set if len(sets) == 1 else {f"{name}: {key}": text for key, text in of_set.items()}
+    lines |= {
+        "steps": f"{config.train.steps:,} of {config.data.batch_size} samples",
         "parameters": f"{count(task.encoder):,} encoder, {count(task.decoder):,} decoder",
-        "memory a rank": f"{state_bytes(task, config) / 2**20:,.1f} MiB for weights, gradients and optimiser; "
-        f"{ridge_bytes(geometry) / 2**20:,.1f} MiB for the ridge baseline",
+        "memory a rank": f"{state_bytes(task, config) / 2**20:,.1f} MiB for weights, gradients and optimiser",
         "workers": f"{config.cluster.num_workers} ({config.cluster.kind}), "
         f"{micro_batches(config)} forward passes a step on each",
     }
@@ -138,10 +175,40 @@ def plan(config: PretrainConfig) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def samples_per_epoch(shard_set: ShardSet, config: PretrainConfig) -> int:
+def set_lines(config: PretrainConfig, opened: OpenedSet, part: MaskedSet, *, num_steps: int) -> dict[str, str]:
+    """The plan's lines about one set, of which `num_steps` steps are made."""
+    geometry = opened.geometry
+    samples = samples_per_epoch(opened)
+    drawn = num_steps * config.data.batch_size
+    sample_bytes = bytes_of_sample(opened)
+    return {
+        "set": f"{opened.location}, space {geometry.space.name}, {geometry.space.num_voxels:,} voxels",
+        "samples an epoch": f"{samples:,} of the train split, {samples * sample_bytes:,} bytes",
+        "samples drawn": f"{drawn:,} in {num_steps:,} steps: {drawn / max(samples, 1):.1f} epochs",
+        "tokens a sample": f"{part.masker.num_tokens:,}, {part.masker.num_hidden:,} of them hidden "
+        f"({geometry.layout.num_patches} patches x {geometry.num_tubelets} tubelets)",
+        "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} a sample)",
+        "ridge baseline": f"{ridge_bytes(geometry) / 2**20:,.1f} MiB on every rank",
+    }
+
+
+def steps_by_set(config: PretrainConfig) -> dict[str, int]:
+    """How many of the run's steps each set gets."""
+    weights = {name: each.weight for name, each in config.named_sets.items()}
+    drawn = sets_of_steps(weights, seed=config.data.seed, first_step=0, num_steps=config.train.steps)
+    return {name: drawn.count(name) for name in weights}
+
+
+def samples_per_epoch(opened: OpenedSet) -> int:
     """Windows of the train split that may be drawn; one a T1."""
-    frames = config.window.window_frames
-    return run_table(shard_set, kind=config.kind, split="train", window_frames=frames).num_samples
+    frames = opened.geometry.window.window_frames
+    return run_table(opened.shard_set, kind=opened.kind, split="train", window_frames=frames).num_samples
+
+
+def bytes_of_sample(opened: OpenedSet) -> int:
+    """Bytes of a sample's window in its shard."""
+    values = opened.geometry.window.window_frames * opened.geometry.space.num_voxels
+    return values * BYTES_PER_VALUE[opened.shard_set.frame_type(opened.kind)]
 
 
 def micro_batches(config: PretrainConfig) -> int:

@@ -11,7 +11,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from data_sharding.reader import Batch
+from data_sharding.batch import Batch
 from pretrain.baselines import (
     BaselineConfig,
     RidgeOracle,

@@ -4,9 +4,11 @@
 """
 
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +16,10 @@ import torch
 from brain_models import bundle
 from brain_models.bundle import Bundle, StemSpec
 from cluster.storage import store_for
-from data_sharding.reader import Batch, BatchSource, ReaderConfig, ShardSet, open_set
 from pretrain.config import PretrainConfig
-from pretrain.errors import PretrainError
-from pretrain.masked_volumes import Geometry, MaskedVolumes
+from pretrain.masked_volumes import MaskedVolumes
 from pretrain.references import fit_references, voxel_statistics
+from pretrain.sets import OpenedSet, open_sets, open_source, training_subset
 from training import registry
 from training.collectives import place
 from training.loop import FitResult, Services, fit
@@ -28,87 +29,55 @@ from training.task import Task
 
 def train(config: PretrainConfig) -> dict[str, object]:
     """What the run led to, as in <run.folder>/metrics.json; every rank calls it and gets the same."""
-    shard_set = open_set(config.shards)
-    geometry = geometry_of(config, shard_set)
-    task = build_task(config, geometry)
-    fit_to_training_split(task, config, shard_set, geometry)
-    source = BatchSource(shard_set, reader_config(config), rank=place().rank, world_size=place().world_size)
-    exporter = Exporter(config, shard_set)
-    services = Services(identity=identity(config), export=exporter.export, tags=lineage(config, shard_set))
+    sets = open_sets(config)
+    task = build_task(config, sets)
+    fit_to_training_split(task, config, sets)
+    source = open_source(config, sets, place())
+    exporter = Exporter(config, sets)
+    tags = lineage(config, sets) | {"callosum.set_fingerprint": source.fingerprint}
+    services = Services(identity=identity(config), export=exporter.export, tags=tags)
     result = fit(task, source, config.train, services)
     summary = summarise(task, config, result)
     if result.is_main:
-        exporter.publish(result, summary)
+        exporter.publish(result, summary, tags)
     return summary
 
 
-def geometry_of(config: PretrainConfig, shard_set: ShardSet) -> Geometry:
-    """The set's space and atlas, cut into the tokens of this kind; PretrainError when the set has no such atlas."""
-    if config.atlas not in shard_set.atlases:
-        raise PretrainError(
-            f"atlas={config.atlas}: {config.shards} holds {sorted(shard_set.atlases) or 'no atlas'}; choose one of "
-            "them, or write the set with another atlas"
-        )
-    return Geometry.of(shard_set.space, shard_set.atlases[config.atlas], config.window)
-
-
-def build_task(config: PretrainConfig, geometry: Geometry) -> MaskedVolumes:
+def build_task(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> MaskedVolumes:
     """A fresh task, the same on every rank."""
     torch.manual_seed(config.train.seed)
     return MaskedVolumes(
         config.model,
-        geometry,
-        kind=config.kind,
+        {name: each.spec for name, each in sets.items()},
         masking=config.masking,
+        loss=config.loss,
         batch_size=config.data.batch_size,
         weight_decay=config.weight_decay,
     )
 
 
-def fit_to_training_split(task: MaskedVolumes, config: PretrainConfig, shard_set: ShardSet, geometry: Geometry) -> None:
-    """Give the task the training split's voxel statistics and the baselines fitted on it.
+def fit_to_training_split(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> None:
+    """Give the task the training split's voxel statistics, a stem's from all its sets, and the baselines fitted on it.
 
     Every rank reads the same fixed subset and computes the same numbers, so nothing has to be exchanged.
     """
-
-    def batches() -> Iterator[Batch]:
-        source = BatchSource(shard_set, reader_config(config), rank=0, world_size=1)
-        yield from source.evaluation("train", limit=config.baselines.fit_samples)
-        source.close()
-
-    mean, deviation = torch.zeros(geometry.space.num_voxels), torch.ones(geometry.space.num_voxels)
-    if shard_set.runs(config.kind, ["train"])["subject"].nunique() >= config.min_mean_subjects:
-        statistics = voxel_statistics(batches(), geometry.space.num_voxels)
-        mean, deviation = statistics.mean, statistics.deviation(config.deviation_floor)
-    task.set_voxel_statistics(mean, deviation)
-    task.references = fit_references(
-        batches,
-        config.baselines,
-        offset=mean,
-        patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
-        centres_mm=torch.from_numpy(geometry.layout.centres_mm),
-        hidden_patches=task.hidden_patches,
-    )
-
-
-def reader_config(config: PretrainConfig) -> ReaderConfig:
-    """What the reader needs to know of a run; training reads the train split only."""
-    data = config.data
-    return ReaderConfig(
-        kind=config.kind,
-        split="train",
-        window_frames=config.window.window_frames,
-        batch_size=data.batch_size,
-        micro_batch_size=data.micro_batch_size,
-        shuffle_shards=data.shuffle_shards,
-        seed=data.seed,
-        num_workers=data.num_workers,
-        prefetch=data.prefetch,
-        reader=data.reader,
-        max_bad_fraction=data.max_bad_fraction,
-        cache_folder=data.cache_folder,
-        cache_bytes=data.cache_bytes,
-    )
+    for stem_name in task.encoder.stems:
+        readers = [each for name, each in sets.items() if task.set_named(name).stem_name == stem_name]
+        subjects = {subject for each in readers for subject in each.training_subjects}
+        if len(subjects) >= config.min_mean_subjects:
+            batches = itertools.chain.from_iterable(training_subset(config, each) for each in readers)
+            statistics = voxel_statistics(batches, readers[0].geometry.space.num_voxels)
+            task.set_voxel_statistics(stem_name, statistics.mean, statistics.deviation(config.deviation_floor))
+    for name, each in sets.items():
+        part, layout = task.set_named(name), each.geometry.layout
+        part.references = fit_references(
+            partial(training_subset, config, each),
+            config.baselines,
+            offset=task.encoder.stem(part.stem_name).voxel_offset.clone(),
+            patch_of_voxel=torch.from_numpy(layout.patch_of_voxel),
+            centres_mm=torch.from_numpy(layout.centres_mm),
+            hidden_patches=task.hidden_patches,
+        )
 
 
 def identity(config: PretrainConfig) -> dict[str, object]:
@@ -116,16 +85,16 @@ def identity(config: PretrainConfig) -> dict[str, object]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key != "run"}
 
 
-def lineage(config: PretrainConfig, shard_set: ShardSet) -> dict[str, str]:
-    """Where a backbone comes from, for the registry."""
+def lineage(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> dict[str, str]:
+    """Where a backbone comes from, for the registry; of several sets, in their order."""
+    shard_sets = [each.shard_set for each in sets.values()]
     return {
         "callosum.part": "pretrain",
-        "callosum.kind": config.kind,
-        "callosum.shards": config.shards,
-        "callosum.set_fingerprint": shard_set.fingerprint,
-        "callosum.space": shard_set.space.name,
-        "callosum.alignment": str(shard_set.manifest.preprocessing["alignment"]),
-        "callosum.space_fingerprint": shard_set.space.fingerprint,
+        "callosum.kind": config.label,
+        "callosum.shards": ", ".join(each.location for each in sets.values()),
+        "callosum.space": ", ".join(shard_set.space.name for shard_set in shard_sets),
+        "callosum.alignment": ", ".join(str(one.manifest.preprocessing["alignment"]) for one in shard_sets),
+        "callosum.space_fingerprint": ", ".join(shard_set.space.fingerprint for shard_set in shard_sets),
         "callosum.atlas": config.atlas,
         "callosum.masking": f"{config.masking.kind} {config.masking.hidden_share}",
     }
@@ -135,7 +104,8 @@ def summarise(task: MaskedVolumes, config: PretrainConfig, result: FitResult) ->
     """metrics.json: r2 on each final split beside the baselines, by group and region, and where it came from."""
     reconstruction = {split: task.report(found.predictions) for split, found in result.evaluations.items()}
     return {
-        "kind": config.kind,
+        "kind": config.label,
+        "sets": {name: dataclasses.asdict(each) for name, each in config.named_sets.items()},
         "masking": dataclasses.asdict(config.masking),
         "reconstruction": reconstruction,
         "steps": result.steps,
@@ -152,53 +122,59 @@ def summarise(task: MaskedVolumes, config: PretrainConfig, result: FitResult) ->
 class Exporter:
     """Writes the bundle while the loop still holds whole weights, and registers it afterwards. Used on rank 0."""
 
-    def __init__(self, config: PretrainConfig, shard_set: ShardSet) -> None:
+    def __init__(self, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> None:
         self.config = config
-        self.shard_set = shard_set
+        self.sets = sets
         self.store = store_for(config.run.folder)
         self.folder = Path(config.run.scratch) / f"{config.run.name}-bundle-{time.time_ns()}"
 
     def export(self, task: Task) -> None:
         """Write the encoder as a bundle, locally and into the run folder."""
         assert isinstance(task, MaskedVolumes)
-        window = self.config.window
-        stem = StemSpec(
-            patch_voxels=window.patch_voxels,
-            tubelet_frames=window.tubelet_frames,
-            window_frames=window.window_frames,
-            needs_brain_mask=self.shard_set.needs_brain_mask(self.config.kind),
-            preprocessing=self.shard_set.bold_preprocessing() if self.config.kind == "bold" else None,
-        )
+        first_of = {task.set_named(name).stem_name: each for name, each in reversed([*self.sets.items()])}
+        fingerprints = ", ".join(each.shard_set.fingerprint for each in self.sets.values())
         bundle.save(
             self.folder,
             Bundle(
                 encoder=task.encoder,
-                spaces={self.config.kind: self.shard_set.space},
-                stems={self.config.kind: stem},
+                spaces={name: first_of[name].geometry.space for name in task.encoder.stems},
+                stems={name: stem_spec(first_of[name]) for name in task.encoder.stems},
                 head=None,
                 classifier=None,
-                made_by={"part": "pretrain", "run": self.config.run.name, "set": self.shard_set.fingerprint},
+                made_by={"part": "pretrain", "run": self.config.run.name, "set": fingerprints},
             ),
         )
-        write_seen(self.folder, set(self.shard_set.runs(self.config.kind, ["train"])["subject"]))
+        write_seen(self.folder, {subject for each in self.sets.values() for subject in each.training_subjects})
         for path in sorted(self.folder.iterdir()):
             self.store.put(f"bundle/{path.name}", path)
 
-    def publish(self, result: FitResult, summary: dict[str, object]) -> None:
+    def publish(self, result: FitResult, summary: dict[str, object], tags: Mapping[str, str]) -> None:
         """Register the bundle with its lineage and write metrics.json, last."""
         config = self.config
         if config.register is not None and config.train.tracking.uri is not None:
-            tags = lineage(config, self.shard_set) | {
+            hashes = {
                 "callosum.config_hash": result.config_hash,
                 "callosum.checkpoint_hash": result.checkpoint_hash,
             }
             summary["registered"] = registry.register(
                 self.folder,
-                name=config.register.names[config.kind],
+                name=config.register.names[config.label],
                 alias=config.register.alias,
-                tags=tags,
+                tags={**tags, **hashes},
                 uri=config.train.tracking.uri,
                 run_id=result.mlflow_run_id,
                 experiment=config.train.tracking.experiment,
             )
         self.store.put("metrics.json", json.dumps(summary, indent=1, sort_keys=True).encode())
+
+
+def stem_spec(opened: OpenedSet) -> StemSpec:
+    """What a served model must know to read scans like those of this set: of sets that share a stem, the first."""
+    window = opened.geometry.window
+    return StemSpec(
+        patch_voxels=window.patch_voxels,
+        tubelet_frames=window.tubelet_frames,
+        window_frames=window.window_frames,
+        needs_brain_mask=opened.shard_set.needs_brain_mask(opened.kind),
+        preprocessing=opened.shard_set.bold_preprocessing() if opened.kind == "bold" else None,
+    )

@@ -71,7 +71,7 @@ def write_backbone(folder: Path, shard_set: ShardSet) -> Path:
     torch.manual_seed(0)
     stem = StemSpec(patch_voxels=3, tubelet_frames=4, window_frames=4, needs_brain_mask=True)
     spaces, stems = {"bold": shard_set.space}, {"bold": stem}
-    encoder = make_encoder(EncoderConfig(16, 1, 2, 2.0, 4), spaces, stems)
+    encoder = make_encoder(EncoderConfig(16, 1, 2, 2.0, 4, "seconds"), spaces, stems)
     bundle.save(folder, Bundle(encoder, spaces, stems, None, None, {"part": "test"}))
     write_seen(folder, set(shard_set.runs("bold", ["train"])["subject"]))
     return folder
@@ -221,7 +221,7 @@ def test_a_backbone_of_another_space_is_refused_with_both_spaces(place: Place, t
         space.voxel_indices[:-9],
     )
     stem = StemSpec(patch_voxels=3, tubelet_frames=4, window_frames=4, needs_brain_mask=True)
-    encoder = make_encoder(EncoderConfig(16, 1, 2, 2.0, 4), {"bold": other}, {"bold": stem})
+    encoder = make_encoder(EncoderConfig(16, 1, 2, 2.0, 4, "seconds"), {"bold": other}, {"bold": stem})
     bundle.save(tmp_path / "other", Bundle(encoder, {"bold": other}, {"bold": stem}, None, None, {}))
     problems = "\n".join(validate(place.config(f"encoder={tmp_path}/other")))
     assert "was trained on space elsewhere" in problems

@@ -4,9 +4,10 @@ import torch
 
 from pretrain.errors import MaskingError
 from pretrain.masking import (
+    Columns,
     Masker,
     MaskingConfig,
-    columns_of_groups,
+    hidable_columns,
     masking_problems,
     random_bits,
     reachable,
@@ -35,15 +36,22 @@ def membership() -> torch.Tensor:
     return torch.tensor(share, dtype=torch.float32)
 
 
+def columns(config: MaskingConfig) -> Columns:
+    return hidable_columns(config, atlas_groups=GROUPS, region_ids=REGION_IDS)
+
+
+def config_of(kind: str = "region", **changes: object) -> MaskingConfig:
+    return MaskingConfig(kind=kind, **({"hidden_share": 0.5, "rule": "any", "groups": [], "exclude": []} | changes))
+
+
 def allowed(groups: list[str]) -> list[int] | None:
-    return columns_of_groups(groups, atlas_groups=GROUPS, region_ids=REGION_IDS)
+    return columns(config_of(groups=groups)).allowed
 
 
 def masker(membership: torch.Tensor, kind: str, **changes: object) -> Masker:
-    values = {"hidden_share": 0.5, "rule": "any", "groups": []} | changes
-    num_tubelets = values.pop("num_tubelets", 3)
-    config = MaskingConfig(kind=kind, **values)
-    return Masker(config, membership, allowed=allowed(config.groups), num_tubelets=num_tubelets)
+    num_tubelets = changes.pop("num_tubelets", 3)
+    config = config_of(kind, **changes)
+    return Masker(config, membership, columns=columns(config), num_tubelets=num_tubelets)
 
 
 SEEDS = torch.arange(400) * 7919 - 3
@@ -157,8 +165,8 @@ def test_a_budget_out_of_reach_is_refused_with_the_number(membership: torch.Tens
 
 
 def test_impossible_arms_are_refused(membership: torch.Tensor) -> None:
-    whole = MaskingConfig(kind="random", hidden_share=1.0, rule="any", groups=[])
-    (problem,) = masking_problems(whole, membership, allowed=None, num_tubelets=1)
+    whole = config_of("random", hidden_share=1.0)
+    (problem,) = masking_problems(whole, membership, columns=columns(whole), num_tubelets=1)
     assert "hides 10 of 10 patches" in problem
     with pytest.raises(MaskingError, match="at least 2 tubelets"):
         masker(membership, "future", num_tubelets=1)

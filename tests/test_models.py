@@ -18,7 +18,7 @@ from brain_models.run_classifier import RunClassifier
 from brain_models.space import BrainSpace, SpaceConfig, space_from_mask, volume_space
 from tests.scans import GRID_AFFINE
 
-CONFIG = EncoderConfig(width=32, depth=2, num_heads=4, mlp_ratio=2.0, num_frequencies=4)
+CONFIG = EncoderConfig(width=32, depth=2, num_heads=4, mlp_ratio=2.0, num_frequencies=4, time_in="seconds")
 STEMS = {"bold": StemSpec(patch_voxels=2, tubelet_frames=2, window_frames=4, needs_brain_mask=False)}
 
 
@@ -96,8 +96,8 @@ def test_positions_are_millimetres_and_seconds_of_the_tubelets_centre(space: Bra
 
 
 def test_a_fresh_decoder_predicts_zero_everywhere(space: BrainSpace, encoder: BrainEncoder) -> None:
-    decoder = PatchDecoder(CONFIG, width=16, depth=1, num_features=encoder.stem("bold").num_features)
-    predicted = decoder(torch.randn(2, 5, 32), torch.randn(2, 5, 4), torch.randn(2, 3, 4))
+    decoder = PatchDecoder(CONFIG, width=16, depth=1, num_features={"bold": encoder.stem("bold").num_features})
+    predicted = decoder(torch.randn(2, 5, 32), torch.randn(2, 5, 4), torch.randn(2, 3, 4), "bold")
     assert predicted.shape == (2, 3, 16)
     assert (predicted == 0).all()
 

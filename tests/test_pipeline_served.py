@@ -48,7 +48,7 @@ def served_model(location: str, folder: Path, **changes: object) -> ServedModel:
     shard_set = open_set(location)
     stem = StemSpec(2, 4, 4, needs_brain_mask=False, preprocessing=shard_set.bold_preprocessing())
     stems, spaces = {"bold": replace(stem, **changes)}, {"bold": shard_set.space}  # type: ignore[arg-type]
-    config = EncoderConfig(width=8, depth=1, num_heads=2, mlp_ratio=2.0, num_frequencies=4)
+    config = EncoderConfig(width=8, depth=1, num_heads=2, mlp_ratio=2.0, num_frequencies=4, time_in="seconds")
     encoder = bundle.make_encoder(config, spaces, stems)  # type: ignore[arg-type]
     bundle.save(folder, Bundle(encoder, spaces, stems, None, None, {"part": "test"}))  # type: ignore[arg-type]
     model = ServedModel()

@@ -8,14 +8,23 @@ from brain_models.space import BrainSpace, fsl_grid, space_from_mask
 from data_sharding.reader import Batch
 from pretrain.baselines import BaselineConfig
 from pretrain.errors import MaskingError
-from pretrain.masked_volumes import DecoderConfig, Geometry, MaskedVolumes, ModelConfig, WindowConfig
+from pretrain.masked_volumes import (
+    DecoderConfig,
+    Geometry,
+    LossConfig,
+    MaskedVolumes,
+    ModelConfig,
+    SetSpec,
+    WindowConfig,
+)
 from pretrain.masking import MaskingConfig
 from pretrain.references import fit_references, rows_set_aside, voxel_statistics
 from pretrain.scores import Regions, metrics_of, report_of
 
 BATCH_SIZE = 4
 MODEL = ModelConfig(
-    EncoderConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0, num_frequencies=4), DecoderConfig(width=16, depth=1)
+    EncoderConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0, num_frequencies=4, time_in="seconds"),
+    DecoderConfig(width=16, depth=1),
 )
 
 
@@ -37,21 +46,21 @@ def octants(space: BrainSpace) -> Atlas:
     return Atlas("octants", labels, names, {"left": [20, 40, 60], "speck": [3], "absent": [99]})
 
 
-def make_task(geometry: Geometry, kind: str = "region") -> MaskedVolumes:
+def make_task(geometry: Geometry, kind: str = "region", loss: str = "plain") -> MaskedVolumes:
     torch.manual_seed(1)
     task = MaskedVolumes(
         MODEL,
-        geometry,
-        kind="bold",
-        masking=MaskingConfig(kind=kind, hidden_share=0.5, rule="any", groups=[]),
+        {"bold": SetSpec("bold", geometry, 1.0)},
+        masking=MaskingConfig(kind=kind, hidden_share=0.5, rule="any", groups=[], exclude=[]),
+        loss=LossConfig(kind=loss, smallest_region=0.25),
         batch_size=BATCH_SIZE,
         weight_decay=0.05,
     )
-    torch.nn.init.normal_(task.decoder.predict.weight, std=0.1)
+    torch.nn.init.normal_(task.decoder.predict["bold"].weight, std=0.1)
     generator = torch.Generator().manual_seed(2)
     num_voxels = geometry.space.num_voxels
     task.set_voxel_statistics(
-        torch.randn(num_voxels, generator=generator), torch.rand(num_voxels, generator=generator) + 0.5
+        "bold", torch.randn(num_voxels, generator=generator), torch.rand(num_voxels, generator=generator) + 0.5
     )
     return task
 
@@ -79,7 +88,8 @@ def rows(batch: Batch, chosen: slice) -> Batch:
 
 def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch) -> float:
     """The definition, one hidden voxel at a time, in float64."""
-    choice = task.masker.choose(batch.sample_seed)
+    part = task.set_named("")
+    choice = part.masker.choose(batch.sample_seed)
     with torch.no_grad():
         guess = task._guess(task._features(batch), batch, choice).double()
     stem, layout = task.encoder.stem("bold"), geometry.layout
@@ -96,7 +106,7 @@ def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch) -> flo
                     answer = offset[voxel] + scale[voxel] * guess[sample, place, frame * layout.gather.shape[1] + cell]
                     total += float(batch.weight[sample] * (answer - truth) ** 2)
     values_per_token = layout.voxels_per_patch.mean() * 2
-    return total / (BATCH_SIZE * task.masker.num_hidden * values_per_token)
+    return total / (BATCH_SIZE * part.masker.num_hidden * values_per_token)
 
 
 def test_loss_equals_its_definition_in_a_float64_loop(geometry: Geometry) -> None:
@@ -139,7 +149,10 @@ def test_hidden_voxels_are_not_seen(geometry: Geometry) -> None:
     owner = torch.from_numpy(geometry.layout.patch_of_voxel)
     is_hidden = task.hidden_patches(batch)[:, :, owner].repeat_interleave(2, dim=1)
     other.values += 5 * is_hidden
-    guesses = [task._guess(task._features(one), one, task.masker.choose(one.sample_seed)) for one in (batch, other)]
+    guesses = [
+        task._guess(task._features(one), one, task.set_named("").masker.choose(one.sample_seed))
+        for one in (batch, other)
+    ]
     assert torch.equal(guesses[0], guesses[1])
     assert float(is_hidden.float().mean()) == pytest.approx(0.5, abs=0.1)
 
@@ -148,7 +161,9 @@ def test_prediction_sums_agree_with_the_loss(geometry: Geometry) -> None:
     task, batch = make_task(geometry), make_batch(geometry)
     with torch.no_grad():
         sums, loss = task.predict(batch), task(batch)["loss"]
-    assert float(sums["error"].sum()) == pytest.approx(float(loss) * BATCH_SIZE * task.values_per_sample, rel=1e-4)
+    assert float(sums["error"].sum()) == pytest.approx(
+        float(loss) * BATCH_SIZE * task.set_named("").values_per_sample, rel=1e-4
+    )
     assert task.metrics(sums)["loss"] == pytest.approx(float(loss), rel=1e-4)
     voxels = [(geometry.atlas.labels == label).sum() for label in geometry.atlas.region_ids]
     assert sums["count"].shape == (4, len(voxels) + 1)
@@ -157,7 +172,7 @@ def test_prediction_sums_agree_with_the_loss(geometry: Geometry) -> None:
 
 def test_a_fresh_decoder_starts_at_the_mean_baseline(geometry: Geometry) -> None:
     task = make_task(geometry)
-    torch.nn.init.zeros_(task.decoder.predict.weight)
+    torch.nn.init.zeros_(task.decoder.predict["bold"].weight)
     with torch.no_grad():
         sums = task.predict(make_batch(geometry))
     assert torch.allclose(sums["error"], sums["total"], rtol=1e-5)
@@ -190,7 +205,7 @@ def test_r2_pools_sums_over_the_split_and_by_region() -> None:
 
 def test_a_budget_out_of_reach_is_refused_before_a_model_is_made(geometry: Geometry) -> None:
     with pytest.raises(MaskingError, match=r"rule 'pure' of the groups \['left'\] reaches \d+"):
-        geometry.masker(MaskingConfig(kind="region", hidden_share=0.9, rule="pure", groups=["left"]))
+        geometry.masker(MaskingConfig(kind="region", hidden_share=0.9, rule="pure", groups=["left"], exclude=[]))
 
 
 def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) -> None:
@@ -199,8 +214,8 @@ def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) ->
     for batch in training:  # one signal in the whole brain: the ridge must find it
         batch.values = (batch.values * 0.1 + torch.randn(8, 4, 1)) * batch.is_measured[:, None]
     statistics = voxel_statistics(training, geometry.space.num_voxels)
-    task.set_voxel_statistics(statistics.mean, statistics.deviation(0.1))
-    task.references = fit_references(
+    task.set_voxel_statistics("bold", statistics.mean, statistics.deviation(0.1))
+    references = fit_references(
         lambda: training,
         BaselineConfig(num_neighbours=3, ridge_penalties=[1e-3, 1e2], fit_samples=24, choice_share=0.25),
         offset=statistics.mean,
@@ -208,7 +223,8 @@ def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) ->
         centres_mm=torch.from_numpy(geometry.layout.centres_mm),
         hidden_patches=task.hidden_patches,
     )
-    assert task.references.penalty == 1e-3
+    task.set_named("bold").references = references
+    assert references.penalty == 1e-3
     with torch.no_grad():
         metrics = task.metrics(task.predict(training[0]))
     assert metrics["r2/ridge"] > 0.95

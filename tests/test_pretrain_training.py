@@ -16,7 +16,8 @@ from data_sharding.reader import BatchSource, open_set
 from pretrain.config import PretrainConfig
 from pretrain.masking import Masker
 from pretrain.planning import plan, validate
-from pretrain.train import build_task, fit_to_training_split, geometry_of, reader_config, train
+from pretrain.sets import open_sets, reader_config
+from pretrain.train import build_task, fit_to_training_split, train
 from training import registry
 
 
@@ -63,12 +64,11 @@ def validation_losses(folder: Path) -> list[float]:
 
 def test_a_few_subjects_mean_is_not_taken_for_a_population_mean(shards: str, tmp_path: Path) -> None:
     """One subject's mean T1 is that T1: nothing would be left to learn."""
-    shard_set = open_set(shards)
     for overrides, has_mean in ((["min_mean_subjects=9"], True), (["min_mean_subjects=10"], False)):
         config = config_of(shards, tmp_path, *overrides, kind="t1")
-        geometry = geometry_of(config, shard_set)
-        task = build_task(config, geometry)
-        fit_to_training_split(task, config, shard_set, geometry)
+        sets = open_sets(config)
+        task = build_task(config, sets)
+        fit_to_training_split(task, config, sets)
         assert bool(task.encoder.stem("t1").voxel_offset.any()) == has_mean
 
 
@@ -88,7 +88,7 @@ def test_a_short_run_lowers_the_validation_loss_below_the_mean_and_its_bundle_lo
     loaded = bundle.load(tmp_path / "run" / "bundle")
     stem = loaded.encoder.stem(config.kind)
     assert float(stem.voxel_offset.abs().max()) > 0
-    assert loaded.stems[config.kind].window_frames == config.window.window_frames
+    assert loaded.stems[config.kind].window_frames == config.window_of(kind).window_frames
 
 
 def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: str, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: 
     tags = registry.version_tags("callosum-bold@candidate", uri=uri)
     assert tags["callosum.set_fingerprint"] == open_set(shards).fingerprint
     again = config_of(shards, tmp_path / "again", *overrides)
-    task = build_task(again, geometry_of(again, open_set(shards)))
+    task = build_task(again, open_sets(again))
     task.load_registered(tmp_path / "run" / "bundle")
     theirs = encoder.state_dict()
     assert all(torch.equal(values, theirs[name]) for name, values in task.encoder.state_dict().items())
@@ -110,7 +110,7 @@ def test_every_arm_trains_on_the_same_number_of_hidden_tokens(shards: str, tmp_p
     budgets = set()
     for kind in ("random", "tube", "region", "future"):
         config = config_of(shards, tmp_path, f"masking={kind}", "windows.bold.tubelet_frames=2")
-        masker = geometry_of(config, open_set(shards)).masker(config.masking)
+        masker = open_sets(config)["bold"].geometry.masker(config.masking)
         assert isinstance(masker, Masker)
         budgets.add(masker.num_hidden)
     assert len(budgets) == 1
@@ -119,14 +119,15 @@ def test_every_arm_trains_on_the_same_number_of_hidden_tokens(shards: str, tmp_p
 def test_plan_says_the_samples_and_bytes_that_reading_then_finds(shards: str, tmp_path: Path) -> None:
     config = config_of(shards, tmp_path)
     shard_set = open_set(shards)
-    source = BatchSource(shard_set, reader_config(config), rank=0, world_size=1)
+    source = BatchSource(shard_set, reader_config(config, "bold"), rank=0, world_size=1)
     text = plan(config)
     assert f"{source.num_samples_per_epoch:,} of the train split" in text
     values = 60 * 16 * 4 * shard_set.space.num_voxels
-    assert f"bytes read        {values:,} " in text
-    task = build_task(config, geometry_of(config, shard_set))
+    assert re.search(rf"bytes read +{values:,} ", text)
+    task = build_task(config, open_sets(config))
     assert f"{sum(p.numel() for p in task.encoder.parameters()):,} encoder" in text
-    assert f"{task.masker.num_tokens:,}, {task.masker.num_hidden:,} of them hidden" in text
+    masker = task.set_named("bold").masker
+    assert f"{masker.num_tokens:,}, {masker.num_hidden:,} of them hidden" in text
 
 
 def test_validate_lists_every_problem_with_its_key(shards: str, tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_model_sizes_are_what_their_headers_say(shards: str, tmp_path: Path, mod
         "windows.bold.patch_voxels=3",
     ]
     config = parse(compose("pretrain", overrides), PretrainConfig)
-    geometry = geometry_of(config, open_set(shards))
+    geometry = open_sets(config)["bold"].geometry
     with torch.device("meta"):
         encoder = bundle.BrainEncoder(config.model.encoder, {"bold": (geometry.layout, 4)})
     assert sum(parameter.numel() for parameter in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)

@@ -52,7 +52,7 @@ def test_a_registered_encoder_embeds_a_nifti_file_where_this_repository_is_unkno
     space = space_from_mask(in_brain, GRID_AFFINE, name="box", template="NLin6Asym")
     stems = {"bold": StemSpec(patch_voxels=4, tubelet_frames=2, window_frames=4, needs_brain_mask=False)}
     torch.manual_seed(0)
-    encoder = make_encoder(EncoderConfig(32, 2, 4, 2.0, 4), {"bold": space}, stems).eval()
+    encoder = make_encoder(EncoderConfig(32, 2, 4, 2.0, 4, "seconds"), {"bold": space}, stems).eval()
     folder = bundles.save(tmp_path / "bundle", Bundle(encoder, {"bold": space}, stems, None, None, {}))
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     registry.register(folder, name="tiny", tags={}, alias="candidate", uri=uri, run_id=None, experiment="served")
@@ -70,7 +70,7 @@ def test_a_registered_encoder_embeds_a_nifti_file_where_this_repository_is_unkno
             torch.from_numpy(dequantise(stored.quantised))[None],
             torch.from_numpy(stored.is_measured)[None],
             torch.tensor([2.0]),
-            kind="bold",
+            name="bold",
             window_frames=4,
         )[0]
     elsewhere = tmp_path / "elsewhere"

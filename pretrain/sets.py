@@ -1,0 +1,87 @@
+"""The shard sets of a run: opened, cut into tokens, and read by every rank. One, or several with a weight each."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from brain_models.encoder import TokenKind
+from data_sharding.joint import JointSource, named
+from data_sharding.reader import Batch, BatchSource, ReaderConfig, ShardSet, open_set
+from pretrain.config import PretrainConfig
+from pretrain.errors import PretrainError
+from pretrain.geometry import Geometry
+from pretrain.masked_set import SetSpec
+from training.collectives import Place
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedSet:
+    """A set of the run with everything but its voxels."""
+
+    name: str
+    kind: TokenKind
+    weight: float
+    location: str
+    shard_set: ShardSet
+    geometry: Geometry
+
+    @property
+    def spec(self) -> SetSpec:
+        return SetSpec(self.kind, self.geometry, self.weight)
+
+    @property
+    def training_subjects(self) -> set[str]:
+        return set(self.shard_set.runs(self.kind, ["train"])["subject"])
+
+
+def open_sets(config: PretrainConfig) -> dict[str, OpenedSet]:
+    """Every set of the run, opened; PretrainError where one lacks the atlas."""
+    found = {}
+    for name, each in config.named_sets.items():
+        shard_set = open_set(each.shards)
+        if config.atlas not in shard_set.atlases:
+            raise PretrainError(
+                f"atlas={config.atlas}: {each.shards} holds {sorted(shard_set.atlases) or 'no atlas'}; choose one of "
+                "them, or write the set with another atlas"
+            )
+        geometry = Geometry.of(shard_set.space, shard_set.atlases[config.atlas], config.window_of(name))
+        found[name] = OpenedSet(name, each.kind, each.weight, each.shards, shard_set, geometry)
+    return found
+
+
+def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], place: Place) -> BatchSource | JointSource:
+    """What a rank trains and evaluates on."""
+    sources = {
+        name: BatchSource(each.shard_set, reader_config(config, name), rank=place.rank, world_size=place.world_size)
+        for name, each in sets.items()
+    }
+    if len(sources) == 1:
+        return next(iter(sources.values()))
+    return JointSource(sources, {name: each.weight for name, each in sets.items()}, seed=config.data.seed)
+
+
+def training_subset(config: PretrainConfig, opened: OpenedSet) -> Iterator[Batch]:
+    """The training samples that statistics and baselines are fitted on, the same every time and on every rank."""
+    source = BatchSource(opened.shard_set, reader_config(config, opened.name), rank=0, world_size=1)
+    for batch in source.evaluation("train", limit=config.baselines.fit_samples):
+        yield named(batch, opened.name)
+    source.close()
+
+
+def reader_config(config: PretrainConfig, name: str) -> ReaderConfig:
+    """What the reader needs to know of a set of the run; training reads the train split only."""
+    data = config.data
+    return ReaderConfig(
+        kind=config.named_sets[name].kind,
+        split="train",
+        window_frames=config.window_of(name).window_frames,
+        batch_size=data.batch_size,
+        micro_batch_size=data.micro_batch_size,
+        shuffle_shards=data.shuffle_shards,
+        seed=data.seed,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        reader=data.reader,
+        max_bad_fraction=data.max_bad_fraction,
+        cache_folder=data.cache_folder,
+        cache_bytes=data.cache_bytes,
+    )
