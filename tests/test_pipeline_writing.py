@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.storage import store_for
@@ -64,16 +67,24 @@ def started(study: Path, out: Path, *, cluster: str = "inline", num_workers: int
 
 def descendants(process: int) -> dict[int, str]:
     """Every process below one, with its command line."""
-    children = Path(f"/proc/{process}/task/{process}/children")
     found: dict[int, str] = {}
-    try:
-        below = [int(child) for child in children.read_text().split()]
-        for child in below:
-            found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
-            found |= descendants(child)
-    except (FileNotFoundError, ProcessLookupError):
-        pass
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                found[child.pid] = " ".join(child.cmdline())
     return found
+
+
+def kill(driver: subprocess.Popen[str], victim: str, chance: random.Random) -> bool:
+    """Kills the driver or a process below it as soon as there is one; False when the driver ended before."""
+    while driver.poll() is None:
+        below = [process for process, command in descendants(driver.pid).items() if victim in command]
+        if victim != "driver" and not below:
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(driver.pid if victim == "driver" else chance.choice(below), signal.SIGKILL)
+            return True
+    return False
 
 
 def test_a_driver_killed_between_shards_is_finished_by_the_next_and_leaves_no_process(
@@ -203,8 +214,6 @@ def test_a_kill_at_any_moment_of_any_process_loses_and_duplicates_nothing(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Even trials run in one process, odd ones on Ray with two workers; the victim takes turns."""
-    import random
-
     chance = random.Random(trial)
     out = tmp_path / "set"
     cluster, num_workers = ("local", 2) if trial % 2 else ("inline", 1)
@@ -215,14 +224,9 @@ def test_a_kill_at_any_moment_of_any_process_loses_and_duplicates_nothing(
     while driver.poll() is None and len(list(out.glob("receipts/*.json"))) < wanted:
         time.sleep(0.005)
     time.sleep(pause_s)
-    below = [process for process, command in descendants(driver.pid).items() if victim in command]
-    target = driver.pid if victim == "driver" or not below else chance.choice(below)
-    is_killed = driver.poll() is None
-    if is_killed:
-        os.kill(target, signal.SIGKILL)
-    hit = VICTIMS["driver" if target == driver.pid else victim]
+    is_killed = kill(driver, victim, chance)
     num_written = len(list(out.glob("receipts/*.json")))
-    record_property("fault", f"SIGKILL of {hit}, {'2 Ray workers' if trial % 2 else 'one process'}")
+    record_property("fault", f"SIGKILL of {VICTIMS[victim]}, {'2 Ray workers' if trial % 2 else 'one process'}")
     record_property("when", f"{num_written} shards written, after {pause_s:.2f} s" if is_killed else "it had ended")
     killed = time.monotonic()
     driver.communicate(timeout=120)
