@@ -1,0 +1,303 @@
+"""Check a cluster before hours are spent: nodes, links, storage, tracking and clocks, against what one run needs.
+
+    ray job submit --working-dir . -- python -m cluster.preflight pretrain kind=bold shards=s3://brains/shards ...
+
+Takes the same words as `python -m <part>`. Prints a table; exits 2 when the run could not finish, saying what to mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from cluster.config import ClusterConfig
+from cluster.errors import PreflightError
+from cluster.launch import ray_session
+from cluster.node_check import Link, NodeFacts, clock_s, node_facts
+from cluster.storage import store_for
+
+MAX_CLOCK_SKEW_S = 2.0  # an S3 server refuses requests 15 min off; metrics of several nodes should stay in order
+MIN_LINK_SHARE = 0.5  # of the fastest: one slow link slows every step of every rank
+CONVERSION_COPIES = 3  # a checkpoint, its download and its universal form
+NODE_TIMEOUT_S = 300.0
+LINK_TIMEOUT_S = 120.0
+TRACKING_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    check: str
+    found: str
+    needed: str
+    is_ok: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs of a cluster, from its composed configuration and its plan."""
+
+    cluster: ClusterConfig
+    written: str | None  # where its results go
+    read: list[str]  # one object of every shard set it reads
+    scratch: str | None
+    cache: tuple[str, int] | None  # folder and bytes
+    checkpoint_bytes: int
+    tracking: str | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", help="data_sharding, pretrain, finetune")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="as for python -m <part>")
+    arguments = parser.parse_args()
+    try:
+        needs = needs_of(arguments.part, arguments.overrides)
+        rows = preflight(needs)
+    except PreflightError as error:
+        print(f"PreflightError: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(table(rows))
+    if failed := [row for row in rows if not row.is_ok]:
+        print(f"PreflightError: {len(failed)} of {len(rows)} checks failed; this run would not finish", file=sys.stderr)
+        sys.exit(2)
+
+
+def needs_of(part: str, overrides: list[str]) -> Needs:
+    """What `python -m <part> <overrides>` needs; PreflightError when the part refuses it."""
+    command = [sys.executable, "-m", part, *overrides]
+    shown = subprocess.run([*command, "--show"], capture_output=True, text=True, check=False)
+    planned = subprocess.run([*command, "--plan"], capture_output=True, text=True, check=False)
+    for done in (shown, planned):
+        if done.returncode:
+            raise PreflightError(f"python -m {part} refuses this: {done.stderr.strip()}")
+    config = yaml.safe_load(shown.stdout)
+    data = config.get("data", {})
+    return Needs(
+        cluster=ClusterConfig(**config["cluster"]),
+        written=config.get("out") or config.get("run", {}).get("folder"),
+        read=[f"{shards.rstrip('/')}/manifest.json" for shards in shard_sets(config)],
+        scratch=config.get("run", {}).get("scratch"),
+        cache=(data["cache_folder"], data["cache_bytes"]) if data.get("cache_folder") else None,
+        checkpoint_bytes=planned_checkpoint_bytes(planned.stdout),
+        tracking=config.get("train", {}).get("tracking", {}).get("uri"),
+    )
+
+
+def shard_sets(config: Mapping[str, Any]) -> list[str]:
+    """Every value of a key named `shards`, however deep."""
+    found = [value for key, value in config.items() if key == "shards" and isinstance(value, str)]
+    for value in config.values():
+        if isinstance(value, Mapping):
+            found += shard_sets(value)
+    return sorted(set(found))
+
+
+def planned_checkpoint_bytes(plan: str) -> int:
+    """Bytes of one checkpoint as the plan's line `checkpoint` gives them; 0 for a part that saves none."""
+    found = re.search(r"^checkpoint\b.*?([\d,]+) bytes", plan, flags=re.MULTILINE)
+    return int(found.group(1).replace(",", "")) if found else 0
+
+
+def preflight(needs: Needs) -> list[Row]:
+    """Every check, each with what was found and what is needed."""
+    with ray_session(needs.cluster):
+        nodes, skews = ask_nodes(needs)
+        rows = [*capacity(needs, nodes), *same_versions(nodes), *clocks(nodes, skews), *disks(needs, nodes)]
+        rows += [Row(f"{node.host}: places", "refused", problem, False) for node in nodes for problem in node.problems]
+        rows += speeds(nodes)
+        rows += links(nodes)
+    if needs.written is not None and not any(node.problems for node in nodes):
+        guarantee = store_for(needs.written).create_guarantee()
+        rows.append(Row("put-if-absent", guarantee.words, "one writer a name", True))
+    if needs.tracking is not None:
+        rows.append(tracking(needs.tracking))
+    return rows
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a task or an actor that runs on this node even when it is busy, or fails."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
+
+
+def ask_nodes(needs: Needs) -> tuple[list[NodeFacts], list[float]]:
+    """The facts of every node, asked all at once as a run would, and how far its clock is from this one's."""
+    import ray
+
+    remote: Any = ray.remote
+    task = remote(max_retries=0)(node_facts)
+    arguments = {
+        "folders": [folder for folder in (needs.scratch, needs.cache and needs.cache[0]) if folder],
+        "written": [needs.written] if needs.written else [],
+        "read": needs.read,
+        "uses_gpu": needs.cluster.use_gpu,
+    }
+    members = alive_nodes()
+    pending = [task.options(**pinned(node)).remote(**arguments) for node in members]
+    nodes, skews = [], []
+    for node, facts in zip(members, pending, strict=True):
+        try:
+            nodes.append(ray.get(facts, timeout=NODE_TIMEOUT_S))
+            skews.append(clock_skew(node))
+        except ray.exceptions.RayError as error:
+            raise PreflightError(
+                f"node {node['NodeManagerAddress']} did not answer within {NODE_TIMEOUT_S:.0f} s or failed "
+                f"({str(error).splitlines()[0]}); look at it with 'ray status', or take it out of the cluster"
+            ) from error
+    return nodes, skews
+
+
+def clock_skew(node: Mapping[str, Any]) -> float:
+    """Seconds a node's clock is ahead of this one's, within half a round trip."""
+    import ray
+
+    clock: Any = ray.remote(clock_s)
+    asked = time.time()
+    there = ray.get(clock.options(**pinned(node)).remote())
+    return there - (asked + time.time()) / 2
+
+
+def capacity(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
+    """CPUs and GPUs of the whole cluster against those of all workers."""
+    import ray
+
+    resources, cluster = ray.cluster_resources(), needs.cluster
+    num_cpus = cluster.num_workers * cluster.cpus_per_worker
+    found = resources.get("CPU", 0)
+    rows = [Row("CPUs", f"{found:.0f} on {len(nodes)} nodes", f"{num_cpus}", found >= num_cpus)]
+    if cluster.use_gpu:
+        memory = ", ".join(f"{node.host} {node.num_gpus} x {node.gpu_bytes / 2**30:.0f} GiB" for node in nodes)
+        num_gpus = min(int(resources.get("GPU", 0)), sum(node.num_gpus for node in nodes))
+        rows.append(Row("GPUs", f"{num_gpus} ({memory})", f"{cluster.num_workers}", num_gpus >= cluster.num_workers))
+    return rows
+
+
+def same_versions(nodes: list[NodeFacts]) -> list[Row]:
+    """One row a package: the same everywhere."""
+    rows = []
+    for package in nodes[0].versions:
+        by_version: dict[str, list[str]] = {}
+        for node in nodes:
+            by_version.setdefault(node.versions[package], []).append(node.host)
+        found = "; ".join(f"{version} on {', '.join(hosts)}" for version, hosts in by_version.items())
+        is_ok = len(by_version) == 1 and "missing" not in by_version
+        rows.append(Row(package, next(iter(by_version)) if is_ok else found, "the same on all nodes", is_ok))
+    return rows
+
+
+def clocks(nodes: list[NodeFacts], skews: list[float]) -> list[Row]:
+    worst = max(range(len(nodes)), key=lambda index: abs(skews[index]))
+    found = f"{skews[worst]:+.3f} s ({nodes[worst].host})"
+    return [Row("clocks", found, f"within {MAX_CLOCK_SKEW_S:g} s", abs(skews[worst]) <= MAX_CLOCK_SKEW_S)]
+
+
+def disks(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
+    """Free space of every node's scratch and cache folders."""
+    wanted = {needs.scratch or "": CONVERSION_COPIES * needs.checkpoint_bytes}
+    if needs.cache is not None:
+        wanted[needs.cache[0]] = wanted.get(needs.cache[0], 0) + needs.cache[1]
+    return [
+        Row(f"{node.host}: disk of {folder}", gigabytes(free), gigabytes(wanted[folder]), free >= wanted[folder])
+        for node in nodes
+        for folder, free in node.free_bytes.items()
+    ]
+
+
+def speeds(nodes: list[NodeFacts]) -> list[Row]:
+    """What every node reads and writes a second: shown, nothing is asked of it."""
+    return [
+        Row(f"{node.host}: {what}", f"{speed / 1e6:,.0f} MB/s", "-", True)
+        for node in nodes
+        for what, speed in node.speeds.items()
+    ]
+
+
+def links(nodes: list[NodeFacts]) -> list[Row]:
+    """Bandwidth of collectives between nodes: every node's link, none much slower than the fastest."""
+    import ray
+
+    members = alive_nodes()
+    if len(members) < 2:
+        return [Row("collectives", "one node", "-", True)]
+    link: Any = ray.remote(Link)
+    actors = [link.options(**pinned(node)).remote() for node in members]
+    address = ray.get(actors[0].address.remote())
+    try:
+        pending = [
+            actor.all_reduce.remote(rank, len(actors), address, LINK_TIMEOUT_S) for rank, actor in enumerate(actors)
+        ]
+        found = ray.get(pending, timeout=2 * LINK_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        return [Row("collectives", f"failed: {reason}", "every node reaches every other on all ports", False)]
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    fastest = max(found)
+    return [
+        Row(
+            f"{node.host}: collectives",
+            f"{speed / 1e6:,.0f} MB/s",
+            f"{MIN_LINK_SHARE:.0%} of the fastest",
+            speed >= MIN_LINK_SHARE * fastest,
+        )
+        for node, speed in zip(nodes, found, strict=True)
+    ]
+
+
+def tracking(uri: str) -> Row:
+    """Whether the tracking server takes a run: one is written and deleted again."""
+    import os
+
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{TRACKING_TIMEOUT_S:.0f}")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    started = time.perf_counter()
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("preflight")
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment("preflight")
+        run = client.create_run(experiment_id, run_name="preflight")
+        client.log_metric(run.info.run_id, "preflight", 1.0)
+        client.set_terminated(run.info.run_id)
+        client.delete_run(run.info.run_id)
+    except MlflowException as error:
+        return Row("tracking server", f"{uri} refused: {str(error).splitlines()[0]}", "it takes a run", False)
+    return Row("tracking server", f"{uri}: a run in {time.perf_counter() - started:.1f} s", "it takes a run", True)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned lines: ok or FAILED, check, found, needed."""
+    cells = [("ok" if row.is_ok else "FAILED", row.check, row.found, row.needed) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+if __name__ == "__main__":
+    main()
