@@ -12,8 +12,18 @@ from test_training_engines import exported, largest_difference, losses, report, 
 from training_toys import ToySource, ToyTask, toy_config
 
 from cluster.storage import LocalStore
-from training.checkpoint import Commit, StoredFile, committed_folders, kept, starting_point
+from training.checkpoint import (
+    COMMIT,
+    Commit,
+    StartingPoint,
+    StoredFile,
+    committed_folders,
+    kept,
+    read_commit,
+    starting_point,
+)
 from training.config import CheckpointConfig, StartConfig, TrainConfig
+from training.elastic import check_space, fetch_state
 from training.errors import CheckpointError, TrainingError
 from training.loop import FitResult, Services, fit
 
@@ -47,6 +57,8 @@ def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(
     assert run_jobs(tmp_path, [*whole, {**killed[0], "kill_at": 5}], num_ranks=num_ranks) == [9] * num_ranks
     for other in killed[1:]:
         assert run_jobs(tmp_path, [{**other, "kill_at": 5}], num_ranks=num_ranks) == [9] * num_ranks
+    if num_ranks == 2:
+        check_one_rank_goes_on(tmp_path, killed[0], uninterrupted=whole[0])
     assert run_jobs(tmp_path, killed, num_ranks=num_ranks) == [0] * num_ranks
 
     for engine in engines:
@@ -56,6 +68,35 @@ def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(
         assert losses(rerun) == losses(uninterrupted)
         assert largest_difference(exported(rerun), exported(uninterrupted)) == 0.0
         assert report(rerun)["metrics"] == report(uninterrupted)["metrics"]
+
+
+def check_one_rank_goes_on(folder: Path, killed: dict, *, uninterrupted: dict) -> None:
+    """A copy of what two killed ranks left, on one rank: the same losses up to rounding, and damage is named."""
+    copy, damaged = folder / "on-one-rank", folder / "on-one-rank-damaged"
+    shutil.copytree(killed["folder"], copy)
+    assert run_jobs(folder, [{**killed, "folder": str(copy), "keep_last": 3}], num_ranks=1) == [0]
+    assert report(copy)["start"] == "own"
+    assert losses(copy) == pytest.approx(losses(Path(uninterrupted["folder"])), abs=1e-5)
+    assert largest_difference(exported(copy), exported(Path(uninterrupted["folder"]))) < 1e-5
+
+    (start,) = (copy / "run").glob(f"checkpoints/*/whole/{COMMIT}")
+    shutil.copytree(copy, damaged)
+    point = StartingPoint("own", LocalStore(damaged / "run"), f"checkpoints/{start.parent.parent.name}", None, None)
+    assert point.store is not None
+    whole = Path(point.store.join(f"{point.folder}/whole/whole.safetensors"))
+    whole.write_bytes(whole.read_bytes()[:-8] + bytes(8))
+    point.commit = read_commit(point.store, point.folder)
+    with pytest.raises(CheckpointError, match=r"whole\.safetensors is damaged: sha256"):
+        fetch_state(point, damaged / "fetched")
+
+
+def test_a_conversion_that_has_no_room_on_scratch_says_how_much_it_needs(
+    trained: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 8, 2))
+    commit = read_commit(LocalStore(trained.run.folder), committed_folders(LocalStore(trained.run.folder))[-1])
+    with pytest.raises(CheckpointError, match=r"0\.0 GB free; going on on 1 ranks .* give another run\.scratch"):
+        check_space(commit, tmp_path)
 
 
 def test_a_finished_run_run_again_trains_no_step_and_says_the_same(trained: TrainConfig) -> None:
@@ -96,11 +137,10 @@ def test_an_unreadable_commit_is_named_and_never_skipped(trained: TrainConfig) -
         run(trained)
 
 
-def test_a_commit_of_other_ranks_engine_or_data_is_refused(trained: TrainConfig) -> None:
+def test_a_commit_of_another_engine_or_data_is_refused(trained: TrainConfig) -> None:
     path = newest(trained) / "COMMIT.json"
     commit = json.loads(path.read_text())
     for change, message in (
-        ({"world_size": 4}, "was written by 4 ranks, this run has 1; run with cluster.num_workers=4"),
         ({"engine": "zero2"}, "was written by engine=zero2, this run has plain"),
         ({"fingerprint": "0" * 64}, "was trained on the set 000000000000"),
     ):

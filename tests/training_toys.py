@@ -91,10 +91,10 @@ class ToySource:
 
 
 class ToyTask(Task):
-    def __init__(self, *, encoder_opens_at: int = 0) -> None:
+    def __init__(self, *, encoder_opens_at: int = 0, seed: int = 7) -> None:
         super().__init__()
         generator_state = torch.random.get_rng_state()
-        torch.manual_seed(7)
+        torch.manual_seed(seed)
         self.encoder = nn.Sequential(nn.Linear(NUM_FEATURES, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 12))
         self.head = nn.Linear(12, 1)
         self.offset = nn.Parameter(torch.zeros(1))
@@ -150,7 +150,9 @@ ENGINES = {
 }
 
 
-def toy_config(folder: Path, *, engine: str = "plain", steps: int = 6, checkpoint_every: int = 100) -> TrainConfig:
+def toy_config(
+    folder: Path, *, engine: str = "plain", steps: int = 6, checkpoint_every: int = 100, keep_last: int = 2
+) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         seed=3,
@@ -160,7 +162,7 @@ def toy_config(folder: Path, *, engine: str = "plain", steps: int = 6, checkpoin
         schedule=ScheduleConfig(kind="cosine", warmup_steps=2, final_share=0.1),
         engine=ENGINES[engine],
         checkpoint=CheckpointConfig(
-            every_steps=checkpoint_every, keep_last=2, keep_every_steps=None, best_metric=None, best_is="lowest"
+            every_steps=checkpoint_every, keep_last=keep_last, keep_every_steps=None, best_metric=None, best_is="lowest"
         ),
         evaluation=EvaluationConfig(every_steps=100, split="validation", subset=8, final_splits=["validation"]),
         tracking=TrackingConfig(every_steps=1, uri=None, experiment="toy", timeout_s=2, drain_s=20),

@@ -1,7 +1,7 @@
 """Trains toys as one rank of a gloo group and writes what came out: `training_worker.py <jobs.json> <rank> <size>`.
 
-A job: {engine, folder, steps, checkpoint_every, opens_at, kill_at, poisoned_scan}. `kill_at`: the process ends, without
-any clean-up, when the source is asked for that step.
+A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, poisoned_scan}. `kill_at`: the
+process ends, without any clean-up, when the source is asked for that step.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def run_job(job: dict) -> None:
         engine=job["engine"],
         steps=job.get("steps", 6),
         checkpoint_every=job.get("checkpoint_every", 100),
+        keep_last=job.get("keep_last", 2),
     )
-    task = ToyTask(encoder_opens_at=job.get("opens_at", 0))
+    task = ToyTask(encoder_opens_at=job.get("opens_at", 0), seed=job.get("seed", 7))
     task.poisoned_scan = job.get("poisoned_scan")
     exported = folder / "exported.pt"
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,8 +93,8 @@ def starting_point(store: Store, start: StartConfig) -> StartingPoint:
 
 def committed_folders(store: Store) -> list[str]:
     """The folders that hold a COMMIT.json, oldest step first."""
-    names = store.list(f"{FOLDER}/")
-    return sorted(name.removesuffix(f"/{COMMIT}") for name in names if name.endswith(f"/{COMMIT}"))
+    parts = [name.split("/") for name in store.list(f"{FOLDER}/")]
+    return sorted(f"{FOLDER}/{part[1]}" for part in parts if len(part) == 3 and part[2] == COMMIT)
 
 
 def read_commit(store: Store, folder: str) -> Commit:
@@ -116,16 +117,11 @@ def commit_hash(store: Store, folder: str) -> str:
 
 
 def check_fits(point: StartingPoint, *, engine: str, fingerprint: str) -> None:
-    """CheckpointError unless this run can go on from the commit: same ranks, engine and data."""
+    """CheckpointError unless this run can go on from the commit: same engine and data."""
     commit = point.commit
     if commit is None or point.store is None:
         return
     where = point.store.join(point.folder)
-    if commit.world_size != place().world_size:
-        raise CheckpointError(
-            f"{where} was written by {commit.world_size} ranks, this run has {place().world_size}; "
-            f"run with cluster.num_workers={commit.world_size}"
-        )
     if commit.engine != engine:
         raise CheckpointError(
             f"{where} was written by engine={commit.engine}, this run has {engine}; use engine={commit.engine}"
@@ -137,25 +133,28 @@ def check_fits(point: StartingPoint, *, engine: str, fingerprint: str) -> None:
         )
 
 
-def fetch(point: StartingPoint, local: Path) -> None:
-    """Copy this rank's files (and rank 0's, which hold what is common) to `local`, each checked against COMMIT.json."""
-    assert point.store is not None
+def fetch(point: StartingPoint, local: Path, *, ranks: Container[int]) -> None:
+    """Copy the files of these ranks to `local`, each checked against COMMIT.json."""
     assert point.commit is not None
     for file in point.commit.files:
-        if file.rank not in (0, place().rank):
-            continue
-        where = point.store.join(f"{point.folder}/{file.name}")
-        target = local / file.name
-        try:
-            point.store.get_file(f"{point.folder}/{file.name}", target)
-        except StorageError as error:
-            raise CheckpointError(f"{where} is missing ({error}); {_older(point.store, point.folder)}") from error
-        found = _sha256(target)
-        if found != file.sha256:
-            raise CheckpointError(
-                f"{where} is damaged: sha256 {found[:12]} over {target.stat().st_size} bytes, {COMMIT} says "
-                f"{file.sha256[:12]} over {file.size}; {_older(point.store, point.folder)}"
-            )
+        if file.rank in ranks:
+            fetch_file(point, file, local / file.name, below=point.folder)
+
+
+def fetch_file(point: StartingPoint, file: StoredFile, target: Path, *, below: str) -> None:
+    """Copy one file; CheckpointError when it is missing or not the one that was stored."""
+    assert point.store is not None
+    where = point.store.join(f"{below}/{file.name}")
+    try:
+        point.store.get_file(f"{below}/{file.name}", target)
+    except StorageError as error:
+        raise CheckpointError(f"{where} is missing ({error}); {_older(point.store, point.folder)}") from error
+    found = file_sha256(target)
+    if found != file.sha256:
+        raise CheckpointError(
+            f"{where} is damaged: sha256 {found[:12]} over {target.stat().st_size} bytes, {COMMIT} says "
+            f"{file.sha256[:12]} over {file.size}; {_older(point.store, point.folder)}"
+        )
 
 
 class Checkpoints:
@@ -201,7 +200,7 @@ class Checkpoints:
         files = []
         for path in sorted(path for path in local.rglob("*") if path.is_file()):
             name = path.relative_to(local).as_posix()
-            files.append(StoredFile(name, path.stat().st_size, _sha256(path), self.rank))
+            files.append(StoredFile(name, path.stat().st_size, file_sha256(path), self.rank))
             self.store.put(f"{folder}/{name}", path)
         shutil.rmtree(local)
         receipt = json.dumps([asdict(file) for file in files]).encode()
@@ -260,6 +259,7 @@ def _older(store: Store, folder: str) -> str:
     return f"delete {store.join(folder)} and run again to go on from the older {store.join(older[-1])}"
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hex digest of a local file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

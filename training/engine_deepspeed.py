@@ -21,6 +21,7 @@ from training.errors import CheckpointError
 from training.schedule import learning_rate_share
 from training.task import Batch, Task
 from training.unfreezing import checked_groups
+from training.zero_state import WHOLE, load_whole
 
 TAG = "state"
 
@@ -132,6 +133,9 @@ class DeepSpeedEngine:
         self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
+        if (folder / WHOLE).exists():
+            load_whole(self.deepspeed, self.task, folder / WHOLE)
+            return
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{folder} was not written by DeepSpeed; go on with the engine that wrote it")

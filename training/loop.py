@@ -24,11 +24,11 @@ from training.checkpoint import (
     StartingPoint,
     check_fits,
     commit_hash,
-    fetch,
     starting_point,
 )
 from training.collectives import barrier, from_main, gather, place, total
 from training.config import TrainConfig
+from training.elastic import fetch_state
 from training.engine import Engine, make_engine
 from training.errors import TrainingError
 from training.evaluation import Evaluation, evaluate
@@ -131,7 +131,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     scratch = Path(config.run.scratch) / f"{config.run.name}-{run_key[:8]}"
     fetched = scratch / f"fetched-{place().rank:05d}"
     if start.commit is not None:
-        fetch(start, fetched)
+        fetch_state(start, fetched)
     elif start.registered is not None:
         task.load_registered(
             registry.pull(start.registered, scratch / f"registered-{place().rank}", uri=config.tracking.uri)
