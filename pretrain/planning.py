@@ -58,10 +58,9 @@ def validate(config: PretrainConfig) -> list[str]:
 def naming_problems(config: PretrainConfig) -> list[str]:
     """What is wrong with how the sets are given: kind and shards, or sets."""
     if config.sets is None:
-        missing = [
-            f"{key}: required; add {key}={hint}" for key, hint in REQUIRED.items() if getattr(config, key) is None
-        ]
-        return [f"{problem} (or sets=... for a joint run)" for problem in missing]
+        given = {"kind": config.kind, "shards": config.shards}
+        missing = [key for key, value in given.items() if value is None]
+        return [f"{key}: required; add {key}={REQUIRED[key]}, or give sets=... for a joint run" for key in missing]
     problems = []
     if config.kind is not None or config.shards is not None:
         problems.append("sets: kind or shards are given as well; a joint run names both in each set")
