@@ -11,7 +11,6 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 
 from brain_models.errors import ScanError
@@ -29,7 +28,18 @@ from data_sharding.registration import (
 )
 from data_sharding.registration.motion import framewise_displacement
 from data_sharding.registration.skull import skull_state, solid
-from data_sharding.registration.volumes import Volume, on_upright_grid
+from data_sharding.registration.volumes import Volume
+from tests.helpers_heads import (
+    BOLD_AFFINE,
+    MARKER_MM,
+    SCAN_TO_TEMPLATE,
+    T1_AFFINE,
+    T1_SHAPE,
+    bold_frames,
+    head_around,
+    marked_brain,
+    scanned,
+)
 from tests.scans import grid_positions_mm, save_scan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -44,16 +54,6 @@ CONFIG = RegistrationConfig(
     min_similarity=0.65,
     min_bold_similarity=0.7,
 )
-SCAN_TO_TEMPLATE = nibabel.affines.from_matvec(
-    nibabel.eulerangles.euler2mat(0.1, 0.05, -0.2) @ np.diag([1.12, 1.05, 1.08]), [9.0, -25.0, 14.0]
-)
-T1_AFFINE = nibabel.affines.from_matvec(
-    nibabel.eulerangles.euler2mat(0.05, 0.02, 0.1) @ np.diag([-4.0, 4.0, 4.0]), [95.0, -105.0, -95.0]
-)
-T1_SHAPE = (48, 58, 54)
-BOLD_AFFINE = np.array([[5.0, 0, 0, -92], [0, 5.0, 0, -100], [0, 0, 5.5, -75], [0, 0, 0, 1]])
-BOLD_SHAPE = (36, 42, 26)
-MARKER_MM = np.array([40.0, -15.0, 20.0])  # right of the midline
 
 needs_ants = pytest.mark.usefixtures("ants")
 
@@ -65,26 +65,12 @@ def ants() -> None:
 
 @pytest.fixture(scope="module")
 def brain() -> Volume:
-    """The template with a bright marker on the right: without it a flip could not be seen."""
-    packaged = load_mni152_template(resolution=1)
-    image = on_upright_grid(np.asarray(packaged.dataobj), packaged.affine, spacing_mm=4.0)
-    everywhere = np.ones(image.values.shape, dtype=bool)
-    distance_mm = np.linalg.norm(image.places_mm(everywhere) - MARKER_MM, axis=1).reshape(image.values.shape)
-    return image.with_values(image.values * (1 + np.exp(-0.5 * (distance_mm / 8) ** 2)))
+    return marked_brain()
 
 
 @pytest.fixture(scope="module")
 def head(brain: Volume) -> Volume:
-    padded = Volume(np.pad(brain.values, 8), brain.origin_mm - 32, 4.0)
-    depth = ndimage.distance_transform_edt(~np.pad(solid(brain), 8)) * 4.0
-    skin = np.where((depth > 8) & (depth <= 16), 0.6 * brain.values.max(), 0)
-    return padded.with_values(padded.values + skin)
-
-
-def scanned(image: Volume, affine: np.ndarray, shape: tuple[int, int, int], to_template: np.ndarray) -> np.ndarray:
-    """What a scanner with this grid sees of a head in template space."""
-    places_mm = apply_matrix(to_template, grid_positions_mm(affine, shape).reshape(-1, 3))
-    return image.sample(places_mm).reshape(shape) * 800
+    return head_around(brain)
 
 
 def error_mm(brain: Volume, transform: Transform, to_template: np.ndarray) -> np.ndarray:
@@ -166,16 +152,9 @@ def bold(brain: Volume, motion: np.ndarray, tmp_path_factory: pytest.TempPathFac
     """A run of the same head in another place of the scanner, with another contrast; and where it truly lies."""
     session = nibabel.affines.from_matvec(nibabel.eulerangles.euler2mat(-0.06, 0.08, 0.04), [-6.0, 5.0, 8.0])
     bold_to_template = SCAN_TO_TEMPLATE @ np.linalg.inv(session)
-    t2_like = brain.with_values(solid(brain) * (1.4 * brain.values.max() - brain.values))
-    zoomed = ndimage.zoom(t2_like.values, 2, order=1, grid_mode=True, mode="grid-constant")
-    fine = Volume(ndimage.gaussian_filter(zoomed, 5 / 2.35 / 2), brain.origin_mm - 1, 2.0)  # a voxel averages over 5 mm
-    frames = [
-        scanned(fine, BOLD_AFFINE, BOLD_SHAPE, bold_to_template @ np.linalg.inv(pose)) * (1 + 0.01 * frame)
-        for frame, pose in enumerate(motion)
-    ]
-    noise = np.random.default_rng(0).normal(scale=5, size=(*BOLD_SHAPE, len(motion)))
+    values = bold_frames(brain, bold_to_template, motion)
     path = tmp_path_factory.mktemp("bold") / "sub-01_task-rest_bold.nii.gz"
-    return save_scan(path, np.stack(frames, axis=-1) + noise, BOLD_AFFINE), bold_to_template
+    return save_scan(path, values, BOLD_AFFINE), bold_to_template
 
 
 def test_known_motion_is_found_to_a_tenth_of_a_mm_and_twice_the_same(
