@@ -1,5 +1,6 @@
 """No subject and no family is in two splits, and exact counts are exact."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 
 from data_sharding.config import SplitConfig, validate_splits
 from data_sharding.errors import SplitError
+from data_sharding.prepare import prepare
 from data_sharding.splits import assign_splits
+from tests.helpers_scans import sharding_config, write_bold, write_t1
 
 RANKED = SplitConfig(
     rule="ranked",
@@ -54,6 +57,38 @@ def test_a_family_is_never_divided(config: SplitConfig, seed: int) -> None:
     assert set(splits) == set(table.index)
     for _, members in table.groupby("family"):
         assert len({splits[subject] for subject in members.index}) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_subjects_and_families_keep_their_split_across_sets_that_hold_others_of_them(seed: int) -> None:
+    table = subjects(60)
+    config = replace(THRESHOLD, seed=seed, family_column="family")
+    first, second = assign_splits(table.iloc[::2], config), assign_splits(table.iloc[20:], config)
+    assert all(second[subject] == split for subject, split in first.items() if subject in second)
+    siblings = [set(members.index) for _, members in table.groupby("family")]
+    assert any(family & set(first) and family & set(second) - set(first) for family in siblings)
+    for family in siblings:
+        assert len({splits[subject] for splits in (first, second) for subject in family & set(splits)}) <= 1
+
+
+@pytest.mark.parametrize("rule", ["threshold", "ranked"])
+@pytest.mark.parametrize("seed", range(4))
+def test_all_sessions_and_kinds_of_a_subject_are_in_one_split(rule: str, seed: int, tmp_path: Path) -> None:
+    for subject, session in itertools.product(("01", "02", "03", "04"), ("1", "2")):
+        for write in (write_bold, write_t1):
+            path = write(tmp_path, subject)
+            path.rename(path.with_name(path.name.replace(f"sub-{subject}", f"sub-{subject}_ses-{session}")))
+            path.with_suffix("").with_suffix(".json").unlink(missing_ok=True)
+    (tmp_path / "task-rest_bold.json").write_text('{"RepetitionTime": 2.0}')
+    config = sharding_config(tmp_path, tmp_path / "set")
+    splits = replace(THRESHOLD if rule == "threshold" else replace(RANKED, num_validation=1, num_test=1), seed=seed)
+    prepared = prepare(replace(config, splits=splits))
+    assert len(prepared.found.scans) == 16
+    split_of_scan = {scan.scan_id: prepared.split_of_unit[scan.unit] for scan in prepared.found.scans}
+    for subject in ("01", "02", "03", "04"):
+        own = [split for scan_id, split in split_of_scan.items() if scan_id.startswith(f"sub-{subject}_")]
+        assert len(own) == 4
+        assert len(set(own)) == 1
 
 
 def test_a_growing_corpus_moves_nobody_under_the_threshold_rule() -> None:
