@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, StemName, kind_of
 from brain_models.patches import PatchLayout
 from data_sharding.batch import Batch
+from pretrain.costs import PassShape, flops_of_pass
 from pretrain.errors import PretrainError
 from pretrain.geometry import Geometry, WindowConfig
 from pretrain.masked_set import LossConfig, MaskedSet, SetSpec, at
 from pretrain.masking import MaskingConfig, TokenChoice
 from pretrain.references import centre, hidden_voxels
 from pretrain.scores import metrics_of, report_of
-from training.task import ParameterGroup, Task
+from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
 
 __all__ = ["DecoderConfig", "Geometry", "LossConfig", "MaskedVolumes", "ModelConfig", "SetSpec", "WindowConfig"]
@@ -59,9 +60,9 @@ class MaskedVolumes(Task):
         weight_decay: float,
     ) -> None:
         super().__init__()
+        self.config = config
         self.weight_decay = weight_decay
         self.batch_size = batch_size
-        self.loss_kind = loss.kind
         stem_of_set = stem_names(sets)
         shapes = {stem: sets[name].geometry for name, stem in reversed(stem_of_set.items())}
         shapes = {stem: shapes[stem] for stem in stem_of_set.values()}
@@ -178,6 +179,17 @@ class MaskedVolumes(Task):
             weight_decay=self.weight_decay,
             opens_at_step=0,
         )
+
+    def cost(self, batch: Batch) -> Cost:
+        shape = self.pass_shape(self.set_named(batch.set_name), rows=len(batch.weight))
+        flops = flops_of_pass(self.config.encoder, self.config.decoder, shape)
+        return Cost(tokens=shape.rows * shape.num_tokens, flops=flops)
+
+    def pass_shape(self, part: MaskedSet, *, rows: int) -> PassShape:
+        """What a forward pass on `rows` samples of a set holds."""
+        num_hidden = part.masker.num_hidden
+        num_features = self.encoder.stem(part.stem_name).num_features
+        return PassShape(rows, part.masker.num_tokens - num_hidden, num_hidden, num_features)
 
     def checkpoint_activations(self) -> None:
         self.encoder.recomputes_activations = self.decoder.recomputes_activations = True

@@ -26,14 +26,14 @@ from pretrain.train import build_task, train
 from training.collectives import Place
 
 BATCH_SIZE = 6
-SPLITS = ["splits.rule=threshold", "splits.validation_fraction=0.25", "splits.test_fraction=0.2"]
+SPLITS = ["splits.rule=ranked", "splits.num_validation=1", "splits.num_test=1"]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The same ten people at 12 mm (BOLD and T1) and at 6 mm."""
+    """The same six people at 12 mm (BOLD and T1) and at 6 mm."""
     folder = tmp_path_factory.mktemp("joint")
-    overrides = [f"out={folder / 'bids'}", "num_subjects=10", "num_frames=16", "spacing_mm=12.0", "t1_spacing_mm=12.0"]
+    overrides = [f"out={folder / 'bids'}", "num_subjects=6", "num_frames=16", "spacing_mm=12.0", "t1_spacing_mm=12.0"]
     write_phantom(parse(compose("phantom", [*overrides, "num_processes=1"]), PhantomConfig))
     found = {}
     for space in ("mni12", "mni6"):

@@ -4,7 +4,6 @@ import torch
 
 from brain_models.atlas import Atlas
 from brain_models.encoder import EncoderConfig
-from brain_models.space import BrainSpace, fsl_grid, space_from_mask
 from data_sharding.reader import Batch
 from pretrain.baselines import BaselineConfig
 from pretrain.errors import MaskingError
@@ -15,11 +14,11 @@ from pretrain.masked_volumes import (
     MaskedVolumes,
     ModelConfig,
     SetSpec,
-    WindowConfig,
 )
 from pretrain.masking import MaskingConfig
 from pretrain.references import fit_references, rows_set_aside, voxel_statistics
 from pretrain.scores import Regions, metrics_of, report_of
+from tests.phantom_spaces import ball
 
 BATCH_SIZE = 4
 MODEL = ModelConfig(
@@ -30,20 +29,7 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def geometry() -> Geometry:
-    affine, shape = fsl_grid(12.0)
-    places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
-    in_brain = (((places - np.array([7, 9, 7])) / np.array([5.2, 6.4, 5.1])) ** 2).sum(axis=-1) < 1
-    space = space_from_mask(in_brain, affine, name="ball", template="none")
-    return Geometry.of(space, octants(space), WindowConfig(window_frames=4, tubelet_frames=2, patch_voxels=3))
-
-
-def octants(space: BrainSpace) -> Atlas:
-    """Labels with a gap, one label of a single voxel, and one octant without a label."""
-    above = space.positions_mm > np.median(space.positions_mm, axis=0)
-    labels = (above @ np.array([1, 2, 4])).astype(np.int32) * 10
-    labels[5] = 3
-    names = {int(label): f"octant {label}" for label in np.unique(labels) if label}
-    return Atlas("octants", labels, names, {"left": [20, 40, 60], "speck": [3], "absent": [99]})
+    return ball(patch_voxels=3)
 
 
 def make_task(geometry: Geometry, kind: str = "region", loss: str = "plain") -> MaskedVolumes:
