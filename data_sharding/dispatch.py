@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -149,28 +150,43 @@ def _progress(missing: list[ShardPlan], *, num_shards: int, num_written: int) ->
     columns = (TextColumn("scans"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left")) as bar:
         task = bar.add_task("scans", total=num_scans, note="")
-        counts = Counter[str]()
-        started = time.monotonic()
+        done = _Done(num_written)
 
         def advance(shard: ShardPlan, receipt: Receipt) -> None:
-            counts.update(scans=len(shard.requests), refused=len(receipt.refused))
-            rate = counts["scans"] / (time.monotonic() - started)
-            bar.update(task, advance=len(shard.requests), note=f"{rate:.1f}/s, {counts['refused']} refused")
+            done.add(shard, receipt)
+            bar.update(task, completed=done.scans, note=f"{done.rate:.1f}/s, {done.refused} refused")
 
         yield advance
 
 
 def _lines(num_scans: int, *, num_shards: int, num_written: int) -> Step:
-    counts = Counter[str](shards=num_written)
-    started = time.monotonic()
+    done = _Done(num_written)
 
     def advance(shard: ShardPlan, receipt: Receipt) -> None:
-        counts.update(shards=1, scans=len(shard.requests), refused=len(receipt.refused))
-        rate = counts["scans"] / (time.monotonic() - started)
+        done.add(shard, receipt)
         print(
-            f"shards {counts['shards']}/{num_shards}  scans {counts['scans']}/{num_scans}  refused "
-            f"{counts['refused']}  {rate:.1f} scans/s  {(num_scans - counts['scans']) / rate:.0f} s left",
+            f"shards {done.shards}/{num_shards}  scans {done.scans}/{num_scans}  refused {done.refused}  "
+            f"{done.rate:.1f} scans/s  {(num_scans - done.scans) / done.rate:.0f} s left",
             flush=True,
         )
 
     return advance
+
+
+@dataclass
+class _Done:
+    """What is done so far; scans and their rate are those of this run."""
+
+    shards: int  # with those written earlier
+    scans: int = 0
+    refused: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, shard: ShardPlan, receipt: Receipt) -> None:
+        self.shards += 1
+        self.scans += len(shard.requests)
+        self.refused += len(receipt.refused)
+
+    @property
+    def rate(self) -> float:
+        return self.scans / (time.monotonic() - self.started)

@@ -72,8 +72,11 @@ def describe(config: ShardingConfig) -> str:
 
 
 def refusal_lines(refused: list[schema.Refusal]) -> list[str]:
-    """The first refused scans and why, a line each, and how many more there are."""
-    lines = [f"  refused {refusal.scan_id}: {refusal.reason}" for refusal in refused[:REFUSALS_SHOWN]]
+    """The first refused scans and why, as a table, and how many more there are; nothing where there are none."""
+    rows = [("refused scan", "reason")] * bool(refused)
+    rows += [(refusal.scan_id, refusal.reason) for refusal in refused[:REFUSALS_SHOWN]]
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = [f"  {name:<{width}}  {reason}" for name, reason in rows]
     if len(refused) > REFUSALS_SHOWN:
         lines.append(f"  and {len(refused) - REFUSALS_SHOWN} more refused scans, all in {schema.MANIFEST}")
     return lines

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import sys
 import tarfile
 from dataclasses import asdict, replace
@@ -96,7 +97,13 @@ def test_a_rerun_writes_only_what_is_missing(
         (copied / name).unlink()
     kept = (copied / shards[2]).stat().st_mtime_ns
     build(replace(written, out=str(copied)))
-    assert f"{len(shards) - 2} of {len(shards)} shards are written already" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{len(shards) - 2} of {len(shards)} shards are written already" in printed
+    progress = re.findall(r"shards (\d+)/(\d+)  scans (\d+)/(\d+)  refused 0  (\S+) scans/s  (\d+) s left", printed)
+    assert [row[:2] for row in progress] == [(str(len(shards) - missing), str(len(shards))) for missing in (1, 0)]
+    assert [row[2] == row[3] for row in progress] == [False, True]
+    assert all(float(row[4]) > 0 for row in progress)
+    assert progress[-1][5] == "0"
     assert contents(copied) == whole
     assert (copied / shards[2]).stat().st_mtime_ns == kept
     build(replace(written, out=str(copied)))
@@ -227,7 +234,9 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_scan_that_cannot_be_packed_leaves_a_hole_and_its_reason(tmp_path: Path) -> None:
+def test_a_scan_that_cannot_be_packed_leaves_a_hole_and_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = write_study(tmp_path / "study", num_subjects=3)
     damaged = next((root / "sub-02" / "func").glob("*bold.nii.gz"))
     damaged.write_bytes(damaged.read_bytes()[:3000])
@@ -235,6 +244,8 @@ def test_a_scan_that_cannot_be_packed_leaves_a_hole_and_its_reason(tmp_path: Pat
     manifest = build(config)
     assert [refusal.scan_id for refusal in manifest.refused] == ["sub-02_task-rest_bold"]
     assert str(damaged) in manifest.refused[0].reason
+    table = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-1:]]
+    assert table == [["sub-02_task-rest_bold", manifest.refused[0].reason]]
     assert manifest.counts["bold_runs"] == 2
     assert manifest.counts["t1"] == 3
     strict = replace(
