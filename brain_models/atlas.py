@@ -198,7 +198,7 @@ def atlas_from_image(path: Path | str, space: BrainSpace, names_csv: Path | None
         names |= _names(names_csv)
     present = set(np.unique(values).tolist()) - {0}
     is_aal3 = present <= set(range(1, 171)) - {35, 36, 81, 82} and len(present) == 166
-    return Atlas(Path(path).name.split(".")[0], labels, names, _aal3_groups() if is_aal3 else {})
+    return Atlas(Path(path).name.split(".")[0], labels, names, aal3_groups() if is_aal3 else {})
 
 
 def aal3(space: BrainSpace) -> Atlas:
@@ -211,7 +211,7 @@ def aal3(space: BrainSpace) -> Atlas:
         raise SpaceError(f"AAL3 could not be fetched ({error}); give a label file: atlas=/path/AAL3.nii.gz") from error
     atlas = atlas_from_image(fetched.maps, space)
     names = dict(zip((int(index) for index in fetched.indices), fetched.labels, strict=True))
-    return Atlas("aal3", atlas.labels, names, _aal3_groups())
+    return Atlas("aal3", atlas.labels, names, aal3_groups())
 
 
 def template_parcellation(space: BrainSpace) -> Atlas:
@@ -248,7 +248,8 @@ def template_parcellation(space: BrainSpace) -> Atlas:
     return Atlas("template", labels, names, groups)
 
 
-def _aal3_groups() -> dict[str, list[int]]:
+def aal3_groups() -> dict[str, list[int]]:
+    """Returns AAL3's labels by group."""
     unused = {35, 36, 81, 82}
     return {
         group: [label for low, high in ranges for label in range(low, high + 1) if label not in unused]

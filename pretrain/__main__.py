@@ -5,6 +5,8 @@ Example (two workers on this machine, the shards of `python -m data_sharding`):
   python -m pretrain kind=bold shards=out/shards run.folder=out/runs/bold model=tiny engine=zero2 cluster=local
 
 Required: kind=bold|t1  shards=<shard set>  run.folder=<where the run lives>
+Jointly:  "sets={rest: {kind: bold, shards: <set>, weight: 0.7}, anat: {kind: t1, shards: <set>, weight: 0.3}}"
+          instead of kind and shards: one trunk for sets of any kind, resolution and repetition time
 Groups:   model=tiny|small|base|large  masking=region|random|tube|future  engine=plain|zero0..zero3
           cluster=inline|local|ray  experiment=demo_bold|demo_t1
 
@@ -15,8 +17,9 @@ The same command with the same run.folder goes on where the run stopped. Results
 from cluster.launch import run_on_workers
 from configs.entry import main
 from pretrain.config import PretrainConfig
-from pretrain.planning import plan, validate
+from pretrain.planning import plan
 from pretrain.train import train
+from pretrain.validation import validate
 
 
 def run(config: PretrainConfig) -> None:

@@ -1,4 +1,5 @@
 """What hidden voxels can be guessed from without a network: the mean, neighbouring patches, a ridge on patch means.
+Global signal and drift are in pretrain.global_drift.
 
 Everything here sees centred values (minus the training voxel mean), so the mean baseline is zero by construction.
 """
@@ -14,9 +15,19 @@ from torch import Tensor
 @dataclass
 class BaselineConfig:
     num_neighbours: int  # visible patches whose means a hidden patch is guessed from
+    drift_degree: int  # of the polynomial in time that stands for slow drift within a window
+    ridge_max_gib: float  # of memory on every rank; where it needs more it is left out, and that is said
     ridge_penalties: list[float]  # candidates, in units of the mean variance of patch means
     fit_samples: int  # training samples that the voxel statistics and the ridge are fitted on
     choice_share: float  # share of their subjects on which the penalty is chosen
+
+
+def patch_counts(
+    is_measured: Bool[Tensor, "batch voxel"], *, patch_of_voxel: Int64[Tensor, "voxel"], num_patches: int
+) -> Float[Tensor, "batch patch"]:
+    """How many voxels of each patch were measured."""
+    count = torch.zeros(len(is_measured), num_patches, device=is_measured.device)
+    return count.index_add_(1, patch_of_voxel, is_measured.float())
 
 
 def patch_means(
@@ -27,10 +38,9 @@ def patch_means(
     num_patches: int,
 ) -> Float[Tensor, "batch time patch"]:
     """Each patch's mean over its measured voxels; 0 where none is measured."""
-    present = is_measured.to(values.dtype)
-    count = values.new_zeros(len(values), num_patches).index_add_(1, patch_of_voxel, present)
+    count = patch_counts(is_measured, patch_of_voxel=patch_of_voxel, num_patches=num_patches)
     total = values.new_zeros(*values.shape[:2], num_patches)
-    total.index_add_(2, patch_of_voxel, values * present[:, None])
+    total.index_add_(2, patch_of_voxel, values * is_measured[:, None])
     return total / count.clamp(min=1)[:, None]
 
 
@@ -48,13 +58,21 @@ def neighbour_means(
     num_visible = is_visible.sum(dim=1)
     tubelets = torch.arange(len(means), device=means.device)
     guess = torch.empty_like(means)
+    nearest, shown = tubelets, None
     for tubelet in tubelets.tolist():
         distance_in_time = torch.where(num_visible > 0, (tubelets - tubelet).abs(), len(tubelets))
         source = int(distance_in_time.argmin())
-        seen = is_visible[source].nonzero().flatten()
-        nearest = distance_mm[:, seen].topk(min(num_neighbours, len(seen)), largest=False).indices
-        guess[tubelet] = means[source][:, seen[nearest]].mean(dim=-1)
+        if shown is None or not torch.equal(shown, is_visible[source]):  # tube and region: the same for every tubelet
+            shown = is_visible[source]
+            seen = shown.nonzero().flatten()
+            nearest = seen[distance_mm[:, seen].topk(min(num_neighbours, len(seen)), largest=False).indices]
+        guess[tubelet] = means[source][:, nearest].mean(dim=-1)
     return guess
+
+
+def ridge_bytes(num_patches: int, num_voxels: int) -> int:
+    """Bytes of the second moments of patch means with one another (float64) and with voxels (float32), kept twice."""
+    return 2 * (8 * num_patches * num_patches + 4 * num_patches * num_voxels)
 
 
 class RidgeOracle:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import ClusterConfig
+from data_sharding.reader import DataConfig
 from pretrain.baselines import BaselineConfig
 from pretrain.geometry import WindowConfig
 from pretrain.masked_set import LossConfig
@@ -19,22 +20,6 @@ class SetConfig:
     kind: Literal["bold", "t1"]
     shards: str
     weight: float  # its share of the steps, up to a factor
-
-
-@dataclass
-class DataConfig:
-    """How samples are drawn; what a sample is, `windows` says."""
-
-    batch_size: int  # G: samples of one step over all ranks
-    micro_batch_size: int  # samples of one forward pass on one rank
-    seed: int  # of order, window phases and hidden tokens
-    shuffle_shards: int  # shards mixed with one another at a time
-    num_workers: int  # loader processes of a rank
-    prefetch: int  # batches a loader process prepares ahead
-    reader: Literal["indexed", "stream"]
-    max_bad_fraction: float  # samples that may fail to read before the run stops
-    cache_folder: str | None  # of every node: keeps whole shards there; null reads each window from the store
-    cache_bytes: int  # what it may hold; not used where a shuffle block does not fit
 
 
 @dataclass

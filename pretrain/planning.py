@@ -1,175 +1,35 @@
-"""What a configuration would do, and everything wrong with it, without doing it."""
+"""What a configuration would do, without doing it: samples, steps, bytes, parameters, memory."""
 
-import dataclasses
 import math
-import re
-from typing import get_args
+from collections.abc import Mapping
 
 from torch import nn
 
-from brain_models.encoder import TokenKind
-from cluster.config import validate_cluster
-from cluster.errors import StorageError
 from data_sharding.addresses import run_table
-from data_sharding.errors import ShardError
-from data_sharding.joint import sets_of_steps, split_conflicts
+from data_sharding.joint import sets_of_steps
 from pretrain.config import PretrainConfig
-from pretrain.errors import PretrainError
+from pretrain.costs import bytes_kept
 from pretrain.geometry import Geometry
 from pretrain.masked_set import MaskedSet
 from pretrain.masked_volumes import MaskedVolumes
-from pretrain.masking import masking_problems
+from pretrain.reach import reach_of_groups
 from pretrain.sets import OpenedSet, open_sets
 from pretrain.train import build_task
-from training.config import validate_train
 
-BYTES_PER_VALUE = {"int8": 1, "float16": 2}
-REQUIRED = {"kind": "<bold|t1>", "shards": "<shard set>"}
-SET_NAME = re.compile("[a-z][a-z0-9_]*")
-OPTIMISER_BYTES = 8  # AdamW's two moments in float32, a parameter
-SHARED_FROM_STAGE = {"optimiser": 1, "gradients": 2, "weights": 3}  # what each ZeRO stage divides over the ranks
-
-
-def validate(config: PretrainConfig) -> list[str]:
-    """All problems of a configuration, those that need the shard set included."""
-    problems = (
-        validate_cluster(config.cluster, "cluster")
-        + validate_train(config.train, "train", num_workers=config.cluster.num_workers)
-        + number_problems(config)
-    )
-    unreadable = naming_problems(config) or [
-        problem for name in config.named_sets for problem in window_problems(config, name)
-    ]
-    if unreadable:
-        return problems + unreadable
-    problems += registration_problems(config)
-    try:
-        sets = open_sets(config)
-        for opened in sets.values():
-            shares, columns = opened.geometry.membership(config.masking)
-            found = masking_problems(config.masking, shares, columns=columns, num_tubelets=opened.geometry.num_tubelets)
-            problems += found if len(sets) == 1 else [f"set {opened.name}: {problem}" for problem in found]
-            problems += set_problems(config, opened)
-    except (ShardError, StorageError, PretrainError) as error:
-        return [*problems, str(error)]
-    return problems + split_conflicts({name: each.shard_set.subjects for name, each in sets.items()})
-
-
-def naming_problems(config: PretrainConfig) -> list[str]:
-    """What is wrong with how the sets are given: kind and shards, or sets."""
-    if config.sets is None:
-        given = {"kind": config.kind, "shards": config.shards}
-        missing = [key for key, value in given.items() if value is None]
-        return [f"{key}: required; add {key}={REQUIRED[key]}, or give sets=... for a joint run" for key in missing]
-    problems = []
-    if config.kind is not None or config.shards is not None:
-        problems.append("sets: kind or shards are given as well; a joint run names both in each set")
-    if not config.sets:
-        problems.append("sets: empty; name at least one, e.g. sets={rest: {kind: bold, shards: ..., weight: 1}}")
-    for name, each in config.sets.items():
-        if not SET_NAME.fullmatch(name) or (name in get_args(TokenKind) and name != each.kind):
-            problems.append(f"sets.{name}: use small letters, digits and _, and no other kind's name")
-        if each.weight <= 0:
-            problems.append(f"sets.{name}.weight: {each.weight}; must be above 0")
-    return problems
-
-
-def window_problems(config: PretrainConfig, name: str) -> list[str]:
-    """Problems of the window of a set."""
-    kind = config.named_sets[name].kind
-    key = name if name in config.windows else kind
-    if key not in config.windows:
-        return [f"windows: no entry for kind={kind}; it has {sorted(config.windows)}"]
-    window, key = config.windows[key], f"windows.{key}"
-    problems = [
-        f"{key}.{field}: {value}; must be above 0" for field, value in dataclasses.asdict(window).items() if value < 1
-    ]
-    if not problems and window.window_frames % window.tubelet_frames:
-        problems.append(
-            f"{key}.window_frames: {window.window_frames} is no multiple of tubelet_frames {window.tubelet_frames}"
-        )
-    if kind == "t1" and window.window_frames != 1:
-        problems.append(f"{key}.window_frames: {window.window_frames}, but a T1 is one frame; set it to 1")
-    return problems
-
-
-def registration_problems(config: PretrainConfig) -> list[str]:
-    """A backbone without a name to register it under."""
-    if config.register is None or config.label in config.register.names:
-        return []
-    return [f"register.names: no name for {config.label}; add register.names.{config.label}=<name>"]
-
-
-def number_problems(config: PretrainConfig) -> list[str]:
-    """Problems of single numbers and of sizes that must fit one another."""
-    data, sizes, baselines = config.data, config.model, config.baselines
-    positive = {
-        "data.batch_size": data.batch_size,
-        "data.micro_batch_size": data.micro_batch_size,
-        "data.shuffle_shards": data.shuffle_shards,
-        "model.encoder.depth": sizes.encoder.depth,
-        "model.decoder.depth": sizes.decoder.depth,
-        "baselines.num_neighbours": baselines.num_neighbours,
-        "baselines.fit_samples": baselines.fit_samples,
-        "deviation_floor": config.deviation_floor,
-    }
-    problems = [f"{key}: {value}; must be above 0" for key, value in positive.items() if value <= 0]
-    if data.batch_size < config.cluster.num_workers:
-        problems.append(
-            f"data.batch_size: {data.batch_size} for {config.cluster.num_workers} workers; give each one or more"
-        )
-    for part, width in (("encoder", sizes.encoder.width), ("decoder", sizes.decoder.width)):
-        if width % sizes.encoder.num_heads:
-            problems.append(
-                f"model.{part}.width: {width} is no multiple of model.encoder.num_heads {sizes.encoder.num_heads}"
-            )
-    if not baselines.ridge_penalties or min(baselines.ridge_penalties) <= 0:
-        problems.append(f"baselines.ridge_penalties: {baselines.ridge_penalties}; give at least one, all above 0")
-    if not 0 < baselines.choice_share < 1:
-        problems.append(f"baselines.choice_share: {baselines.choice_share}; give a share between 0 and 1")
-    if not 0 < config.loss.smallest_region <= 1:
-        problems.append(f"loss.smallest_region: {config.loss.smallest_region}; must lie above 0 and up to 1")
-    if config.weight_decay < 0:
-        problems.append(f"weight_decay: {config.weight_decay}; must not be negative")
-    return problems
-
-
-def set_problems(config: PretrainConfig, opened: OpenedSet) -> list[str]:
-    """Splits without a scan of this kind, and windows longer than every run."""
-    problems = []
-    evaluation, window_frames = config.train.evaluation, opened.geometry.window.window_frames
-    for split in dict.fromkeys(["train", evaluation.split, *evaluation.final_splits]):
-        runs = opened.shard_set.runs(opened.kind, [split])
-        if not len(runs):
-            problems.append(
-                f"shards={opened.location}: no {opened.kind} scan in split '{split}'; choose kind or split anew "
-                "(train.evaluation), or write the set with both"
-            )
-        elif opened.kind == "bold" and int(runs["num_frames"].max()) < window_frames:
-            key = opened.name if opened.name in config.windows else opened.kind
-            problems.append(
-                f"windows.{key}.window_frames: {window_frames}, but the longest run of split "
-                f"'{split}' has {int(runs['num_frames'].max())} frames; shorten the window"
-            )
-    return problems
+BYTES_PER_VALUE = {"int8": 1, "float16": 2}  # in the shards
+STAGES = (0, 1, 2, 3)
+MIB = 2**20
 
 
 def plan(config: PretrainConfig) -> str:
-    """What would happen: samples, steps, bytes, parameters, tokens and memory, one line each."""
+    """What would happen, a line each: about every set, then about the whole run."""
     sets = open_sets(config)
     task = build_task(config, sets)
-    steps_of_set = steps_by_set(config)
     lines: dict[str, str] = {}
-    for name, opened in sets.items():
-        of_set = set_lines(config, opened, task.set_named(name), num_steps=steps_of_set[name])
+    for name, num_steps in steps_by_set(config).items():
+        of_set = set_lines(config, sets[name], task.set_named(name), num_steps=num_steps)
         lines |= of_set if len(sets) == 1 else {f"{name}: {key}": text for key, text in of_set.items()}
-    lines |= {
-        "steps": f"{config.train.steps:,} of {config.data.batch_size} samples",
-        "parameters": f"{count(task.encoder):,} encoder, {count(task.decoder):,} decoder",
-        "memory a rank": f"{state_bytes(task, config) / 2**20:,.1f} MiB for weights, gradients and optimiser",
-        "workers": f"{config.cluster.num_workers} ({config.cluster.kind}), "
-        f"{micro_batches(config)} forward passes a step on each",
-    }
+    lines |= run_lines(config, task, sets)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
@@ -180,14 +40,41 @@ def set_lines(config: PretrainConfig, opened: OpenedSet, part: MaskedSet, *, num
     samples = samples_per_epoch(opened)
     drawn = num_steps * config.data.batch_size
     sample_bytes = bytes_of_sample(opened)
-    return {
+    num_shards = opened.shard_set.runs(opened.kind, ["train"])["shard"].nunique()
+    lines = {
         "set": f"{opened.location}, space {geometry.space.name}, {geometry.space.num_voxels:,} voxels",
-        "samples an epoch": f"{samples:,} of the train split, {samples * sample_bytes:,} bytes",
+        "samples an epoch": f"{samples:,} of the train split",
+        "bytes an epoch": f"{samples * sample_bytes:,}",
         "samples drawn": f"{drawn:,} in {num_steps:,} steps: {drawn / max(samples, 1):.1f} epochs",
+        "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} a sample)",
+        "shards a worker": f"all {num_shards:,}, {min(config.data.shuffle_shards, num_shards):,} at a time",
         "tokens a sample": f"{part.masker.num_tokens:,}, {part.masker.num_hidden:,} of them hidden "
         f"({geometry.layout.num_patches} patches x {geometry.num_tubelets} tubelets)",
-        "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} a sample)",
-        "ridge baseline": f"{ridge_bytes(geometry) / 2**20:,.1f} MiB on every rank",
+        "ridge baseline": f"{ridge_bytes(geometry) / MIB:,.1f} MiB on every rank while it is fitted",
+    }
+    shares, _ = geometry.membership(config.masking)
+    for rule, reach in reach_of_groups(shares, geometry).items():
+        lines[f"{rule} reaches"] = ", ".join(f"{group} {share:.3f}" for group, share in reach.items())
+    return lines
+
+
+def run_lines(config: PretrainConfig, task: MaskedVolumes, sets: Mapping[str, OpenedSet]) -> dict[str, str]:
+    """The plan's lines about the whole run; memory is that of a rank's device."""
+    num_ranks, engine = config.cluster.num_workers, config.train.engine
+    states = {stage: state_bytes(count(task), stage=stage, num_ranks=num_ranks) for stage in STAGES}
+    kept = {way: activation_bytes(config, task, sets, recomputes=way) for way in (False, True)}
+    this = engine.zero_stage if engine.kind == "deepspeed" else 0
+    whole = plain_bytes(count(task)) if engine.kind == "plain" else states[this]
+    return {
+        "steps": f"{config.train.steps:,} of {config.data.batch_size} samples",
+        "parameters": f"{count(task.encoder):,} encoder, {count(task.decoder):,} decoder",
+        "weights and optimiser": ", ".join(f"ZeRO {stage} {size / MIB:,.1f} MiB" for stage, size in states.items()),
+        "activations": f"{kept[False] / MIB:,.1f} MiB, {kept[True] / MIB:,.1f} MiB when recomputed "
+        f"({config.data.micro_batch_size} samples, {engine.precision})",
+        "memory a rank": f"{(whole + kept[engine.activation_checkpointing]) / MIB:,.1f} MiB as configured, buffers of "
+        "the libraries not counted",
+        "a checkpoint": f"{checkpoint_bytes(task) / MIB:,.1f} MiB, the last {config.train.checkpoint.keep_last} kept",
+        "workers": f"{num_ranks} ({config.cluster.kind}), {micro_batches(config)} forward passes a step on each",
     }
 
 
@@ -216,15 +103,36 @@ def micro_batches(config: PretrainConfig) -> int:
     return math.ceil(share / config.data.micro_batch_size)
 
 
-def state_bytes(task: MaskedVolumes, config: PretrainConfig) -> float:
-    """Bytes of weights, gradients and optimiser state on one rank, in float32, as the ZeRO stage divides them."""
-    stage = config.train.engine.zero_stage if config.train.engine.kind == "deepspeed" else 0
-    parts = {"weights": 4, "gradients": 4, "optimiser": OPTIMISER_BYTES}
-    num_parameters = count(task)
-    return sum(
-        size * num_parameters / (config.cluster.num_workers if stage >= SHARED_FROM_STAGE[part] else 1)
-        for part, size in parts.items()
+def plain_bytes(num_parameters: int) -> float:
+    """Bytes of float32 weights, gradients and AdamW's two moments in one process."""
+    return 16.0 * num_parameters
+
+
+def state_bytes(num_parameters: int, *, stage: int, num_ranks: int) -> float:
+    """Bytes of weights, gradients and optimiser on one rank under DeepSpeed, in float32.
+
+    From stage 1 on DeepSpeed keeps the weights of a rank's share twice: as the model sees them and as AdamW's own.
+    """
+    weights = 4 / (num_ranks if stage == 3 else 1)
+    gradients = 4 / (num_ranks if stage >= 2 else 1)
+    optimiser = 12 / num_ranks if stage else 8
+    return (weights + gradients + optimiser) * num_parameters
+
+
+def activation_bytes(
+    config: PretrainConfig, task: MaskedVolumes, sets: Mapping[str, OpenedSet], *, recomputes: bool
+) -> int:
+    """Bytes that a forward pass keeps on the set where that is most."""
+    model, precision = config.model, config.train.engine.precision
+    shapes = [task.pass_shape(task.set_named(name), rows=config.data.micro_batch_size) for name in sets]
+    return max(
+        bytes_kept(model.encoder, model.decoder, shape, precision=precision, recomputes=recomputes) for shape in shapes
     )
+
+
+def checkpoint_bytes(task: MaskedVolumes) -> int:
+    """Bytes of a commit's tensors: weights, buffers that travel with them, AdamW's two moments."""
+    return sum(tensor.nbytes for tensor in task.state_dict().values()) + 8 * count(task)
 
 
 def ridge_bytes(geometry: Geometry) -> int:

@@ -3,6 +3,7 @@
 Knows masks and arrays; knows no model.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,9 +18,14 @@ from pretrain.baselines import (
     RidgeOracle,
     VoxelStatistics,
     neighbour_means,
+    patch_counts,
     patch_means,
+    ridge_bytes,
 )
 from pretrain.errors import PretrainError
+from pretrain.global_drift import GlobalDrift
+
+log = logging.getLogger(__name__)
 
 HiddenPatches = Callable[[Batch], Bool[Tensor, "batch tubelet patch"]]
 
@@ -42,7 +48,8 @@ class References:
     offset: Float[Tensor, "voxel"]
     patch_of_voxel: Int64[Tensor, "voxel"]
     distance_mm: Float[Tensor, "patch patch"]
-    ridge: RidgeOracle
+    global_drift: GlobalDrift
+    ridge: RidgeOracle | None  # None: it needs more memory than configured
     penalty: float
 
     def guess(
@@ -53,19 +60,25 @@ class References:
     ) -> dict[str, Float[Tensor, "batch time voxel"]]:
         """Each baseline's centred guess; like `values`, on the CPU."""
         means = self.means(centre(values, is_measured, self.offset), is_measured)
-        return {
-            "neighbour": self.neighbour_guess(means, ~is_hidden),
-            "ridge": self.ridge_guess(means, ~is_hidden, penalty=self.penalty),
+        neighbours = self.neighbour_patches(means, ~is_hidden)
+        signal, drift = self.slow(means, neighbours, is_measured, ~is_hidden)
+        guesses = {
+            "neighbour": neighbours[:, :, self.patch_of_voxel],
+            "global_drift": self.global_drift.predict(signal, drift),
         }
+        if self.ridge is not None:
+            guesses["ridge"] = ridge_guess(self.ridge, means, ~is_hidden, penalty=self.penalty)
+        return guesses
 
     def means(
         self, centred: Float[Tensor, "batch time voxel"], is_measured: Bool[Tensor, "batch voxel"]
     ) -> Float[Tensor, "batch time patch"]:
         return patch_means(centred, is_measured, patch_of_voxel=self.patch_of_voxel, num_patches=len(self.distance_mm))
 
-    def neighbour_guess(
+    def neighbour_patches(
         self, means: Float[Tensor, "batch time patch"], is_visible: Bool[Tensor, "batch tubelet patch"]
-    ) -> Float[Tensor, "batch time voxel"]:
+    ) -> Float[Tensor, "batch time patch"]:
+        """For every patch and frame the mean of its nearest visible patches."""
         split = rearrange(
             means, "batch (tubelet frame) patch -> batch tubelet frame patch", tubelet=is_visible.shape[1]
         )
@@ -73,26 +86,52 @@ class References:
             neighbour_means(sample, visible, self.distance_mm, num_neighbours=self.config.num_neighbours)
             for sample, visible in zip(split, is_visible, strict=True)
         ]
-        by_patch = rearrange(torch.stack(guesses), "batch tubelet frame patch -> batch (tubelet frame) patch")
-        return by_patch[:, :, self.patch_of_voxel]
+        return rearrange(torch.stack(guesses), "batch tubelet frame patch -> batch (tubelet frame) patch")
 
-    def ridge_guess(
+    def slow(
         self,
         means: Float[Tensor, "batch time patch"],
+        neighbours: Float[Tensor, "batch time patch"],
+        is_measured: Bool[Tensor, "batch voxel"],
         is_visible: Bool[Tensor, "batch tubelet patch"],
-        *,
-        penalty: float,
-    ) -> Float[Tensor, "batch time voxel"]:
-        guesses = [
-            torch.cat(
-                [
-                    self.ridge.predict(frames, visible, penalty=penalty)
-                    for frames, visible in zip(sample.chunk(len(shown)), shown, strict=True)
-                ]
-            )
-            for sample, shown in zip(means, is_visible, strict=True)
-        ]
-        return torch.stack(guesses)
+    ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time voxel"]]:
+        """The window's global signal, and the drift of every voxel's patch."""
+        counts = patch_counts(is_measured, patch_of_voxel=self.patch_of_voxel, num_patches=len(self.distance_mm))
+        signal, drift = self.global_drift.regressors(means, neighbours, num_measured=counts, is_visible=is_visible)
+        return signal, drift[:, :, self.patch_of_voxel]
+
+    def learn_drift(
+        self,
+        centred: Float[Tensor, "batch time voxel"],
+        is_measured: Bool[Tensor, "batch voxel"],
+        is_hidden: Bool[Tensor, "batch tubelet patch"],
+    ) -> None:
+        """Add training samples to global signal and drift."""
+        means = self.means(centred, is_measured)
+        neighbours = self.neighbour_patches(means, ~is_hidden)
+        signal, drift = self.slow(means, neighbours, is_measured, ~is_hidden)
+        is_scored = hidden_voxels(is_hidden, self.patch_of_voxel, centred.shape[1]) & is_measured[:, None]
+        self.global_drift.add(signal, drift, centred=centred, is_scored=is_scored)
+
+
+def ridge_guess(
+    ridge: RidgeOracle,
+    means: Float[Tensor, "batch time patch"],
+    is_visible: Bool[Tensor, "batch tubelet patch"],
+    *,
+    penalty: float,
+) -> Float[Tensor, "batch time voxel"]:
+    """Every voxel's guess from the patches that are visible in its tubelet."""
+    guesses = [
+        torch.cat(
+            [
+                ridge.predict(frames, visible, penalty=penalty)
+                for frames, visible in zip(sample.chunk(len(shown)), shown, strict=True)
+            ]
+        )
+        for sample, shown in zip(means, is_visible, strict=True)
+    ]
+    return torch.stack(guesses)
 
 
 def centre(
@@ -115,7 +154,7 @@ def fit_references(
 ) -> References:
     """Baselines fitted on training batches; the ridge's penalty is chosen on subjects it had not seen by then.
 
-    `batches()` gives the same batches each time; they are read twice and never kept.
+    `batches()` gives the same batches each time; they are read again and never kept.
     """
     num_patches, num_voxels = len(centres_mm), len(offset)
     references = References(
@@ -123,20 +162,54 @@ def fit_references(
         offset=offset,
         patch_of_voxel=patch_of_voxel,
         distance_mm=torch.cdist(centres_mm, centres_mm),
-        ridge=RidgeOracle(num_patches, num_voxels),
+        global_drift=GlobalDrift(num_voxels, degree=config.drift_degree),
+        ridge=None,
         penalty=config.ridge_penalties[0],
     )
-    set_aside = RidgeOracle(num_patches, num_voxels)
-    subjects = [subject for batch in batches() for subject in batch.subjects]
-    is_kept = ~rows_set_aside(subjects, config.choice_share)
-    for batch, rows in _with_rows(batches(), is_kept):
-        centred = centre(batch.values, batch.is_measured, offset) * (batch.weight > 0)[:, None, None]
-        means = references.means(centred, batch.is_measured)
-        references.ridge.add(means[rows], centred[rows])
-        set_aside.add(means[~rows], centred[~rows])
-    references.penalty = _best_penalty(references, _with_rows(batches(), ~is_kept), hidden_patches)
-    references.ridge.merge(set_aside)
+    subjects = []
+    for batch in batches():
+        subjects += batch.subjects
+        real = batch.weight > 0
+        centred = centre(batch.values[real], batch.is_measured[real], offset)
+        references.learn_drift(centred, batch.is_measured[real], hidden_patches(batch)[real])
+    if has_ridge(config, num_patches, num_voxels):
+        fit_ridge(references, batches, ~rows_set_aside(subjects, config.choice_share), hidden_patches)
     return references
+
+
+def fit_ridge(
+    references: References,
+    batches: Callable[[], Iterable[Batch]],
+    is_kept: Bool[Tensor, "row"],
+    hidden_patches: HiddenPatches,
+) -> None:
+    """Give the references a ridge of all rows, with the penalty that a ridge of the kept rows wants on the others."""
+    num_patches, num_voxels = len(references.distance_mm), len(references.offset)
+    ridge, set_aside = RidgeOracle(num_patches, num_voxels), RidgeOracle(num_patches, num_voxels)
+    for batch, rows in _with_rows(batches(), is_kept):
+        centred = centre(batch.values, batch.is_measured, references.offset) * (batch.weight > 0)[:, None, None]
+        means = references.means(centred, batch.is_measured)
+        ridge.add(means[rows], centred[rows])
+        set_aside.add(means[~rows], centred[~rows])
+    references.penalty = _best_penalty(references, ridge, _with_rows(batches(), ~is_kept), hidden_patches)
+    ridge.merge(set_aside)
+    references.ridge = ridge
+
+
+def has_ridge(config: BaselineConfig, num_patches: int, num_voxels: int) -> bool:
+    """True where the ridge fits into its memory; otherwise says that it is left out, and why."""
+    needed_gib = ridge_bytes(num_patches, num_voxels) / 2**30
+    if needed_gib <= config.ridge_max_gib:
+        return True
+    log.warning(
+        "the ridge baseline is left out: %d patches x %d voxels need %.2f GiB on every rank, "
+        "baselines.ridge_max_gib is %g",
+        num_patches,
+        num_voxels,
+        needed_gib,
+        config.ridge_max_gib,
+    )
+    return False
 
 
 def rows_set_aside(subjects: list[str], share: float) -> Bool[Tensor, "row"]:
@@ -157,6 +230,7 @@ def _with_rows(batches: Iterable[Batch], chosen: Bool[Tensor, "row"]) -> Iterato
 
 def _best_penalty(
     references: References,
+    ridge: RidgeOracle,
     held_out: Iterable[tuple[Batch, Bool[Tensor, "batch"]]],
     hidden_patches: HiddenPatches,
 ) -> float:
@@ -171,7 +245,7 @@ def _best_penalty(
         is_scored = hidden_voxels(is_hidden, references.patch_of_voxel, centred.shape[1]) & is_measured[:, None]
         means = references.means(centred, is_measured)
         for penalty in errors:
-            guess = references.ridge_guess(means, ~is_hidden, penalty=penalty)
+            guess = ridge_guess(ridge, means, ~is_hidden, penalty=penalty)
             errors[penalty] += float((guess - centred).square()[is_scored].sum())
     return min(errors, key=lambda penalty: errors[penalty])
 

@@ -1,17 +1,21 @@
-"""How well hidden voxels were guessed: pure functions from per-sample, per-region sums to r2.
+"""How well hidden voxels were guessed: pure functions from per-sample, per-region sums to r2, with intervals.
 
 r2 = 1 - squared error / squared distance from the training split's voxel mean, over all hidden, measured values of a
 split: a perfect guess scores 1, the training mean 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from brain_models.atlas import Atlas
 
 MEAN_R2 = 0.0  # the mean baseline, by the definition of r2
+MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,36 @@ class Regions:
         return len(self.names) + 1
 
 
+@dataclass
+class IntervalConfig:
+    """Percentile intervals over subjects, drawn with replacement."""
+
+    num_resamples: int
+    confidence: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the ends of its interval; None where there is nothing to explain, or only one subject."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """How well one part of the brain was guessed. `gain` is the model's r2 minus a baseline's, subjects paired."""
+
+    scope: str  # all, group or region
+    name: str
+    num_subjects: int
+    num_values: int
+    r2: dict[str, Interval]  # of the model and every baseline
+    gain: dict[str, Interval]
+
+
 def explained(error: Tensor, total: Tensor) -> float:
     """r2 of summed squared errors and totals; NaN when there is nothing to explain."""
     return float(1 - error.sum() / total.sum()) if float(total.sum()) > 0 else float("nan")
@@ -61,23 +95,99 @@ def metrics_of(predictions: dict[str, Tensor], regions: Regions, *, values_per_s
     return metrics
 
 
-def report_of(predictions: dict[str, Tensor], regions: Regions, *, values_per_sample: float) -> dict[str, object]:
-    """The whole table: r2 of model and baselines, over everything, by group and by region."""
-    metrics = metrics_of(predictions, regions, values_per_sample=values_per_sample)
-    error, total, count = (predictions[name].double().sum(dim=0) for name in ("error", "total", "count"))
-    baselines = {key.removeprefix("r2/"): value for key, value in metrics.items() if key.count("/") == 1}
-    return {
-        "r2": metrics["r2"],
-        "mean": MEAN_R2,
-        **baselines,
-        "loss": metrics["loss"],
-        "samples": len(predictions["error"]),
-        "groups": {
-            key.removeprefix("r2/group/"): value for key, value in metrics.items() if key.startswith("r2/group/")
-        },
-        "regions": {
-            name: explained(error[column], total[column])
-            for column, name in enumerate(regions.names)
-            if count[column] > 0
-        },
+def score_rows(
+    predictions: dict[str, Tensor], regions: Regions, *, subjects: Sequence[str], config: IntervalConfig
+) -> list[Row]:
+    """The whole table: everything, each group, each region that was hidden at all; `subjects` are the rows'."""
+    names, of_row = np.unique(np.asarray(subjects), return_inverse=True)
+    scopes = scopes_of(regions)
+    shares = torch.zeros(regions.num_columns, len(scopes), dtype=torch.float64)
+    for number, (_, _, columns) in enumerate(scopes):
+        shares[columns, number] = 1
+    sums = {
+        key: by_subject(values, torch.from_numpy(of_row), len(names)) @ shares
+        for key, values in predictions.items()
+        if key in ("error", "total", "count") or key.startswith("error_")
     }
+    total, count = sums.pop("total"), sums.pop("count")
+    errors = {MODEL if key == "error" else key.removeprefix("error_"): values for key, values in sums.items()}
+    draws = resamples(len(names), config)
+    drawn_total = draws @ total
+    r2 = {key: 1 - error.sum(dim=0) / total.sum(dim=0) for key, error in errors.items()}
+    drawn = {key: 1 - (draws @ error) / drawn_total for key, error in errors.items()}
+    return [
+        Row(
+            scope,
+            name,
+            int((count[:, number] > 0).sum()),
+            int(count[:, number].sum()),
+            {key: interval(r2[key][number], drawn[key][:, number], config) for key in r2},
+            {
+                key: interval(r2[MODEL][number] - r2[key][number], drawn[MODEL][:, number] - drawn[key][:, number], config)
+                for key in r2
+                if key != MODEL
+            },
+        )
+        for number, (scope, name, _) in enumerate(scopes)
+        if count[:, number].sum() > 0
+    ]
+
+
+def scopes_of(regions: Regions) -> list[tuple[str, str, list[int]]]:
+    """(scope, name, columns) of everything, of every group and of every region."""
+    groups = [("group", name, columns) for name, columns in regions.groups.items()]
+    single = [("region", name, [column]) for column, name in enumerate(regions.names)]
+    return [("all", "", list(range(regions.num_columns))), *groups, *single]
+
+
+def by_subject(
+    values: Float[Tensor, "sample region"], of_row: Int64[Tensor, "sample"], num_subjects: int
+) -> Float[Tensor, "subject region"]:
+    """Sums over each subject's samples."""
+    sums = torch.zeros(num_subjects, values.shape[1], dtype=torch.float64)
+    return sums.index_add_(0, of_row, values.double())
+
+
+def resamples(num_subjects: int, config: IntervalConfig) -> Float[Tensor, "resample subject"]:
+    """How often each resample holds each subject."""
+    generator = np.random.default_rng(config.seed)
+    drawn = generator.multinomial(num_subjects, np.full(num_subjects, 1 / num_subjects), size=config.num_resamples)
+    return torch.from_numpy(drawn).double()
+
+
+def interval(value: Tensor, drawn: Float[Tensor, "resample"], config: IntervalConfig) -> Interval:
+    """The value with the percentile interval of its resamples; resamples without anything to explain are left out."""
+    known = drawn[torch.isfinite(drawn)].numpy()
+    if not bool(torch.isfinite(value)):
+        return Interval(None, None, None)
+    if not len(known) or np.ptp(known) == 0:
+        return Interval(float(value), None, None)
+    tail = (1 - config.confidence) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return Interval(float(value), float(low), float(high))
+
+
+def report_of(rows: Sequence[Row], *, loss: float, num_samples: int) -> dict[str, object]:
+    """The table as metrics.json holds it: r2 of model and baselines, over everything, by group and by region."""
+    by_scope = {scope: {row.name: numbers_of(row) for row in rows if row.scope == scope} for scope in ("group", "region")}
+    whole = next(row for row in rows if row.scope == "all")
+    return {
+        **numbers_of(whole),
+        "mean": MEAN_R2,
+        "gain": {name: [found.value, found.low, found.high] for name, found in whole.gain.items()},
+        "loss": loss,
+        "samples": num_samples,
+        "groups": by_scope["group"],
+        "regions": by_scope["region"],
+    }
+
+
+def numbers_of(row: Row) -> dict[str, object]:
+    """A row as plain numbers: the model's r2 with its interval, and the baselines'."""
+    model = row.r2[MODEL]
+    numbers: dict[str, object] = {"r2": model.value, "low": model.low, "high": model.high}
+    return (
+        numbers
+        | {name: found.value for name, found in row.r2.items() if name != MODEL}
+        | {"subjects": row.num_subjects, "values": row.num_values}
+    )

@@ -69,19 +69,5 @@ def training_subset(config: PretrainConfig, opened: OpenedSet) -> Iterator[Batch
 
 def reader_config(config: PretrainConfig, name: str) -> ReaderConfig:
     """What the reader needs to know of a set of the run; training reads the train split only."""
-    data = config.data
-    return ReaderConfig(
-        kind=config.named_sets[name].kind,
-        split="train",
-        window_frames=config.window_of(name).window_frames,
-        batch_size=data.batch_size,
-        micro_batch_size=data.micro_batch_size,
-        shuffle_shards=data.shuffle_shards,
-        seed=data.seed,
-        num_workers=data.num_workers,
-        prefetch=data.prefetch,
-        reader=data.reader,
-        max_bad_fraction=data.max_bad_fraction,
-        cache_folder=data.cache_folder,
-        cache_bytes=data.cache_bytes,
-    )
+    window_frames = config.window_of(name).window_frames
+    return ReaderConfig.for_training(config.data, kind=config.named_sets[name].kind, window_frames=window_frames)

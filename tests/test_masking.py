@@ -3,16 +3,20 @@ import pytest
 import torch
 
 from pretrain.errors import MaskingError
+from pretrain.geometry import Geometry
 from pretrain.masking import (
     Columns,
     Masker,
     MaskingConfig,
+    columns_of_groups,
     hidable_columns,
     masking_problems,
     random_bits,
     reachable,
     regions_of_patches,
 )
+from pretrain.reach import reach_of_groups
+from tests.phantom_spaces import AAL3_LABELS, aal3_like, aal3_like_sizes
 
 REGION_IDS = [1, 2, 4, 7, 9, 10]  # gaps in the numbering; 7 has one voxel, 9 has two; 10 stands for a pseudo-region
 PATCH_LABELS = [  # 8 voxels a patch
@@ -172,3 +176,126 @@ def test_impossible_arms_are_refused(membership: torch.Tensor) -> None:
         masker(membership, "future", num_tubelets=1)
     with pytest.raises(MaskingError, match=r"no group \['limbick'\] in this atlas; it has \['limbic', 'tiny'\]"):
         allowed(["limbick"])
+
+
+@pytest.mark.parametrize("kind", ["random", "tube", "future", "region"])
+def test_excluded_groups_are_never_hidden_by_any_arm(membership: torch.Tensor, kind: str) -> None:
+    def hidden_by(rule: str, **changes: object) -> set[int]:
+        one = masker(membership, kind, rule=rule, hidden_share=0.1, **changes)
+        return set((one.choose(SEEDS).hidden % 10).unique().tolist())
+
+    # Region 2 lies in patches 1 to 3, and most of 2 and 3 is of it; 9 touches patch 3.
+    assert hidden_by("any", exclude=["tiny"]) == set(range(10)) - {3}
+    assert hidden_by("majority", exclude=["limbic"]) == set(range(10)) - {4, 5, 9}
+    assert hidden_by("any", exclude=["limbic", "tiny"]) == {0, 1, 2, 6, 7, 8}
+    assert hidden_by("any", groups=["limbic"], exclude=["tiny"]) == {4, 5, 9}
+
+
+def test_a_budget_that_the_exclusion_leaves_no_room_for_is_refused(membership: torch.Tensor) -> None:
+    with pytest.raises(MaskingError, match=r"without the groups \['limbic'\] reaches 7 \(0\.700\)"):
+        masker(membership, "random", rule="any", exclude=["limbic"], hidden_share=0.8)
+    with pytest.raises(MaskingError, match=r"masking.exclude: no group \['limbick'\] in this atlas"):
+        masker(membership, "random", exclude=["limbick"])
+
+
+@pytest.fixture(scope="module")
+def brain() -> Geometry:
+    return aal3_like(patch_voxels=6)
+
+
+def arm(brain: Geometry, kind: str, **changes: object) -> Masker:
+    return brain.masker(config_of(kind, **({"rule": "majority"} | changes)))
+
+
+def is_hidden(one: Masker, num_samples: int) -> torch.Tensor:
+    """[sample tubelet patch]"""
+    hidden = one.choose(torch.arange(num_samples) * 104729).hidden
+    flat = torch.zeros(num_samples, one.num_tokens, dtype=torch.bool).scatter_(1, hidden, True)
+    return flat.reshape(num_samples, one.num_tubelets, one.num_patches)
+
+
+def test_an_atlas_with_gaps_and_specks_keeps_every_label_and_its_size(brain: Geometry) -> None:
+    membership = brain.atlas.membership(brain.layout, brain.space)
+    assert membership.region_ids[membership.is_named].tolist() == AAL3_LABELS.tolist()
+    voxels = (membership.shares * brain.layout.voxels_per_patch[:, None]).sum(axis=0)
+    named = dict(zip(membership.region_ids.tolist(), np.round(voxels).astype(int).tolist(), strict=True))
+    assert (named[133], named[134], named[170]) == (2, 1, aal3_like_sizes()[-1])
+    assert sum(named[int(label)] for label in AAL3_LABELS) == 185_751
+    assert sum(named.values()) == brain.space.num_voxels
+
+
+def test_every_arm_and_rule_hides_the_same_number_of_tokens_of_a_whole_brain(brain: Geometry) -> None:
+    budgets = {
+        arm(brain, kind, rule=rule).num_hidden
+        for kind in ("random", "tube", "future", "region")
+        for rule in ("majority", "any")
+    }
+    assert budgets == {2 * round(0.5 * brain.layout.num_patches)}
+    for kind in ("random", "region"):
+        assert is_hidden(arm(brain, kind), 20).sum(dim=(1, 2)).unique().tolist() == list(budgets)
+
+
+@pytest.mark.parametrize("rule", ["majority", "any"])
+def test_hidden_regions_of_a_whole_brain_are_whole_but_for_one(brain: Geometry, rule: str) -> None:
+    one = arm(brain, "region", rule=rule)
+    hidden = is_hidden(one, 40)
+    assert torch.equal(hidden[:, 0], hidden[:, 1])  # over all tubelets, as the tube arm
+    shares, _ = brain.membership(config_of(rule=rule))
+    table = regions_of_patches(shares, rule, None)
+    belongs = torch.zeros(len(shares), shares.shape[1] + 1).scatter_(1, table, 1.0)[:, :-1]
+    regions_with_patches = belongs.any(dim=0)
+    for sample in hidden[:, 0].float():
+        share = (sample @ belongs) / belongs.sum(dim=0).clamp(min=1)
+        if rule == "majority":  # a patch is of one region: each is hidden whole, shown whole, or the last one, trimmed
+            partly = (share > 0) & (share < 1)
+            assert int(partly.sum()) <= 1
+        whole = belongs[:, (share == 1) & regions_with_patches].any(dim=1)
+        trimmed = int((sample.bool() & ~whole).sum())
+        assert trimmed <= int(belongs.sum(dim=0).max())
+
+
+def test_each_region_is_hidden_about_as_often_as_any_other(brain: Geometry) -> None:
+    """Being hidden must not depend on a region's size, or small regions would hardly be learned."""
+    hidden = is_hidden(arm(brain, "region"), 600)[:, 0].float().mean(dim=0)
+    shares, _ = brain.membership(config_of())
+    largest = shares.max(dim=1).indices
+    often = torch.stack([hidden[largest == region].mean() for region in largest.unique()])
+    assert float(often.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(often.min()) > 0.38
+    assert float(often.max()) < 0.62
+
+
+def test_specks_are_reached_by_any_but_by_no_majority(brain: Geometry) -> None:
+    shares, _ = brain.membership(config_of())
+    ids = brain.atlas.membership(brain.layout, brain.space).region_ids.tolist()
+    for label in (133, 134):
+        assert int(reachable(shares, "any", [ids.index(label)]).sum()) in (1, 2)
+        assert int(reachable(shares, "majority", [ids.index(label)]).sum()) == 0
+    reach = reach_of_groups(shares, brain)
+    assert reach["majority"]["brain"] == reach["any"]["brain"] == 1
+    assert reach["pure"]["brain"] < 0.4
+    for group in brain.atlas.groups:
+        assert reach["pure"][group] <= reach["majority"][group] <= reach["any"][group]
+    limbic = reachable(shares, "any", columns_of_groups(["limbic"], "groups", **tables(brain)))
+    assert reach["any"]["limbic"] == pytest.approx(float(limbic.float().mean()))
+
+
+def tables(brain: Geometry) -> dict:
+    ids = brain.atlas.membership(brain.layout, brain.space).region_ids.tolist()
+    return {"atlas_groups": brain.atlas.groups, "region_ids": ids}
+
+
+@pytest.mark.parametrize("kind", ["random", "tube", "future", "region"])
+def test_limited_and_excluding_arms_of_a_whole_brain_keep_to_their_patches(brain: Geometry, kind: str) -> None:
+    shares, _ = brain.membership(config_of())
+    cerebellum = columns_of_groups(["cerebellum"], "groups", **tables(brain))
+    touches = shares[:, cerebellum].sum(dim=1) > 0
+    is_most = torch.isin(shares.max(dim=1).indices, torch.tensor(cerebellum))
+    only = is_hidden(arm(brain, kind, groups=["cerebellum"], hidden_share=0.05), 30).any(dim=0).any(dim=0)
+    assert not bool((only & ~is_most).any())
+    assert int(only.sum()) > 0.05 * len(only)
+    without = (
+        is_hidden(arm(brain, kind, rule="any", exclude=["cerebellum"], hidden_share=0.3), 30).any(dim=0).any(dim=0)
+    )
+    assert not bool((without & touches).any())
+    assert bool(without[~touches].float().mean() > 0.9)

@@ -20,9 +20,10 @@ from data_sharding.joint import JointSource, sets_of_steps, split_conflicts
 from data_sharding.phantom.config import PhantomConfig
 from data_sharding.phantom.write import write_phantom
 from pretrain.config import PretrainConfig
-from pretrain.planning import plan, steps_by_set, validate
+from pretrain.planning import checkpoint_bytes, count, plan, state_bytes, steps_by_set
 from pretrain.sets import open_sets, open_source
 from pretrain.train import build_task, train
+from pretrain.validation import validate
 from training.collectives import Place
 
 BATCH_SIZE = 6
@@ -259,11 +260,31 @@ def test_validate_names_the_set_that_does_not_fit(
     assert message in "\n".join(validate(config_of(places, tmp_path, *overrides)))
 
 
-def test_the_plan_of_a_joint_run_has_the_steps_and_bytes_of_each_set(places: dict[str, str], tmp_path: Path) -> None:
+def test_the_plan_has_the_steps_and_bytes_of_each_set_that_a_run_then_reads(
+    places: dict[str, str], tmp_path: Path
+) -> None:
     config = config_of(places, tmp_path)
-    lines = dict(line.split("  ", 1) for line in plan(config).splitlines())
+    lines = {key.strip(): text for key, text in (line.split("  ", 1) for line in plan(config).splitlines())}
     sets = open_sets(config)
-    for name, frames, value_bytes in (("rest", 4, 1), ("fine", 4, 1), ("anat", 1, 2)):
-        drawn = steps_by_set(config)[name] * BATCH_SIZE
-        total = drawn * frames * value_bytes * sets[name].geometry.space.num_voxels
-        assert lines[f"{name}: bytes read"].strip().startswith(f"{total:,} (")
+    source = open_source(config, sets, Place(0, 1))
+    num_bytes, num_steps = Counter(), Counter()
+    for batches, _ in itertools.islice(source.steps(source.initial_state()), config.train.steps):
+        num_steps[batches[0].set_name] += 1
+        for batch in batches:
+            num_bytes[batch.set_name] += int(batch.weight.sum()) * batch.stored[0].nbytes  # type: ignore[attr-defined]
+    for name in ("rest", "fine", "anat"):
+        assert lines[f"{name}: bytes read"].strip().startswith(f"{num_bytes[name]:,} (")
+        drawn = num_steps[name] * BATCH_SIZE
+        assert lines[f"{name}: samples drawn"].strip().startswith(f"{drawn:,} in {num_steps[name]:,} steps")
+    assert lines["weights and optimiser"].count("ZeRO") == 4
+    assert "MiB when recomputed (3 samples, fp32)" in lines["activations"]
+    assert lines["fine: majority reaches"].strip().startswith("brain 1.000, frontal 0.")
+
+
+def test_a_checkpoint_is_as_large_as_planned(places: dict[str, str], tmp_path: Path) -> None:
+    config = config_of(places, tmp_path, "train.steps=1", "train.evaluation.final_splits=[]")
+    train(config)
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("*/plain.pt")
+    task = build_task(config, open_sets(config))
+    assert saved.stat().st_size == pytest.approx(checkpoint_bytes(task), rel=0.1)
+    assert state_bytes(count(task), stage=2, num_ranks=2) == pytest.approx((4 + 2 + 6) * count(task))

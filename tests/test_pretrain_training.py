@@ -15,9 +15,10 @@ from data_sharding.phantom.write import write_phantom
 from data_sharding.reader import BatchSource, open_set
 from pretrain.config import PretrainConfig
 from pretrain.masking import Masker
-from pretrain.planning import plan, validate
+from pretrain.planning import plan
 from pretrain.sets import open_sets, reader_config
 from pretrain.train import build_task, fit_to_training_split, train
+from pretrain.validation import validate
 from training import registry
 
 
