@@ -25,9 +25,25 @@ from data_sharding.order import SampleOrder, Samples, micro_batches, substitute,
 from data_sharding.shard_cache import CacheSettings
 from data_sharding.shard_set import ShardSet, open_set
 
-__all__ = ["Batch", "BatchSource", "DataState", "ReaderConfig", "ShardSet", "open_set"]
+__all__ = ["Batch", "BatchSource", "DataConfig", "DataState", "ReaderConfig", "ShardSet", "open_set"]
 
 MAX_SUBSTITUTES = 16  # damaged samples in a row before the set itself is called damaged
+
+
+@dataclass
+class DataConfig:
+    """The data: section of a run's YAML, how samples are drawn; what a sample is, each part says itself."""
+
+    batch_size: int  # G: samples of one step over all ranks
+    micro_batch_size: int  # samples of one forward pass on one rank
+    seed: int  # of order, window phases and whatever else a sample's number decides
+    shuffle_shards: int  # shards mixed with one another at a time
+    num_workers: int  # loader processes of a rank
+    prefetch: int  # batches a loader process prepares ahead
+    reader: Literal["indexed", "stream"]
+    max_bad_fraction: float  # samples that may fail to read before the run stops
+    cache_folder: str | None  # of every node: keeps whole shards there; null reads each window from the store
+    cache_bytes: int  # what it may hold; not used where a shuffle block does not fit
 
 
 @dataclass
@@ -47,6 +63,11 @@ class ReaderConfig:
     max_bad_fraction: float  # damaged samples, as a share of an epoch, before the run stops
     cache_folder: str | None = None  # of this node; keeps whole shards there, which changes no sample
     cache_bytes: int = 0
+
+    @classmethod
+    def for_training(cls, data: DataConfig, *, kind: Literal["bold", "t1"], window_frames: int) -> ReaderConfig:
+        """What a run's YAML says, for samples of this kind and length; steps come from the train split only."""
+        return cls(kind=kind, split="train", window_frames=window_frames, **dataclasses.asdict(data))
 
 
 @dataclass

@@ -21,8 +21,9 @@ from finetune.probe import ProbeResult
 from finetune.promotion import promote, refusals
 from finetune.tasks.adhd_classification import AdhdClassification
 from training import registry
-from training.checkpoint import Commit, StartingPoint, committed_folders, fetch, read_commit
+from training.checkpoint import Commit, StartingPoint, committed_folders, read_commit
 from training.collectives import barrier, place
+from training.elastic import fetch_state
 from training.engine import make_engine
 from training.evaluation import evaluate as evaluate_split
 from training.loop import FitResult
@@ -50,7 +51,7 @@ def conclude(
     source = setup.source(task)
     engine = make_engine(task, setup.config.train, num_micro_batches=source.num_micro_batches)
     local = Path(setup.config.run.scratch) / f"{setup.config.run.name}-chosen-{place().rank:05d}"
-    fetch(StartingPoint("named", store, folder, commit, None), local)
+    fetch_state(StartingPoint("named", store, folder, commit, None), local)
     engine.load(local)
     scores = {}
     for split in SPLITS:

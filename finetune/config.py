@@ -6,26 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import ClusterConfig
+from data_sharding.reader import DataConfig
 from finetune.baselines import LogisticConfig
 from finetune.evaluation import BootstrapConfig
 from finetune.tasks.adhd_classification import AdhdConfig
 from training.config import RunConfig, TrainConfig
-
-
-@dataclass
-class DataConfig:
-    """How samples are drawn; what a sample is, the task says."""
-
-    batch_size: int  # G: runs of one step over all ranks
-    micro_batch_size: int  # runs of one forward pass on one rank
-    seed: int  # of order and window phases
-    shuffle_shards: int  # shards mixed with one another at a time
-    num_workers: int  # loader processes of a rank
-    prefetch: int  # batches a loader process prepares ahead
-    reader: Literal["indexed", "stream"]
-    max_bad_fraction: float  # samples that may fail to read before the run stops
-    cache_folder: str | None  # of every node: keeps whole shards there; null reads each window from the store
-    cache_bytes: int  # what it may hold; not used where a shuffle block does not fit
 
 
 @dataclass

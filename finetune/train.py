@@ -54,7 +54,7 @@ class Setup:
 
     def source(self, task: AdhdClassification) -> BatchSource:
         """This rank's view of the runs, a sample being as many frames as the task decides from."""
-        config = reader_config(self.config, task.num_frames)
+        config = ReaderConfig.for_training(self.config.data, kind="bold", window_frames=task.num_frames)
         return BatchSource(self.shard_set, config, rank=place().rank, world_size=place().world_size)
 
 
@@ -137,11 +137,6 @@ def fetch_backbone(config: FinetuneConfig) -> Backbone:
     )
     assert uri is not None  # pull has refused a missing registry
     return Backbone(folder, registry.version_tags(config.encoder, uri=uri), read_seen(folder))
-
-
-def reader_config(config: FinetuneConfig, num_frames: int) -> ReaderConfig:
-    """What the reader needs to know of a run; training reads the train split only."""
-    return ReaderConfig(kind="bold", split="train", window_frames=num_frames, **dataclasses.asdict(config.data))
 
 
 def identity(config: FinetuneConfig) -> dict[str, object]:
