@@ -49,7 +49,7 @@ def align_t1(path: Path | str, config: RegistrationConfig) -> AlignedT1:
     brain = even if skull == "brain" else stripped(even, template, to_scan)
     compared = widened(template.in_brain, template.image, MARGIN_MM)
     to_scan = align(template.image, brain, REFINE, start=to_scan, compared=compared, seed=config.seed)
-    _require_plausible_size(to_scan, path)
+    require_plausible_size(to_scan, path)
     field = grid = None
     if config.kind == "nonlinear":
         field, grid = deform(template.image, brain, start=to_scan, compared=compared, seed=config.seed)
@@ -66,7 +66,8 @@ def align_t1(path: Path | str, config: RegistrationConfig) -> AlignedT1:
     return AlignedT1(replace(transform, record=record), brain)
 
 
-def _require_plausible_size(to_scan: Matrix, path: Path | str) -> None:
+def require_plausible_size(to_scan: Matrix, path: Path | str) -> None:
+    """RegistrationError where the brain that a matrix finds in a scan is smaller or larger than brains are."""
     ratio = float(np.linalg.det(to_scan[:3, :3]))
     lowest, highest = VOLUME_RATIO
     if not lowest < ratio < highest:
