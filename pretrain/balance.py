@@ -19,6 +19,6 @@ def balanced_weights(
     The weights are constants of set and arm: what a batch or a rank happens to hold does not change them.
     """
     sizes = torch.bincount(region[can_be_hidden]).double()
-    floor = smallest_region * sizes[sizes > 0].median()
+    floor = smallest_region * sizes[sizes > 0].quantile(0.5)
     weights = torch.where(can_be_hidden, 1 / sizes.clamp(min=float(floor))[region.clamp(max=len(sizes) - 1)], 0.0)
     return (weights * can_be_hidden.sum() / weights.sum()).float()

@@ -1,16 +1,18 @@
 """Patches, atlases, encoder and bundles: known answers on small spaces."""
 
+import dataclasses
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from brain_models import bundle as bundles
 from brain_models.atlas import Atlas, atlas_from_image, template_parcellation
 from brain_models.bundle import Bundle, HeadSpec, StemSpec, make_encoder
-from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder
+from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, Stem
 from brain_models.errors import BundleError, SpaceError
 from brain_models.heads import Classifier, HeadConfig
 from brain_models.patches import PatchLayout
@@ -93,6 +95,41 @@ def test_positions_are_millimetres_and_seconds_of_the_tubelets_centre(space: Bra
     assert positions[0, 0, 3] == 1.0
     assert positions[0, -1, 3] == 5.0
     assert positions[1, -1, 3] == 1.25
+
+
+def test_an_encoder_that_counts_frames_cannot_tell_repetition_times_apart(space: BrainSpace) -> None:
+    in_frames = make_encoder(dataclasses.replace(CONFIG, time_in="frames"), {"bold": space}, STEMS)
+    positions = in_frames.positions("bold", 2, torch.tensor([2.0, 0.5]))
+    assert positions[0, [0, -1], 3].tolist() == [0.5, 2.5]
+    assert torch.equal(positions[0], positions[1])
+    in_seconds = make_encoder(CONFIG, {"bold": space}, STEMS).positions("bold", 2, torch.tensor([1.0]))
+    assert torch.equal(positions[:1], in_seconds)
+
+
+@pytest.mark.parametrize(("patch_voxels", "tubelet_frames"), [(3, 2), (4, 1), (2, 4), (1, 1)])
+def test_a_stem_resampled_to_a_finer_token_gives_an_interpolated_token_the_same_features(
+    patch_voxels: int, tubelet_frames: int
+) -> None:
+    space = space_from_mask(np.ones((4, 4, 4), dtype=bool), GRID_AFFINE, name="cube", template="none")
+    torch.manual_seed(0)
+    old = Stem(PatchLayout(space, patch_voxels), tubelet_frames, 8)
+    new = Stem(PatchLayout(space, 4), 4, 8)
+    new.start_from(old)
+    cube = torch.randn(1, tubelet_frames, patch_voxels, patch_voxels, patch_voxels)
+    finer = cube
+    for axis, size in zip(range(1, 5), (4, 4, 4, 4), strict=True):  # one axis at a time, as torch interpolates a line
+        moved = finer.movedim(axis, -1)
+        line = functional.interpolate(moved.reshape(1, -1, moved.shape[-1]), size=size, mode="linear")
+        finer = line.reshape(*moved.shape[:-1], size).movedim(-1, axis)
+    torch.testing.assert_close(
+        new.project(finer.reshape(1, -1)), old.project(cube.reshape(1, -1)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_equal_layouts_have_equal_fingerprints_and_moved_ones_do_not(space: BrainSpace) -> None:
+    assert PatchLayout(space, 2).fingerprint == PatchLayout(space, 2).fingerprint
+    assert PatchLayout(space, 2).fingerprint != PatchLayout(space, 3).fingerprint
+    assert PatchLayout(space, 2).fingerprint != PatchLayout(_moved(space), 2).fingerprint
 
 
 def test_a_fresh_decoder_predicts_zero_everywhere(space: BrainSpace, encoder: BrainEncoder) -> None:

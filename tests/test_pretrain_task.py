@@ -72,8 +72,8 @@ def rows(batch: Batch, chosen: slice) -> Batch:
     return Batch(**{name: getattr(batch, name)[chosen] for name in batch.__dataclass_fields__})
 
 
-def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch) -> float:
-    """The definition, one hidden voxel at a time, in float64."""
+def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch, weight: np.ndarray) -> float:
+    """The definition, one hidden voxel at a time, in float64; voxels count as `weight` says."""
     part = task.set_named("")
     choice = part.masker.choose(batch.sample_seed)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch) -> flo
                         continue
                     truth = batch.values[sample, tubelet * 2 + frame, voxel].double()
                     answer = offset[voxel] + scale[voxel] * guess[sample, place, frame * layout.gather.shape[1] + cell]
-                    total += float(batch.weight[sample] * (answer - truth) ** 2)
+                    total += float(batch.weight[sample] * weight[voxel] * (answer - truth) ** 2)
     values_per_token = layout.voxels_per_patch.mean() * 2
     return total / (BATCH_SIZE * part.masker.num_hidden * values_per_token)
 
@@ -98,7 +98,40 @@ def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch) -> flo
 def test_loss_equals_its_definition_in_a_float64_loop(geometry: Geometry) -> None:
     task, batch = make_task(geometry), make_batch(geometry)
     batch.weight[1] = 0.5
-    assert float(task(batch)["loss"].detach()) == pytest.approx(reference_loss(task, geometry, batch), rel=1e-5)
+    expected = reference_loss(task, geometry, batch, np.ones(geometry.space.num_voxels))
+    assert float(task(batch)["loss"].detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_balanced_loss_weighs_voxels_by_one_over_their_regions_size_in_a_float64_loop(geometry: Geometry) -> None:
+    task, batch = make_task(geometry, loss="balanced"), make_batch(geometry)
+    labels = geometry.atlas.complete_labels(geometry.space)
+    sizes = {label: int((labels == label).sum()) for label in np.unique(labels)}
+    median = np.median(list(sizes.values()))
+    floor = 0.25 * median
+    weight = np.array([1 / max(sizes[label], floor) for label in labels])
+    assert sizes[3] == 1
+    assert weight.max() <= 4 / median  # the region of one voxel does not explode
+    weight /= weight.mean()
+    large = [label for label, size in sizes.items() if size >= floor]
+    sums = [weight[labels == label].sum() for label in large]
+    assert max(sums) == pytest.approx(min(sums))
+    expected = reference_loss(task, geometry, batch, weight)
+    assert float(task(batch)["loss"].detach()) == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        sums = task.predict(batch)
+    assert task.metrics(sums)["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_balanced_loss_has_the_scale_of_the_plain_one_where_all_voxels_are_as_hard(geometry: Geometry) -> None:
+    seeds = range(20)
+    losses = {}
+    for kind in ("plain", "balanced"):
+        task = make_task(geometry, kind="random", loss=kind)
+        torch.nn.init.zeros_(task.decoder.predict["bold"].weight)
+        task.set_voxel_statistics("bold", torch.zeros(geometry.space.num_voxels), torch.ones(geometry.space.num_voxels))
+        with torch.no_grad():
+            losses[kind] = sum(float(task(make_batch(geometry, seed=seed))["loss"]) for seed in seeds)
+    assert losses["balanced"] == pytest.approx(losses["plain"], rel=0.03)
 
 
 def gradients(task: MaskedVolumes, batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
@@ -108,8 +141,9 @@ def gradients(task: MaskedVolumes, batches: list[Batch]) -> tuple[float, list[to
     return float(loss.detach()), [parameter.grad.clone() for parameter in task.parameters()]
 
 
-def test_micro_batches_and_padding_rows_do_not_change_the_update(geometry: Geometry) -> None:
-    task, batch = make_task(geometry), make_batch(geometry)
+@pytest.mark.parametrize("loss_kind", ["plain", "balanced"])
+def test_micro_batches_and_padding_rows_do_not_change_the_update(geometry: Geometry, loss_kind: str) -> None:
+    task, batch = make_task(geometry, loss=loss_kind), make_batch(geometry)
     padded = make_batch(geometry, size=6)
     for name in ("values", "is_measured", "sample_seed"):
         getattr(padded, name)[:4] = getattr(batch, name)
