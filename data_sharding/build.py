@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
-from cluster.storage import Store, store_for
+from cluster.storage import PARTIAL_PREFIX, Store, store_for
 from configs.parse import MISSING
 from data_sharding import schema
 from data_sharding.alignment import find_transforms
@@ -27,6 +28,7 @@ def build(config: ShardingConfig) -> schema.Manifest:
     prepared = prepare(config)
     _claim(store, prepared.plan, config)
     if store.exists(schema.MANIFEST):
+        _remove_partial_files(config.out)
         print(f"{config.out} is complete already; nothing to do")
         return schema.Manifest.from_json(store.read(schema.MANIFEST), config.out)
     saved = saved_arrays(prepared)
@@ -42,6 +44,7 @@ def build(config: ShardingConfig) -> schema.Manifest:
         store.put(name, data)
     manifest = make_manifest(receipts, prepared, saved | tables | transforms, config=config)
     store.put_if_absent(schema.MANIFEST, manifest.to_json())
+    _remove_partial_files(config.out)
     print("\n".join([f"{config.out} is complete: {_counted(manifest.counts)}", *refusal_lines(refused)]), flush=True)
     return manifest
 
@@ -71,6 +74,12 @@ def _claim(store: Store, plan: SetPlan, config: ShardingConfig) -> None:
             f"{config.out} already holds another set ({theirs['name']}: other scans, space, splits or settings); "
             "give another out=, or delete that folder first"
         )
+
+
+def _remove_partial_files(out: str) -> None:
+    """What writers that were killed left in a folder, beside a set that is complete; S3 shows no such objects."""
+    for left in [] if "://" in out else Path(out).rglob(f"{PARTIAL_PREFIX}*"):
+        left.unlink(missing_ok=True)
 
 
 def _check_refusals(refused: list[schema.Refusal], *, num_scans: int, config: ShardingConfig) -> None:
