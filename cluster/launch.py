@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.config import ClusterConfig
+from cluster.stopping import REQUEST, StopRequest, listening
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -25,6 +26,7 @@ Result = TypeVar("Result")
 OUR_PACKAGES = ("brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs")
 
 RELAY_INTERVAL_S = 0.2
+DRAIN_INTERVAL_S = 2.0
 
 # Ray Train polls its workers every 2 s by default: a run would end up to 2 s late.
 RAY_TRAIN_ENVIRONMENT = {
@@ -110,6 +112,8 @@ class Outcome:
     results: list[object] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
     texts: list[tuple[bool, str]] = field(default_factory=list)  # is it stderr?, what rank 0 printed
+    stop: StopRequest = field(default_factory=StopRequest)
+    nodes: set[str] = field(default_factory=set)  # the workers'
 
     def add_result(self, result: object) -> None:
         self.results.append(result)
@@ -122,6 +126,18 @@ class Outcome:
 
     def last_result(self) -> object:
         return self.results[-1]
+
+    def ask_to_stop(self, reason: str) -> None:
+        self.stop.ask(reason)
+
+    def stop_reason(self) -> str | None:
+        return self.stop.reason
+
+    def add_node(self, node: str) -> None:
+        self.nodes.add(node)
+
+    def worker_nodes(self) -> set[str]:
+        return self.nodes
 
     def add_text(self, is_error: bool, text: str) -> None:
         self.texts.append((is_error, text))
@@ -156,26 +172,42 @@ class Relay(io.TextIOBase):
 
 
 @contextmanager
-def _printing(outcome: Any) -> Iterator[None]:
-    """Print what rank 0 relays, for the length of the block."""
-    import ray
-
+def _repeating(action: Callable[[], None], name: str, *, every_s: float) -> Iterator[None]:
+    """Call `action` from a thread for the length of the block, and once more at its end."""
     is_over = threading.Event()
 
-    def follow() -> None:
+    def repeat() -> None:
         is_last = False
         while not is_last:
-            is_last = is_over.wait(RELAY_INTERVAL_S)
-            for is_error, text in ray.get(outcome.take_texts.remote()):
-                print(text, end="", flush=True, file=sys.stderr if is_error else sys.stdout)
+            is_last = is_over.wait(every_s)
+            action()
 
-    thread = threading.Thread(target=follow, name="relay", daemon=True)
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
         is_over.set()
         thread.join()
+
+
+def _relay(outcome: Any) -> None:
+    """Print what rank 0 said; pass on that this process, where signals arrive, was asked to stop."""
+    import ray
+
+    for is_error, text in ray.get(outcome.take_texts.remote()):
+        print(text, end="", flush=True, file=sys.stderr if is_error else sys.stdout)
+    if REQUEST.reason is not None:
+        outcome.ask_to_stop.remote(f"{REQUEST.reason} to the driver")
+
+
+def _watch_nodes(outcome: Any) -> None:
+    """Ask to stop when the cluster announces that it will take a worker's node away."""
+    import ray
+
+    leaving = ray._private.state.state.get_draining_nodes().keys() & ray.get(outcome.worker_nodes.remote())
+    if leaving:
+        outcome.ask_to_stop.remote(f"the announced end of node {min(leaving)[:12]}")
 
 
 def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: ClusterConfig, name: str) -> Result:
@@ -213,13 +245,19 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
         ),
     )
     try:
-        with _printing(outcome):
+        with (
+            listening(REQUEST.ask),
+            _repeating(lambda: _relay(outcome), "relay", every_s=RELAY_INTERVAL_S),
+            _repeating(lambda: _watch_nodes(outcome), "watch-nodes", every_s=DRAIN_INTERVAL_S),
+        ):
             trainer.fit()
     except ray.train.TrainingFailedError:
         error = ray.get(outcome.first_error.remote())
         if error is None:
             raise
         raise error from None
+    finally:
+        REQUEST.take_back()
     error = ray.get(outcome.first_error.remote())
     if error is not None:
         raise error
@@ -237,9 +275,18 @@ def _on_worker(job: dict[str, Any]) -> None:
     if job["folder"] is not None:
         os.chdir(job["folder"])
     torch.set_num_threads(job["num_threads"])
+    outcome.add_node.remote(ray.get_runtime_context().get_node_id())
     is_main = ray.train.get_context().get_world_rank() == 0
+
+    def hear() -> None:
+        if (reason := ray.get(outcome.stop_reason.remote())) is not None:
+            REQUEST.ask(reason)
+
     try:
-        with _relayed(outcome, is_terminal=job["is_terminal"]) if is_main else nullcontext():
+        with (
+            _repeating(hear, "hear", every_s=RELAY_INTERVAL_S),
+            _relayed(outcome, is_terminal=job["is_terminal"]) if is_main else nullcontext(),
+        ):
             result = job["function"](job["config"])
     except ValueError as error:
         if is_our_error(error):

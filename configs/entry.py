@@ -19,7 +19,9 @@ FLAGS = {
     "--validate": "check everything that can be checked without starting, report all problems, exit 2 if any",
     "--plan": "print what would happen (samples, steps, bytes, memory) and do nothing",
     "--show": "print the composed configuration as YAML",
+    "--profile": "trace a few steps of training with the torch profiler, into <run.folder>/profile",
 }
+PROFILED = "train.profile.num_steps=3"
 
 
 def compose(part: str, overrides: list[str]) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def main(
     with told_to_users():
         if unknown := flags - FLAGS.keys():
             raise ConfigError(f"unknown flag {', '.join(sorted(unknown))}; known: {', '.join(FLAGS)}")
-        raw = compose(part, [argument for argument in arguments if argument not in flags])
+        overrides = [argument for argument in arguments if argument not in flags]
+        raw = compose(part, [*overrides, PROFILED] if "--profile" in flags else overrides)
         if "--show" in flags:
             import yaml
 
@@ -76,14 +79,15 @@ def main(
 
 @contextmanager
 def told_to_users() -> Iterator[None]:
-    """Prints an error of ours with its name and exits 2; any other passes with its traceback."""
+    """Prints an error of ours with its name and exits 2, or with the `exit_status` of its class; any other passes with
+    its traceback."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - only to print our own errors without a traceback; others are re-raised
         if not is_for_users(error):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_status", 2))
 
 
 def command_name() -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed
 
+from cluster.stopping import REQUEST
 from training.errors import TrainingError
 
 
@@ -35,3 +38,13 @@ def refuse(config: dict) -> None:
             file.write("x")
         raise TrainingError("a message for the user")
     torch.distributed.barrier()
+
+
+def wait_to_be_asked(config: dict) -> str | None:
+    """Why this worker was asked to stop; the driver gets SIGTERM once the worker is here."""
+    if torch.distributed.get_rank() == 0:
+        os.kill(config["driver"], signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while REQUEST.reason is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return REQUEST.reason

@@ -83,6 +83,7 @@ GROUPS = {
     "engine": ["pretrain", "finetune"],
     "masking": ["pretrain"],
     "model": ["pretrain"],
+    "peaks": ["pretrain", "finetune"],
     "registration": ["data_sharding"],
     "space": ["data_sharding"],
     "task": ["finetune"],

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from launch_functions import refuse, sum_of_ranks
+from launch_functions import refuse, sum_of_ranks, wait_to_be_asked
 
 from cluster.config import ClusterConfig, validate_cluster
 from cluster.launch import ray_session, run_on_workers
+from cluster.stopping import REQUEST
 from training.errors import TrainingError
 
 
@@ -18,7 +19,7 @@ def local_cluster(folder: Path, *, max_failures: int = 1) -> ClusterConfig:
     return ClusterConfig("local", 2, 1, False, max_failures, 120, 60, str(folder / "ray"))
 
 
-def test_workers_meet_and_deaths_are_retried_and_our_errors_are_not(
+def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_driver_reaches_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers must import launch_functions
@@ -36,6 +37,10 @@ def test_workers_meet_and_deaths_are_retried_and_our_errors_are_not(
         with pytest.raises(TrainingError, match=r"^a message for the user$"):
             run_on_workers(refuse, {"attempts": str(attempts)}, cluster=cluster, name="refuse")
         assert attempts.read_text() == "x"
+
+        asked = run_on_workers(wait_to_be_asked, {"driver": os.getpid()}, cluster=cluster, name="asked")
+        assert asked == "SIGTERM to the driver"
+        assert REQUEST.reason is None
 
 
 def test_inline_calls_the_function_in_this_process(tmp_path: Path) -> None:

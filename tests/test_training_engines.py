@@ -80,6 +80,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for opens_at in (0, OPENS_AT)
     ]
     jobs.append({"engine": "zero2", "folder": str(folder / "poisoned"), "poisoned_scan": "scan-0019"})
+    asked = {"engine": "zero2", "folder": str(folder / "asked"), "stop_at": 3, "stop_rank": 1}
+    jobs += [asked, {**asked, "report": "again", "stop_at": None}]
     assert run_jobs(folder, jobs, num_ranks=2) == [0, 0]
     return folder
 
@@ -162,6 +164,19 @@ def test_a_loss_that_is_not_finite_stops_every_rank_naming_step_and_scans(one_ra
         # the micro-batch that holds scan 19; on two ranks it holds every second scan
         scans = "scan-0016, scan-0017, scan-0018, scan-0019" if folder is one_rank else "scan-0017, scan-0019"
         assert f"Scans: {scans}. Look" in message
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_rerun_equals_the_uninterrupted_run(
+    two_ranks: Path,
+) -> None:
+    messages = [report(two_ranks / "asked", rank)["error"] for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("step 4 of 6: stopped as asked by SIGTERM (rank 1); saved as ")
+    assert "step-00000004" in messages[0]
+    again = json.loads((two_ranks / "asked" / "again-0.json").read_text())
+    assert again["start"] == "own"
+    assert losses(two_ranks / "asked") == losses(two_ranks / "zero2-0")
+    assert largest_difference(exported(two_ranks / "asked"), exported(two_ranks / "zero2-0")) == 0.0
 
 
 def test_nothing_is_updated_when_the_loss_is_not_finite(tmp_path: Path) -> None:

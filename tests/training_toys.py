@@ -16,8 +16,10 @@ from training.config import (
     EngineConfig,
     EvaluationConfig,
     OptimizerConfig,
+    ProfileConfig,
     RunConfig,
     ScheduleConfig,
+    SpikeConfig,
     StartConfig,
     TrackingConfig,
     TrainConfig,
@@ -108,7 +110,7 @@ class ToyTask(Task):
     def forward(self, batch: ToyBatch) -> dict[str, Tensor]:  # type: ignore[override]
         squared = (self.outputs(batch) - batch.targets).square() * batch.weight
         loss = squared.sum() / GLOBAL_BATCH
-        if self.poisoned_scan in batch.scan_ids:
+        if self.poisoned_scan is not None and self.poisoned_scan in batch.scan_ids:
             loss = loss + torch.tensor(float("inf"))
         return {"loss": loss, "num_samples": batch.weight.sum()}
 
@@ -142,11 +144,11 @@ class ToyTask(Task):
 
 
 ENGINES = {
-    "plain": EngineConfig("plain", 0, "fp32"),
-    "zero0": EngineConfig("deepspeed", 0, "fp32"),
-    "zero1": EngineConfig("deepspeed", 1, "fp32"),
-    "zero2": EngineConfig("deepspeed", 2, "fp32"),
-    "zero3": EngineConfig("deepspeed", 3, "fp32"),
+    "plain": EngineConfig("plain", 0, "fp32", False, False),
+    "zero0": EngineConfig("deepspeed", 0, "fp32", False, False),
+    "zero1": EngineConfig("deepspeed", 1, "fp32", False, False),
+    "zero2": EngineConfig("deepspeed", 2, "fp32", False, False),
+    "zero3": EngineConfig("deepspeed", 3, "fp32", False, False),
 }
 
 
@@ -166,6 +168,9 @@ def toy_config(
         ),
         evaluation=EvaluationConfig(every_steps=100, split="validation", subset=8, final_splits=["validation"]),
         tracking=TrackingConfig(every_steps=1, uri=None, experiment="toy", timeout_s=2, drain_s=20),
+        spikes=SpikeConfig(window_steps=8, threshold=20.0),
+        profile=ProfileConfig(start_step=2, num_steps=0),
+        peak_tflops={},
     )
 
 

@@ -1,7 +1,8 @@
 """Trains toys as one rank of a gloo group and writes what came out: `training_worker.py <jobs.json> <rank> <size>`.
 
-A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, poisoned_scan}. `kill_at`: the
-process ends, without any clean-up, when the source is asked for that step.
+A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, stop_at, stop_rank,
+poisoned_scan}. When the source is asked for step `kill_at` the process ends without any clean-up; for step `stop_at`,
+rank `stop_rank` gets SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed
-from training_toys import ToyBatch, ToySource, ToyTask, toy_config
+from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_config
 
 from training.collectives import place
 from training.errors import TrainingError
@@ -24,14 +26,17 @@ from training.task import State, Task
 
 
 class DyingSource(ToySource):
-    def __init__(self, kill_at: int | None) -> None:
+    def __init__(self, job: dict) -> None:
         super().__init__()
-        self.kill_at = kill_at
+        self.job = job
 
     def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
         for batches, after in super().steps(state):
-            if self.kill_at is not None and after["samples_consumed"] == 8 * (self.kill_at + 1):
+            step = int(str(after["samples_consumed"])) // GLOBAL_BATCH - 1
+            if step == self.job.get("kill_at"):
                 os._exit(9)
+            if step == self.job.get("stop_at") and place().rank == self.job["stop_rank"]:
+                os.kill(os.getpid(), signal.SIGTERM)
             yield batches, after
 
 
@@ -53,11 +58,11 @@ def run_job(job: dict) -> None:
 
     identity = dataclasses.asdict(config)
     try:
-        result = fit(task, DyingSource(job.get("kill_at")), config, Services({"train": identity}, export))
+        result = fit(task, DyingSource(job), config, Services({"train": identity}, export))
         report = {"metrics": result.metrics, "start": result.start, "checkpoint": result.checkpoint}
     except TrainingError as error:
         report = {"error": str(error)}
-    (folder / f"report-{place().rank}.json").write_text(json.dumps(report))
+    (folder / f"{job.get('report', 'report')}-{place().rank}.json").write_text(json.dumps(report))
 
 
 def main() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -41,6 +43,17 @@ def gather(value: object) -> list[object]:
     values: list[object] = [None] * place().world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def gather_numbers(mine: list[float], device: torch.device) -> NDArray[np.float64]:
+    """Every rank's numbers, as rows in rank order, on every rank."""
+    own = torch.tensor(mine, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(own) for _ in range(place().world_size)]
+    if place().world_size > 1:
+        torch.distributed.all_gather(rows, own)
+    else:
+        rows = [own]
+    return torch.stack(rows).cpu().numpy()
 
 
 def from_main(value: object) -> object:

@@ -45,6 +45,8 @@ class EngineConfig:
     kind: Literal["plain", "deepspeed"]
     zero_stage: Literal[0, 1, 2, 3]
     precision: Literal["fp32", "bf16"]  # bf16: autocast, weights and optimiser stay fp32
+    compile: bool  # torch.compile of the task's forward pass
+    activation_checkpointing: bool  # less memory, about a third more computation, the same losses
 
 
 @dataclass
@@ -74,6 +76,22 @@ class TrackingConfig:
 
 
 @dataclass
+class SpikeConfig:
+    """A loss is flagged when it lies this many robust deviations above the median of the steps before."""
+
+    window_steps: int
+    threshold: float
+
+
+@dataclass
+class ProfileConfig:
+    """A torch profiler trace of rank 0."""
+
+    start_step: int  # counted from where this attempt starts
+    num_steps: int  # 0: no trace
+
+
+@dataclass
 class TrainConfig:
     steps: int
     seed: int
@@ -85,6 +103,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+    spikes: SpikeConfig
+    profile: ProfileConfig
+    peak_tflops: dict[str, float]  # dense bf16 peak of a device, by how its name begins
 
 
 def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[str]:
@@ -101,6 +122,8 @@ def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[s
         "evaluation.subset": config.evaluation.subset,
         "tracking.every_steps": config.tracking.every_steps,
         "tracking.timeout_s": config.tracking.timeout_s,
+        "spikes.window_steps": config.spikes.window_steps,
+        "spikes.threshold": config.spikes.threshold,
     }
     problems += [f"{key}.{name}: {value}; must be above 0" for name, value in positive.items() if value <= 0]
     if not 0 <= config.schedule.warmup_steps <= config.steps:
@@ -109,6 +132,10 @@ def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[s
         problems.append(f"{key}.schedule.final_share: {config.schedule.final_share}; must lie in 0..1")
     if config.engine.kind == "plain" and num_workers > 1:
         problems.append(f"{key}.engine.kind: plain runs in one process, {num_workers} workers asked; use engine=zero2")
+    if config.engine.compile and config.engine.zero_stage == 3:
+        problems.append(f"{key}.engine.compile: true with zero_stage=3, which gathers parameters by hooks; use zero2")
+    if config.profile.start_step < 0 or config.profile.num_steps < 0:
+        problems.append(f"{key}.profile: start_step and num_steps must be 0 or more")
     if config.start.checkpoint and config.start.registered:
         problems.append(f"{key}.start: give checkpoint or registered, not both")
     return problems

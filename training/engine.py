@@ -53,6 +53,10 @@ class Engine(Protocol):
 
 def make_engine(task: Task, config: TrainConfig, *, num_micro_batches: int) -> Engine:
     """The engine that `config.engine` names, holding `task` and a fresh AdamW."""
+    if config.engine.activation_checkpointing:
+        task.checkpoint_activations()
+    if config.engine.compile:
+        task.compile(dynamic=False)
     if config.engine.kind == "plain":
         return PlainEngine(task, config)
     from training.engine_deepspeed import DeepSpeedEngine

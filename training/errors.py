@@ -5,6 +5,12 @@ class TrainingError(ValueError):
     """A run that cannot start or go on as configured."""
 
 
+class StoppedError(TrainingError):
+    """A run that was asked to stop, and has saved: the same command goes on from there."""
+
+    exit_status = 75  # sysexits.h: a temporary failure, try again
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, does not fit this run, or does not exist."""
 

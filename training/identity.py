@@ -11,7 +11,22 @@ from cluster.storage import Store
 from training.errors import TrainingError
 
 # Keys that cannot change a number of the run.
-FREE_KEYS = ("cluster", "train.run", "train.tracking", "train.checkpoint", "register", "report")
+FREE_KEYS = (
+    "cluster",
+    "train.run",
+    "train.tracking",
+    "train.checkpoint",
+    "train.spikes",
+    "train.profile",
+    "train.peak_tflops",
+    "train.engine.activation_checkpointing",
+    "data.num_workers",
+    "data.prefetch",
+    "data.cache_folder",
+    "data.cache_bytes",
+    "register",
+    "report",
+)
 
 
 def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:

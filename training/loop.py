@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from cluster.stopping import REQUEST, listening
 from cluster.storage import Store, store_for
 from training import identity, registry
 from training.checkpoint import (
@@ -26,17 +27,20 @@ from training.checkpoint import (
     commit_hash,
     starting_point,
 )
-from training.collectives import barrier, from_main, gather, place, total
+from training.collectives import barrier, from_main, gather, place
 from training.config import TrainConfig
 from training.elastic import fetch_state
 from training.engine import Engine, make_engine
-from training.errors import TrainingError
+from training.errors import StoppedError, TrainingError
 from training.evaluation import Evaluation, evaluate
+from training.meter import Meter, peak_tflops_of
 from training.progress import Progress
+from training.spikes import FILE as SPIKES
+from training.spikes import Spikes
+from training.step import Ahead, not_finite, scans_of_all_ranks, seed_of, share
 from training.task import Batch, Source, State, Task
-from training.tracking import RunLabel, Sender, Spool, Tracker
-
-MAX_NAMED_SCANS = 20
+from training.tracing import Tracing
+from training.tracking import Ending, RunLabel, Sender, Spool, Tracker, last_step
 
 
 @dataclass
@@ -76,51 +80,60 @@ class Run:
     engine: Engine
     tracker: Tracker
     checkpoints: Checkpoints
+    meter: Meter
+    spikes: Spikes
+    tracing: Tracing
+    progress: Progress
 
 
 def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> FitResult:
     """What training to `config.steps` updates led to. Goes on from the run folder's latest commit if there is one."""
     started = time.monotonic()
-    with open_run(task, source, config, services) as run:
-        engine, tracker = run.engine, run.tracker
-        progress = Progress(config.steps, start=run.start.step, is_shown=place().is_main)
+    with open_run(task, source, config, services, started) as run:
+        engine, meter = run.engine, run.meter
         state = run.start.commit.data_state if run.start.commit else source.initial_state()
         if run.start.step == 0:
-            evaluate_now(run, 0, progress)  # what the weights a run starts from are worth
-        for step, (micro_batches, state) in zip(  # noqa: B020 - the state to go on from moves with the step
-            range(run.start.step, config.steps), source.steps(state), strict=False
-        ):
+            evaluate_now(run, 0)  # what the weights a run starts from are worth
+        steps = Ahead(source.steps(state), engine.device, meter, is_ahead=engine.device.type == "cuda")
+        for step in range(run.start.step, config.steps):
+            done, is_last = step + 1, step + 1 == config.steps
+            run.tracing.begin_step(step)
+            meter.begin_step()
+            batches, state = steps.take()
             learning_rate = engine.begin(step)
             torch.manual_seed(seed_of(config.seed, step, place().rank))  # a resumed step draws what it would have drawn
             losses: list[dict[str, Tensor]] = []
-            for batch in micro_batches:
-                losses.append(engine.losses(batch.to(engine.device)))
+            for batch in steps.on_device(batches, is_last_step=is_last):
+                with meter.forward():
+                    losses.append(engine.losses(batch))
                 engine.backward(losses[-1]["loss"])
-            gradient_norm = engine.step()
+                meter.count(task.cost(batch))
+            shared = share(losses, is_asked_to_stop=REQUEST.reason is not None, device=engine.device)
+            gradient_norm = engine.step()  # the one place of a step where this rank waits for its device
             if not math.isfinite(gradient_norm):  # then the engine has not updated anything, on any rank
-                raise not_finite(step, losses, micro_batches)
+                raise not_finite(step, losses, batches)
+            values, is_stopping = shared.read()
+            meter.end_step(done, batches)
 
-            done = step + 1
-            is_last = done == config.steps
+            flag_spike(run, done, values["loss"], batches)
             if done % config.tracking.every_steps == 0 or is_last:
-                values = {f"train/{name}": value for name, value in over_ranks(losses, engine).items()}
-                values |= {"train/learning_rate": learning_rate, "train/gradient_norm": gradient_norm}
-                values |= {"train/steps_per_second": progress.steps_per_second(done)}
-                tracker.record(done, values)
-                progress.show(done, values)
+                track(run, done, values | {"learning_rate": learning_rate, "gradient_norm": gradient_norm})
             metrics: dict[str, float] = {}
             if done % config.evaluation.every_steps == 0 or is_last:
-                metrics = evaluate_now(run, done, progress)
+                metrics = evaluate_now(run, done)
             # After evaluating, so that a commit knows its score and nothing tracked is lost when resuming from it.
-            if done % config.checkpoint.every_steps == 0 or is_last:
+            if done % config.checkpoint.every_steps == 0 or is_last or is_stopping:
                 save_checkpoint(run, done, state, metrics)
+            if is_stopping and not is_last:
+                raise stopped(run, done)
+        run.tracing.finish(config.steps)
         result = finish(run, started)
     result.mlflow_run_id = run.tracker.run_id  # known for sure once the tracker is closed
     return result
 
 
 @contextlib.contextmanager
-def open_run(task: Task, source: Source, config: TrainConfig, services: Services) -> Iterator[Run]:
+def open_run(task: Task, source: Source, config: TrainConfig, services: Services, started: float) -> Iterator[Run]:
     """Claim the folder, decide how to start, load it, and close everything however the block ends."""
     store = store_for(config.run.folder)
     identity.claim(store, services.identity)
@@ -129,7 +142,54 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     start = starting_point(store, config.start)
     check_fits(start, engine=engine_name(config), fingerprint=source.fingerprint)
     scratch = Path(config.run.scratch) / f"{config.run.name}-{run_key[:8]}"
-    fetched = scratch / f"fetched-{place().rank:05d}"
+    engine = loaded_engine(task, source, config, start, scratch)
+    attempt = str(from_main(uuid.uuid4().hex[:8]))
+    checkpoints = Checkpoints(store, scratch / "saved", config.checkpoint, attempt=attempt)
+    if start.kind == "own":
+        checkpoints.latest = start.folder
+    peak = peak_tflops_of(engine.device, config.peak_tflops, precision=config.engine.precision)
+    repeated_until = max(start.step, last_step(scratch / SPOOL))  # before the spool is cut back to the commit
+    meter = Meter(engine.device, peak_tflops=peak, started=started, repeated_until=repeated_until)
+    own = fetched_folder(scratch) if start.kind == "own" else None
+    spikes = Spikes(config.spikes, scratch / SPIKES if place().is_main else None, start=_content(own, SPIKES))
+    tracker = open_tracker(config, services, run_key, scratch / SPOOL, start=_content(own, SPOOL))
+    progress = Progress(config.steps, is_shown=place().is_main)
+    tracing = Tracing(config.profile, store, scratch)
+    ending = Ending.FAILED
+    try:
+        with listening(REQUEST.ask):
+            yield Run(
+                task=task,
+                source=source,
+                config=config,
+                services=services,
+                store=store,
+                start=start,
+                engine=engine,
+                tracker=tracker,
+                checkpoints=checkpoints,
+                meter=meter,
+                spikes=spikes,
+                tracing=tracing,
+                progress=progress,
+            )
+        ending = Ending.FINISHED
+    except StoppedError:
+        ending = Ending.KILLED
+        raise
+    except TrainingError:
+        checkpoints.wait()  # every rank stops here: what was saved before is still worth committing
+        raise
+    finally:
+        REQUEST.take_back()
+        tracker.close(ending)
+        source.close()
+    engine.close()
+
+
+def loaded_engine(task: Task, source: Source, config: TrainConfig, start: StartingPoint, scratch: Path) -> Engine:
+    """The engine, holding what the run starts from."""
+    fetched = fetched_folder(scratch)
     if start.commit is not None:
         fetch_state(start, fetched)
     elif start.registered is not None:
@@ -139,72 +199,96 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     engine = make_engine(task, config, num_micro_batches=source.num_micro_batches)
     if start.commit is not None:
         engine.load(fetched)
-    attempt = str(from_main(uuid.uuid4().hex[:8]))
-    checkpoints = Checkpoints(store, scratch / "saved", config.checkpoint, attempt=attempt)
-    if start.kind == "own":
-        checkpoints.latest = start.folder
-    tracker = open_tracker(config, services, run_key, start, fetched if start.kind == "own" else None)
-    is_finished = False
-    try:
-        yield Run(task, source, config, services, store, start, engine, tracker, checkpoints)
-        is_finished = True
-    except TrainingError:
-        checkpoints.wait()  # every rank stops here: what was saved before is still worth committing
-        raise
-    finally:
-        tracker.close(is_finished=is_finished)
-        source.close()
-    engine.close()
+    return engine
 
 
-def open_tracker(
-    config: TrainConfig, services: Services, run_key: str, start: StartingPoint, fetched: Path | None
-) -> Tracker:
+def fetched_folder(scratch: Path) -> Path:
+    """Where this rank keeps what it fetched of a commit."""
+    return scratch / f"fetched-{place().rank:05d}"
+
+
+def _content(folder: Path | None, name: str) -> bytes:
+    """The bytes of a file that a commit may hold."""
+    return (folder / name).read_bytes() if folder is not None and (folder / name).exists() else b""
+
+
+def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_path: Path, *, start: bytes) -> Tracker:
     """Rank 0's spool, cut back to what the commit had seen, and its sender; silent trackers elsewhere."""
     if not place().is_main:
         return Tracker(None, None, config.tracking)
-    saved = fetched / SPOOL if fetched is not None else None
-    spool = Spool(
-        Path(config.run.scratch) / f"{config.run.name}-{run_key[:8]}" / SPOOL,
-        start=saved.read_bytes() if saved else b"",
-    )
+    spool = Spool(spool_path, start=start)
     if config.tracking.uri is None:
         return Tracker(spool, None, config.tracking)
     label = RunLabel(config.run.name, run_key, identity.flatten(services.identity), dict(services.tags))
     return Tracker(spool, Sender(config.tracking, spool.path, label), config.tracking)
 
 
-def evaluate_now(run: Run, done: int, progress: Progress) -> dict[str, float]:
+def track(run: Run, done: int, values: dict[str, float]) -> None:
+    """Record and show an interval: the last step's losses, and where the time went."""
+    values = {f"train/{name}": value for name, value in (values | run.meter.report()).items()}
+    run.tracker.record(done, values)
+    run.progress.show(done, values)
+
+
+def flag_spike(run: Run, done: int, loss: float, batches: Sequence[Batch]) -> None:
+    """Record, show and keep the scans of a step whose loss is far above those before; every rank sees the same loss."""
+    deviations = run.spikes.deviations(loss)
+    if deviations is None:
+        return
+    scan_ids = scans_of_all_ranks(batches)
+    run.spikes.keep(done, loss=loss, deviations=deviations, scan_ids=scan_ids)
+    values = {"train/loss_spike": loss, "train/loss_spike_deviations": deviations}
+    run.tracker.record(done, values)
+    run.progress.show(done, values)
+
+
+def evaluate_now(run: Run, done: int) -> dict[str, float]:
     """The metrics of the evaluation subset after `done` updates, tracked and shown."""
     config = run.config.evaluation
     found = evaluate(run.task, run.source, run.engine, config.split, limit=config.subset)
     prefix = "train_split" if config.split == "train" else config.split  # train/loss is the loss of a step
     metrics = {f"{prefix}/{name}": value for name, value in found.metrics.items()}
     run.tracker.record(done, metrics)
-    progress.show(done, metrics)
+    run.progress.show(done, metrics)
     return metrics
 
 
 def save_checkpoint(run: Run, done: int, state: State, metrics: dict[str, float]) -> None:
     """Save locally on every rank; upload and commit in the background."""
+    with run.meter.saving():
+        run.checkpoints.wait()
+        local = run.checkpoints.local_folder(done)
+        run.engine.save(local)
+        run.tracker.snapshot(local / SPOOL)
+        run.spikes.snapshot(local / SPIKES)
+        commit = Commit(
+            schema=SCHEMA,
+            step=done,
+            files=[],
+            world_size=place().world_size,
+            engine=engine_name(run.config),
+            data_state=run.source.merge_states(cast("list[State]", gather(state))),
+            fingerprint=run.source.fingerprint,
+            config_hash=identity.config_hash(run.services.identity),
+            mlflow_run_id=run.tracker.run_id,
+            spool_position=run.tracker.position,
+            metrics=metrics,
+        )
+        run.checkpoints.commit_later(local, commit)
+
+
+def stopped(run: Run, done: int) -> StoppedError:
+    """The error every rank raises once the checkpoint it has just saved is committed."""
     run.checkpoints.wait()
-    local = run.checkpoints.local_folder(done)
-    run.engine.save(local)
-    run.tracker.snapshot(local / SPOOL)
-    commit = Commit(
-        schema=SCHEMA,
-        step=done,
-        files=[],
-        world_size=place().world_size,
-        engine=engine_name(run.config),
-        data_state=run.source.merge_states(cast("list[State]", gather(state))),
-        fingerprint=run.source.fingerprint,
-        config_hash=identity.config_hash(run.services.identity),
-        mlflow_run_id=run.tracker.run_id,
-        spool_position=run.tracker.position,
-        metrics=metrics,
+    reasons = {
+        rank: reason for rank, reason in enumerate(gather(REQUEST.reason)) if reason is not None
+    }  # and nobody leaves before rank 0 has committed
+    asked = ", ".join(f"{reason} (rank {rank})" for rank, reason in reasons.items())
+    assert run.checkpoints.latest is not None
+    return StoppedError(
+        f"step {done} of {run.config.steps}: stopped as asked by {asked}; saved as "
+        f"{run.store.join(run.checkpoints.latest)}; run the same command again to go on from there"
     )
-    run.checkpoints.commit_later(local, commit)
 
 
 def finish(run: Run, started: float) -> FitResult:
@@ -223,8 +307,9 @@ def finish(run: Run, started: float) -> FitResult:
     barrier()
     run.checkpoints.close()
     assert run.checkpoints.latest is not None
-    if run.tracker.spool is not None:
+    if run.tracker.spool is not None and run.spikes.path is not None:
         run.store.put(SPOOL, run.tracker.spool.path)
+        run.store.put(SPIKES, run.spikes.path)
     return FitResult(
         steps=run.config.steps,
         start=run.start.kind,
@@ -243,42 +328,3 @@ def finish(run: Run, started: float) -> FitResult:
 def engine_name(config: TrainConfig) -> str:
     """How a commit names the engine that can read it."""
     return "plain" if config.engine.kind == "plain" else f"zero{config.engine.zero_stage}"
-
-
-def seed_of(seed: int, step: int, rank: int) -> int:
-    """A seed for torch's global generator, different for every (seed, step, rank)."""
-    return hash((seed, step, rank)) & 0x7FFFFFFFFFFFFFFF  # hashes of ints do not depend on PYTHONHASHSEED
-
-
-def over_ranks(losses: list[dict[str, Tensor]], engine: Engine) -> dict[str, float]:
-    """The step's losses: summed over micro-batches and ranks, because each is in sum form."""
-    names = sorted(losses[0])
-    sums = torch.stack([torch.stack([part[name].detach().float() for part in losses]).sum() for name in names])
-    return dict(zip(names, total(sums.to(engine.device)).tolist(), strict=True))
-
-
-def not_finite(step: int, losses: list[dict[str, Tensor]], micro_batches: Sequence[Batch]) -> TrainingError:
-    """The error every rank raises, naming the scans of the micro-batches whose loss is not finite, on any rank."""
-    scans_of = [
-        [scan_id for scan_id, weight in zip(batch.scan_ids, batch.weight.tolist(), strict=True) if weight > 0]
-        for batch in micro_batches
-    ]
-    all_mine = [scan_id for scans in scans_of for scan_id in scans]
-    mine = [
-        scan_id
-        for part, scans in zip(losses, scans_of, strict=True)
-        if not bool(torch.isfinite(part["loss"]))
-        for scan_id in scans
-    ]
-    everyone = cast("list[tuple[list[str], list[str]]]", gather((mine, all_mine)))
-    guilty = sorted({scan_id for scans, _ in everyone for scan_id in scans})
-    what = "loss" if guilty else "gradient (every loss is finite)"
-    scans = guilty or sorted({scan_id for _, scans in everyone for scan_id in scans})
-    named = ", ".join(scans[:MAX_NAMED_SCANS]) + (
-        f" and {len(scans) - MAX_NAMED_SCANS} more" if scans[MAX_NAMED_SCANS:] else ""
-    )
-    return TrainingError(
-        f"step {step}: {what} is not finite; nothing was updated. Scans: {named}. Look at them with "
-        "'python -m data_sharding.verify <set>', or lower train.optimizer.learning_rate; then run again to go on from "
-        "the last commit"
-    )

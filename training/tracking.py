@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,19 @@ def read_rows(path: Path, position: int = 0) -> list[dict]:
         file.seek(position)
         data = file.read()
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def last_step(path: Path) -> int:
+    """The last step a spool tells of, also one that an attempt left behind; 0 when there is none."""
+    return max((row["step"] for row in read_rows(path)), default=0) if path.exists() else 0
+
+
+class Ending(Enum):
+    """How a run ended, in MLflow's words."""
+
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"  # asked to stop, and saved
 
 
 @dataclass
@@ -237,8 +251,8 @@ class Tracker:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.spool.path.read_bytes()[: self.position])
 
-    def close(self, *, is_finished: bool) -> None:
+    def close(self, ending: Ending) -> None:
         if self.spool is not None:
             self.spool.close()
         if self.sender is not None:
-            self.sender.close(self.config.drain_s, status="FINISHED" if is_finished else "FAILED")
+            self.sender.close(self.config.drain_s, status=ending.value)

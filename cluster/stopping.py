@@ -1,0 +1,50 @@
+"""Whether this process was asked to stop: by a signal, or by the cluster (see cluster.launch). Knows not what it runs.
+
+SIGTERM is what schedulers, spot machines and `ray job stop` send; SIGUSR1 what Slurm's --signal is commonly set to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """The first reason somebody gave."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def ask(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def take_back(self) -> None:
+        """It was obeyed."""
+        self.reason = None
+
+
+REQUEST = StopRequest()  # of this process
+
+
+@contextlib.contextmanager
+def listening(ask: Callable[[str], None]) -> Iterator[None]:
+    """For the length of the block a signal asks to stop instead of ending the process; only the main thread can hear
+    signals, elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        ask(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, heard) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

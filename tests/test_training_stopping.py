@@ -1,0 +1,59 @@
+"""A run that is asked to stop saves just in time, exits with a status of its own, and goes on when run again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_training_checkpoints import run
+from test_training_engines import losses
+from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_config
+
+from cluster.stopping import REQUEST
+from configs.entry import told_to_users
+from training.errors import StoppedError
+from training.loop import Services, fit
+from training.task import State
+
+
+class SignallingSource(ToySource):
+    """Sends this process a signal when asked for step 2."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+    def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
+        for batches, after in super().steps(state):
+            if after["samples_consumed"] == 3 * GLOBAL_BATCH:
+                os.kill(os.getpid(), self.number)
+            yield batches, after
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_end_of_the_step_and_the_rerun_equals_the_uninterrupted_run(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    config = toy_config(tmp_path)
+    with pytest.raises(StoppedError, match=rf"^step 3 of 6: stopped as asked by {number.name} \(rank 0\); saved as"):
+        fit(ToyTask(), SignallingSource(number), config, Services({"train": {}}, None))
+    assert signal.getsignal(number) is before
+    assert REQUEST.reason is None
+    again = fit(ToyTask(), ToySource(), config, Services({"train": {}}, None))
+    whole = run(toy_config(tmp_path / "whole"))
+    assert again.start == "own"
+    assert again.metrics == whole.metrics
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_a_stopped_command_exits_with_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, told_to_users():
+        raise StoppedError("step 3 of 6: stopped as asked")
+    assert caught.value.code == os.EX_TEMPFAIL
+    assert "StoppedError: step 3 of 6" in capsys.readouterr().err
+    assert sys.exc_info() == (None, None, None)

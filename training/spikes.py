@@ -1,0 +1,51 @@
+"""Losses far above those of the steps before: flagged with the step's scans, never a reason to stop.
+
+A spike is kept as a line {step, loss, deviations, scan_ids} of spikes.jsonl, which travels with the commits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from training.config import SpikeConfig
+
+FILE = "spikes.jsonl"
+SIGMA_OF_MAD = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
+
+
+class Spikes:
+    def __init__(self, config: SpikeConfig, path: Path | None, *, start: bytes) -> None:
+        self.config = config
+        self.path = path  # None: this rank writes nothing
+        self.recent: deque[float] = deque(maxlen=config.window_steps)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(start)
+
+    def deviations(self, loss: float) -> float | None:
+        """How many robust deviations a spike lies above the last steps' median; None when it is no spike."""
+        past = np.array(self.recent)
+        self.recent.append(loss)
+        if len(past) < self.config.window_steps // 2:
+            return None
+        median = float(np.median(past))
+        spread = SIGMA_OF_MAD * float(np.median(np.abs(past - median)))
+        above = (loss - median) / max(spread, 1e-9 * abs(median), 1e-30)
+        return above if above > self.config.threshold else None
+
+    def keep(self, step: int, *, loss: float, deviations: float, scan_ids: Sequence[str]) -> None:
+        """Append the spike to the local file."""
+        if self.path is not None:
+            line = {"step": step, "loss": loss, "deviations": deviations, "scan_ids": list(scan_ids)}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def snapshot(self, path: Path) -> None:
+        """Copy what was kept so far into a checkpoint's folder."""
+        if self.path is not None:
+            path.write_bytes(self.path.read_bytes())
