@@ -5,6 +5,7 @@ from typing import Literal
 
 from cluster.config import ClusterConfig
 from data_sharding.reader import DataConfig
+from pretrain.analysis.config import ReportConfig
 from pretrain.baselines import BaselineConfig
 from pretrain.geometry import WindowConfig
 from pretrain.masked_set import LossConfig
@@ -50,6 +51,7 @@ class PretrainConfig:
     )
     deviation_floor: float  # no voxel's deviation counts as less than this share of the median voxel's
     baselines: BaselineConfig
+    report: ReportConfig
     train: TrainConfig
     register: RegisterConfig | None  # null: the bundle is only written to the run folder
     cluster: ClusterConfig

@@ -3,7 +3,7 @@
 Knows sets, windows and layouts; nothing of files, ranks or the loop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,12 +16,13 @@ from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, Stem
 from brain_models.patches import PatchLayout
 from data_sharding.batch import Batch
 from pretrain.costs import PassShape, flops_of_pass
+from pretrain.embeddings import Sentinels, sampled
 from pretrain.errors import PretrainError
 from pretrain.geometry import Geometry, WindowConfig
 from pretrain.masked_set import LossConfig, MaskedSet, SetSpec, at
 from pretrain.masking import MaskingConfig, TokenChoice
 from pretrain.references import centre, hidden_voxels
-from pretrain.scores import metrics_of, report_of
+from pretrain.scores import IntervalConfig, Row, metrics_of, score_rows
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
 
@@ -61,6 +62,7 @@ class MaskedVolumes(Task):
     ) -> None:
         super().__init__()
         self.config = config
+        self.sentinels: Sentinels | None = None  # where given, `predict` and `metrics` watch the embedding
         self.weight_decay = weight_decay
         self.batch_size = batch_size
         stem_of_set = stem_names(sets)
@@ -110,12 +112,14 @@ class MaskedVolumes(Task):
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Per sample and region (the last column: no region): squared error of the model and of each reference, total
-        about the training mean, and the number of values they are summed over; per sample, the loss's weighted error.
+        about the training mean, and the number of values they are summed over; per sample, the loss's weighted error,
+        where there are sentinels the mean encoded token and a few single ones.
         """
         part = self.set_named(batch.set_name)
         stem = self.encoder.stem(part.stem_name)
         choice = part.masker.choose(batch.sample_seed)
-        guess = self._guess(self._features(batch), batch, choice).float()
+        encoded, positions = self._encode(self._features(batch), batch, choice)
+        guess = self._decode(encoded, positions, part, choice).float()
         is_hidden = part.hidden_patches(choice)
         is_scored = hidden_voxels(is_hidden, part.patch_of_voxel, batch.values.shape[1])
         is_scored = is_scored & batch.is_measured[:, None]
@@ -133,15 +137,27 @@ class MaskedVolumes(Task):
         padding = self.num_columns - part.regions.num_columns
         sums = {name: nn.functional.pad(values, (0, padding)) for name, values in sums.items()}
         of_set = torch.full((len(truth),), self.names.index(part.name), device=truth.device)
-        return sums | {"weighted": (squared * part.voxel_weight).sum(dim=(1, 2)), "set": of_set}
+        sums |= {"weighted": (squared * part.voxel_weight).sum(dim=(1, 2)), "set": of_set}
+        if self.sentinels is not None:
+            sums |= sampled(encoded, self.sentinels.config.tokens_per_sample)
+        return sums
+
+    def encode_visible(self, batch: Batch) -> Float[Tensor, "batch visible width"]:
+        """The encoded tokens that `predict` guesses from."""
+        choice = self.set_named(batch.set_name).masker.choose(batch.sample_seed)
+        encoded, _ = self._encode(self._features(batch), batch, choice)
+        return encoded
 
     def metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
-        """loss and r2 with their parts; of several sets <set>/r2 and so on, and the loss weighted as training is."""
+        """loss and r2 with their parts, and those of the sentinels; of several sets <set>/r2 and so on, and the loss
+        weighted as training is."""
         by_set = {}
         for name, rows in self.by_set(predictions).items():
             part = self.set_named(name)
             loss = float(rows["weighted"].double().sum() / (len(rows["weighted"]) * part.values_per_sample))
             by_set[name] = metrics_of(rows, part.regions, values_per_sample=part.values_per_sample) | {"loss": loss}
+            if self.sentinels is not None:
+                by_set[name] |= self.sentinels.metrics(name, rows)
         if len(self.names) == 1:
             return by_set[self.names[0]]
         weights = {name: self.set_named(name).weight for name in by_set}
@@ -150,13 +166,14 @@ class MaskedVolumes(Task):
             f"{name}/{key}": value for name, found in by_set.items() for key, value in found.items()
         }
 
-    def report(self, predictions: dict[str, Tensor]) -> dict[str, object]:
-        """The whole table of a split, see pretrain.scores; of several sets one table each."""
-        reports = {}
-        for name, rows in self.by_set(predictions).items():
-            part = self.set_named(name)
-            reports[name] = report_of(rows, part.regions, values_per_sample=part.values_per_sample)
-        return reports[self.names[0]] if len(self.names) == 1 else dict(reports)
+    def score_table(
+        self, predictions: dict[str, Tensor], subjects: Mapping[str, Sequence[str]], config: IntervalConfig
+    ) -> dict[str, list[Row]]:
+        """By set, how well everything, each group and each region was guessed; `subjects` of each set's rows."""
+        return {
+            name: score_rows(rows, self.set_named(name).regions, subjects=subjects[name], config=config)
+            for name, rows in self.by_set(predictions).items()
+        }
 
     def by_set(self, predictions: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The predictions of each set that has any, with its own number of region columns."""
@@ -232,10 +249,26 @@ class MaskedVolumes(Task):
         self, features: Float[Tensor, "batch token feature"], batch: Batch, choice: TokenChoice
     ) -> Float[Tensor, "batch hidden feature"]:
         """Standardised voxels of the hidden tokens, guessed from the visible ones."""
+        encoded, positions = self._encode(features, batch, choice)
+        return self._decode(encoded, positions, self.set_named(batch.set_name), choice)
+
+    def _encode(
+        self, features: Float[Tensor, "batch token feature"], batch: Batch, choice: TokenChoice
+    ) -> tuple[Float[Tensor, "batch visible width"], Float[Tensor, "batch token 4"]]:
+        """The visible tokens, encoded, and every token's position."""
         part = self.set_named(batch.set_name)
         positions = self.encoder.positions(part.stem_name, part.masker.num_tubelets, batch.repetition_time_s)
+        encoded = self.encoder(at(features, choice.visible), at(positions, choice.visible), part.stem_name)
+        return encoded, positions
+
+    def _decode(
+        self,
+        encoded: Float[Tensor, "batch visible width"],
+        positions: Float[Tensor, "batch token 4"],
+        part: MaskedSet,
+        choice: TokenChoice,
+    ) -> Float[Tensor, "batch hidden feature"]:
         visible_positions = at(positions, choice.visible)
-        encoded = self.encoder(at(features, choice.visible), visible_positions, part.stem_name)
         return self.decoder(encoded, visible_positions, at(positions, choice.hidden), part.stem_name)
 
     def _untouched(self, used: StemName) -> Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from data_sharding.addresses import run_table
 from data_sharding.joint import sets_of_steps
+from pretrain.baselines import ridge_bytes
 from pretrain.config import PretrainConfig
 from pretrain.costs import bytes_kept
 from pretrain.geometry import Geometry
@@ -50,7 +51,7 @@ def set_lines(config: PretrainConfig, opened: OpenedSet, part: MaskedSet, *, num
         "shards a worker": f"all {num_shards:,}, {min(config.data.shuffle_shards, num_shards):,} at a time",
         "tokens a sample": f"{part.masker.num_tokens:,}, {part.masker.num_hidden:,} of them hidden "
         f"({geometry.layout.num_patches} patches x {geometry.num_tubelets} tubelets)",
-        "ridge baseline": f"{ridge_bytes(geometry) / MIB:,.1f} MiB on every rank while it is fitted",
+        "ridge baseline": ridge_line(config, geometry),
     }
     shares, _ = geometry.membership(config.masking)
     for rule, reach in reach_of_groups(shares, geometry).items():
@@ -135,10 +136,12 @@ def checkpoint_bytes(task: MaskedVolumes) -> int:
     return sum(tensor.nbytes for tensor in task.state_dict().values()) + 8 * count(task)
 
 
-def ridge_bytes(geometry: Geometry) -> int:
-    """Bytes of the second moments of patch means with one another (float64) and with voxels (float32), kept twice."""
-    patches = geometry.layout.num_patches
-    return 2 * (8 * patches * patches + 4 * patches * geometry.space.num_voxels)
+def ridge_line(config: PretrainConfig, geometry: Geometry) -> str:
+    """What the ridge baseline takes, or that it is left out."""
+    needed = ridge_bytes(geometry.layout.num_patches, geometry.space.num_voxels)
+    if needed > config.baselines.ridge_max_gib * 2**30:
+        return f"left out: {needed / MIB:,.1f} MiB, more than baselines.ridge_max_gib={config.baselines.ridge_max_gib}"
+    return f"{needed / MIB:,.1f} MiB on every rank while it is fitted"
 
 
 def count(module: nn.Module) -> int:

@@ -4,6 +4,7 @@ r2 = 1 - squared error / squared distance from the training split's voxel mean, 
 split: a perfect guess scores 1, the training mean 0.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,20 +114,17 @@ def score_rows(
     errors = {MODEL if key == "error" else key.removeprefix("error_"): values for key, values in sums.items()}
     draws = resamples(len(names), config)
     drawn_total = draws @ total
-    r2 = {key: 1 - error.sum(dim=0) / total.sum(dim=0) for key, error in errors.items()}
-    drawn = {key: 1 - (draws @ error) / drawn_total for key, error in errors.items()}
+    # The first row is the split as it is, the others are resamples of its subjects.
+    r2 = {key: 1 - (draws @ error) / drawn_total for key, error in errors.items()}
+    gain = {key: r2[MODEL] - found for key, found in r2.items() if key != MODEL}
     return [
         Row(
             scope,
             name,
             int((count[:, number] > 0).sum()),
             int(count[:, number].sum()),
-            {key: interval(r2[key][number], drawn[key][:, number], config) for key in r2},
-            {
-                key: interval(r2[MODEL][number] - r2[key][number], drawn[MODEL][:, number] - drawn[key][:, number], config)
-                for key in r2
-                if key != MODEL
-            },
+            {key: interval(found[:, number], config) for key, found in r2.items()},
+            {key: interval(found[:, number], config) for key, found in gain.items()},
         )
         for number, (scope, name, _) in enumerate(scopes)
         if count[:, number].sum() > 0
@@ -148,28 +146,29 @@ def by_subject(
     return sums.index_add_(0, of_row, values.double())
 
 
-def resamples(num_subjects: int, config: IntervalConfig) -> Float[Tensor, "resample subject"]:
-    """How often each resample holds each subject."""
+def resamples(num_subjects: int, config: IntervalConfig) -> Float[Tensor, "draw subject"]:
+    """How often each draw holds each subject: the first one every subject once, the others at random."""
     generator = np.random.default_rng(config.seed)
     drawn = generator.multinomial(num_subjects, np.full(num_subjects, 1 / num_subjects), size=config.num_resamples)
-    return torch.from_numpy(drawn).double()
+    return torch.from_numpy(np.concatenate([np.ones((1, num_subjects)), drawn]))
 
 
-def interval(value: Tensor, drawn: Float[Tensor, "resample"], config: IntervalConfig) -> Interval:
-    """The value with the percentile interval of its resamples; resamples without anything to explain are left out."""
-    known = drawn[torch.isfinite(drawn)].numpy()
-    if not bool(torch.isfinite(value)):
+def interval(draws: Float[Tensor, "draw"], config: IntervalConfig) -> Interval:
+    """The first draw with the percentile interval of the others; those without anything to explain are left out."""
+    value, drawn = float(draws[0]), draws[1:][torch.isfinite(draws[1:])].numpy()
+    if not math.isfinite(value):
         return Interval(None, None, None)
-    if not len(known) or np.ptp(known) == 0:
-        return Interval(float(value), None, None)
+    if not len(drawn) or np.ptp(drawn) == 0:
+        return Interval(value, None, None)
     tail = (1 - config.confidence) / 2
-    low, high = np.quantile(known, [tail, 1 - tail])
-    return Interval(float(value), float(low), float(high))
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Interval(value, float(low), float(high))
 
 
 def report_of(rows: Sequence[Row], *, loss: float, num_samples: int) -> dict[str, object]:
     """The table as metrics.json holds it: r2 of model and baselines, over everything, by group and by region."""
-    by_scope = {scope: {row.name: numbers_of(row) for row in rows if row.scope == scope} for scope in ("group", "region")}
+    groups = {row.name: numbers_of(row) for row in rows if row.scope == "group"}
+    regions = {row.name: numbers_of(row) for row in rows if row.scope == "region"}
     whole = next(row for row in rows if row.scope == "all")
     return {
         **numbers_of(whole),
@@ -177,8 +176,8 @@ def report_of(rows: Sequence[Row], *, loss: float, num_samples: int) -> dict[str
         "gain": {name: [found.value, found.low, found.high] for name, found in whole.gain.items()},
         "loss": loss,
         "samples": num_samples,
-        "groups": by_scope["group"],
-        "regions": by_scope["region"],
+        "groups": groups,
+        "regions": regions,
     }
 
 

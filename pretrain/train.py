@@ -20,6 +20,8 @@ from pretrain.config import PretrainConfig
 from pretrain.masked_volumes import MaskedVolumes
 from pretrain.references import fit_references, voxel_statistics
 from pretrain.sets import OpenedSet, open_sets, open_source, training_subset
+from pretrain.tables import Table, as_csv, as_report, reconstruction_table
+from pretrain.untrained import open_sentinels
 from training import registry
 from training.collectives import place
 from training.loop import FitResult, Services, fit
@@ -32,14 +34,20 @@ def train(config: PretrainConfig) -> dict[str, object]:
     sets = open_sets(config)
     task = build_task(config, sets)
     fit_to_training_split(task, config, sets)
+    task.sentinels = open_sentinels(task, config, sets)
     source = open_source(config, sets, place())
     exporter = Exporter(config, sets)
     tags = lineage(config, sets) | {"callosum.set_fingerprint": source.fingerprint}
     services = Services(identity=identity(config), export=exporter.export, tags=tags)
     result = fit(task, source, config.train, services)
-    summary = summarise(task, config, result)
+    tables = {
+        split: reconstruction_table(task, found, split, sets=sets, config=config.report.intervals)
+        for split, found in result.evaluations.items()
+    }
+    summary = summarise(task, config, result, tables)
     if result.is_main:
         exporter.publish(result, summary, tags)
+        exporter.store.put("report/reconstruction.csv", as_csv(tables).encode())
     return summary
 
 
@@ -100,9 +108,11 @@ def lineage(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> dict[str, 
     }
 
 
-def summarise(task: MaskedVolumes, config: PretrainConfig, result: FitResult) -> dict[str, object]:
+def summarise(
+    task: MaskedVolumes, config: PretrainConfig, result: FitResult, tables: Mapping[str, Table]
+) -> dict[str, object]:
     """metrics.json: r2 on each final split beside the baselines, by group and region, and where it came from."""
-    reconstruction = {split: task.report(found.predictions) for split, found in result.evaluations.items()}
+    reconstruction = {split: as_report(task, found, tables[split]) for split, found in result.evaluations.items()}
     return {
         "kind": config.label,
         "sets": {name: dataclasses.asdict(each) for name, each in config.named_sets.items()},

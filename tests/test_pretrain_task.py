@@ -17,10 +17,11 @@ from pretrain.masked_volumes import (
 )
 from pretrain.masking import MaskingConfig
 from pretrain.references import fit_references, rows_set_aside, voxel_statistics
-from pretrain.scores import Regions, metrics_of, report_of
+from pretrain.scores import IntervalConfig, Regions, metrics_of, report_of, score_rows
 from tests.phantom_spaces import ball
 
 BATCH_SIZE = 4
+INTERVALS = IntervalConfig(num_resamples=50, confidence=0.95, seed=0)
 MODEL = ModelConfig(
     EncoderConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0, num_frequencies=4, time_in="seconds"),
     DecoderConfig(width=16, depth=1),
@@ -207,7 +208,8 @@ def test_r2_of_a_perfect_guess_is_one_and_of_the_mean_zero(geometry: Geometry) -
     assert metrics["r2"] == metrics["r2/group/left"] == 1
     assert metrics["r2/ridge"] == metrics["loss"] == 0
     assert "r2/group/absent" not in metrics
-    assert report_of(sums, regions, values_per_sample=7.0)["regions"]["octant 3"] == 1
+    rows = score_rows(sums, regions, subjects=list("abcde"), config=INTERVALS)
+    assert report_of(rows, loss=0.0, num_samples=5)["regions"]["octant 3"]["r2"] == 1
 
 
 def test_r2_pools_sums_over_the_split_and_by_region() -> None:
@@ -216,11 +218,15 @@ def test_r2_pools_sums_over_the_split_and_by_region() -> None:
     assert regions.column_of_voxel.tolist() == [0, 1, 1, 2]
     error = torch.tensor([[1.0, 2.0, 0.0], [0.0, 2.0, 3.0]])
     total = torch.tensor([[2.0, 4.0, 1.0], [2.0, 12.0, 11.0]])
-    report = report_of({"error": error, "total": total, "count": total}, regions, values_per_sample=2.0)
+    sums = {"error": error, "total": total, "count": total}
+    assert metrics_of(sums, regions, values_per_sample=2.0)["loss"] == pytest.approx(8 / (2 * 2.0))
+    report = report_of(score_rows(sums, regions, subjects=["a", "b"], config=INTERVALS), loss=2.0, num_samples=2)
     assert report["r2"] == pytest.approx(1 - 8 / 32)
-    assert report["loss"] == pytest.approx(8 / (2 * 2.0))
-    assert report["groups"] == {"both": pytest.approx(1 - 5 / 20)}
-    assert report["regions"] == {"four": pytest.approx(0.75), "nine": pytest.approx(0.75)}
+    assert report["groups"]["both"]["r2"] == pytest.approx(1 - 5 / 20)
+    assert {name: found["r2"] for name, found in report["regions"].items()} == {
+        "four": pytest.approx(0.75),
+        "nine": pytest.approx(0.75),
+    }
 
 
 def test_a_budget_out_of_reach_is_refused_before_a_model_is_made(geometry: Geometry) -> None:
@@ -237,7 +243,14 @@ def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) ->
     task.set_voxel_statistics("bold", statistics.mean, statistics.deviation(0.1))
     references = fit_references(
         lambda: training,
-        BaselineConfig(num_neighbours=3, ridge_penalties=[1e-3, 1e2], fit_samples=24, choice_share=0.25),
+        BaselineConfig(
+            num_neighbours=3,
+            drift_degree=1,
+            ridge_max_gib=1.0,
+            ridge_penalties=[1e-3, 1e2],
+            fit_samples=24,
+            choice_share=0.25,
+        ),
         offset=statistics.mean,
         patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
         centres_mm=torch.from_numpy(geometry.layout.centres_mm),
@@ -249,6 +262,7 @@ def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) ->
         metrics = task.metrics(task.predict(training[0]))
     assert metrics["r2/ridge"] > 0.95
     assert metrics["r2/neighbour"] > 0.9
+    assert metrics["r2/global_drift"] > 0.9
     assert metrics["r2"] < 0.5
 
 
