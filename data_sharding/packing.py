@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -158,13 +158,7 @@ def packing_kinds() -> ModuleType:
 
 
 def _pack_image(request: PackRequest, context: PackContext) -> Packed:
-    packed = pack_t1(
-        request.path,
-        context.space,
-        brain_mask=_path(request.brain_mask),
-        transform=_transform(request),
-        unknown_orientation=context.settings.acceptance.unknown_orientation,
-    )
+    packed = _on_volume(pack_t1, request, context)
     regions = region_coverage(context.atlases, packed.is_measured)
     quality = scan_quality(packed.is_measured, regions, conflict_mm=packed.header.conflict_mm)
     require_accepted(quality, request, context)
@@ -218,10 +212,14 @@ def cleaned_run(request: PackRequest, context: PackContext) -> CleanedRun:
 def _packed_run(request: PackRequest, context: PackContext) -> PackedScan:
     if context.space.kind == "surface":
         return packing_kinds().pack_surface_run(request, context.space)
-    return pack_bold(
+    return _on_volume(pack_bold, request, context)
+
+
+def _on_volume(pack: Callable[..., PackedScan], request: PackRequest, context: PackContext) -> PackedScan:
+    return pack(
         request.path,
         context.space,
-        brain_mask=_path(request.brain_mask),
+        brain_mask=None if request.brain_mask is None else Path(request.brain_mask),
         transform=_transform(request),
         unknown_orientation=context.settings.acceptance.unknown_orientation,
     )
@@ -266,10 +264,6 @@ def quality_fields(quality: ScanQuality) -> dict[str, Any]:
 
 def _transform(request: PackRequest) -> Transform | None:
     return None if request.transform is None else Transform.load(request.transform)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
 
 
 def json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any]) -> bytes:
