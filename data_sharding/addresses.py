@@ -1,4 +1,4 @@
-"""Where every window of a split lies: the index's columns as arrays, made once in the rank process."""
+"""Where every window of a split lies: a few of the index's columns as arrays, made once in the rank process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 
 from data_sharding import schema
+from data_sharding.censored import CensoredRuns
 from data_sharding.errors import ShardError
 from data_sharding.fetch import FrameSpan, WindowRead
 from data_sharding.hashing import hash_names
-from data_sharding.order import RunTable, SlotGrids
+from data_sharding.index_file import IndexFile
+from data_sharding.order import RunTable
 from data_sharding.shard_set import ShardSet
 
 
@@ -22,13 +24,13 @@ class AddressBook:
     runs: RunTable
     scan_ids: list[str]
     subjects: list[str]
-    shards: list[str]  # by run
+    shards: list[str]  # of the set: runs.shard counts them
     repetition_time_s: np.ndarray  # float32 [run]
     first_chunk: np.ndarray  # int64 [run + 1]: the run's chunks are first_chunk[run]..first_chunk[run + 1] - 1
     chunk_start: np.ndarray  # int64 [chunk], frame
-    members: list[str]  # by chunk
+    chunk_row: np.ndarray  # int64 [chunk], in the index
     offsets: np.ndarray  # int64 [chunk]
-    frame_crc32: list[str]  # by chunk: 8 hexadecimal digits a frame
+    index_file: IndexFile
 
     @classmethod
     def of(cls, shard_set: ShardSet, *, kind: str, split: str, window_frames: int) -> AddressBook:
@@ -44,20 +46,22 @@ class AddressBook:
                 f"{shard_set.location}: split {split!r} holds no {kind} window of {window_frames} frames ({longest}); "
                 "choose another split, kind or window_frames, or write the set with other splits"
             )
-        in_split = shard_set.index[shard_set.index.scan_id.isin(scan_ids)]
-        chunks = _sorted(in_split, schema.BOLD if kind == "bold" else schema.KIND_OF_SCAN[kind])
-        counts = chunks.groupby("scan_id").size().reindex(scan_ids).to_numpy()
+        scans = shard_set.scans(kind)
+        chunk_kind = schema.BOLD if kind == "bold" else schema.KIND_OF_SCAN[kind]
+        chunks = shard_set.index_file.rows(chunk_kind, ["first_frame", "offset"])
+        run = _run_of_chunk(scans, (scans.split == split).to_numpy(dtype=bool), chunks.row.to_numpy())
+        by_run = np.argsort(run, kind="stable")[np.count_nonzero(run < 0) :]
         return cls(
             runs=runs,
             scan_ids=scan_ids,
             subjects=table.subject.tolist(),
-            shards=table.shard.tolist(),
+            shards=[shard.name for shard in shard_set.manifest.shards],
             repetition_time_s=table.repetition_time_s.to_numpy(dtype=np.float32),
-            first_chunk=np.concatenate([[0], np.cumsum(counts)]),
-            chunk_start=chunks.first_frame.to_numpy(dtype=np.int64),
-            members=chunks.member.tolist(),
-            offsets=chunks.offset.to_numpy(dtype=np.int64),
-            frame_crc32=chunks.frame_crc32.tolist(),
+            first_chunk=np.searchsorted(run[by_run], np.arange(len(table) + 1)),
+            chunk_start=chunks.first_frame.to_numpy(dtype=np.int64)[by_run],
+            chunk_row=chunks.row.to_numpy(dtype=np.int64)[by_run],
+            offsets=chunks.offset.to_numpy(dtype=np.int64)[by_run],
+            index_file=shard_set.index_file,
         )
 
     def window(self, run: int, first_frame: int) -> WindowRead:
@@ -71,11 +75,12 @@ class AddressBook:
             chunk_end = int(starts[chunk + 1]) if chunk + 1 < len(starts) else int(self.runs.num_frames[run])
             number, inside = first + chunk, frame - int(starts[chunk])
             num_frames = min(end, chunk_end) - frame
-            crc32 = bytes.fromhex(self.frame_crc32[number][8 * inside : 8 * (inside + num_frames)])
-            spans.append(FrameSpan(self.members[number], int(self.offsets[number]), inside, num_frames, crc32))
+            member, frame_crc32 = self.index_file.member(int(self.chunk_row[number]))
+            crc32 = bytes.fromhex(frame_crc32[8 * inside : 8 * (inside + num_frames)])
+            spans.append(FrameSpan(member, int(self.offsets[number]), inside, num_frames, crc32))
             frame = min(end, chunk_end)
             chunk += 1
-        return WindowRead(self.shards[run], tuple(spans))
+        return WindowRead(self.shards[int(self.runs.shard[run])], tuple(spans))
 
     def label(self, run: int, first_frame: int) -> str:
         """The name of a sample in messages and in the quarantine."""
@@ -91,22 +96,27 @@ def run_table(shard_set: ShardSet, *, kind: str, split: str, window_frames: int)
         shard=table.shard.map(shard_number).to_numpy(dtype=np.int64),
         num_frames=table.num_frames.to_numpy(dtype=np.int64),
         window_frames=window_frames,
-        grids=_grids(table, window_frames, shard_set.max_censored_fraction),
+        censored=_censored(table, window_frames, shard_set.max_censored_fraction),
     )
 
 
-def _grids(table: pd.DataFrame, window_frames: int, max_censored_fraction: float) -> dict[int, SlotGrids]:
-    """The slots of the runs with censored frames, by the run's row."""
-    return {
-        int(row): SlotGrids(
-            num_frames=int(table.num_frames[row]),
-            window_frames=window_frames,
-            censored=np.array(schema.frames_of(table.censored[row])),
-            max_censored_fraction=max_censored_fraction,
-        )
-        for row in np.flatnonzero(table.censored != "")
-    }
+def _censored(table: pd.DataFrame, window_frames: int, max_censored_fraction: float) -> CensoredRuns:
+    run = np.flatnonzero(table.censored != "")
+    return CensoredRuns(
+        run=run,
+        num_frames=table.num_frames.to_numpy(dtype=np.int64)[run],
+        ranges=table.censored.iloc[run].tolist(),
+        window_frames=window_frames,
+        max_censored_fraction=max_censored_fraction,
+    )
 
 
-def _sorted(index: pd.DataFrame, kind: str) -> pd.DataFrame:
-    return index[index.kind == kind].sort_values(["scan_id", "first_frame"])
+def _run_of_chunk(scans: pd.DataFrame, is_in_split: np.ndarray, chunk_row: np.ndarray) -> np.ndarray:
+    """int64 [chunk]: the place of the chunk's run among those of the split, -1 for chunks of other splits.
+
+    A run's chunks follow its own member in the tar and so in the index (schema: stats before chunks).
+    """
+    by_row = np.argsort(scans.row.to_numpy())
+    owner = by_row[np.searchsorted(scans.row.to_numpy()[by_row], chunk_row, side="right") - 1]
+    place = np.where(is_in_split, np.cumsum(is_in_split) - 1, -1)
+    return place[owner]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from data_sharding.censored import CensoredRuns
 from data_sharding.hashing import hash_name, mix
 
 
@@ -24,55 +24,26 @@ class RunTable:
     shard: np.ndarray  # int64 [run]
     num_frames: np.ndarray  # int64 [run]
     window_frames: int
-    grids: Mapping[int, SlotGrids] = field(default_factory=dict)  # of the runs with censored frames only
+    censored: CensoredRuns = field(default_factory=CensoredRuns.none)
 
     @cached_property
     def num_slots(self) -> np.ndarray:
         """int64 [run], floor(frames / window): 0 for a run shorter than one window; less where windows are censored."""
-        return self._counts(lambda grids: grids.num_slots)
+        return self._counts(self.censored.num_slots)
 
     @cached_property
     def num_tiled(self) -> np.ndarray:
         """int64 [run]: the windows that may be drawn when the first starts at frame 0."""
-        return self._counts(lambda grids: len(grids.starts(0)))
+        return self._counts(self.censored.num_tiled)
 
     @cached_property
     def num_samples(self) -> int:
         return int(self.num_slots.sum())
 
-    def _counts(self, of_grids: Callable[[SlotGrids], int]) -> np.ndarray:
+    def _counts(self, of_censored: np.ndarray) -> np.ndarray:
         counts = self.num_frames // self.window_frames
-        for run, grids in self.grids.items():
-            counts[run] = of_grids(grids)
+        counts[self.censored.run] = of_censored
         return counts
-
-
-class SlotGrids:
-    """The windows of a run with censored frames: for every phase, the starts of those that may be drawn.
-
-    Only phases that leave the most windows are used, so an epoch has the same number of samples each time.
-    """
-
-    def __init__(
-        self, *, num_frames: int, window_frames: int, censored: np.ndarray, max_censored_fraction: float
-    ) -> None:
-        self.window_frames = window_frames
-        num_slots = num_frames // window_frames
-        num_phases = num_frames - num_slots * window_frames + 1 if num_slots else 0
-        is_censored = np.zeros(num_frames, dtype=np.int64)
-        is_censored[censored] = 1
-        before = np.concatenate([[0], np.cumsum(is_censored)])
-        grid = np.arange(num_phases)[:, None] + window_frames * np.arange(num_slots)
-        self._may_be_drawn = before[grid + window_frames] - before[grid] <= max_censored_fraction * window_frames
-        counts = self._may_be_drawn.sum(axis=1)
-        self.num_slots = int(counts.max(initial=0))
-        self.phases = np.flatnonzero(counts == self.num_slots)
-
-    def starts(self, phase: int) -> np.ndarray:
-        """int64 [slot]: the first frame of each window that may be drawn."""
-        if phase >= len(self._may_be_drawn):
-            return np.empty(0, dtype=np.int64)
-        return phase + self.window_frames * np.flatnonzero(self._may_be_drawn[phase])
 
 
 @dataclass(frozen=True)
@@ -136,7 +107,7 @@ class SampleOrder:
         key = hash_name(self.fingerprint, self.seed, epoch)
         chosen = self._blocks(epoch).runs[number]
         run, slot = every_slot(self.runs.num_slots, chosen)
-        phase = phases(self.runs, hash_name(key, "phase"))[chosen]
+        phase = phases(self.runs, chosen, hash_name(key, "phase"))
         first_frame = first_frames(self.runs, chosen, phase, self.runs.num_slots[chosen])
         sample_hash = mix(slot, 0) ^ self.runs.scan_hash[run]
         permutation = np.argsort(mix(sample_hash, hash_name(key, "samples")), kind="stable")
@@ -180,32 +151,37 @@ def first_frames(runs: RunTable, chosen: np.ndarray, phase: np.ndarray, counts: 
     ends = np.cumsum(counts)
     starts = np.repeat(phase, counts)
     starts += (np.arange(len(starts)) - np.repeat(ends - counts, counts)) * runs.window_frames
-    for place in np.flatnonzero(np.isin(chosen, list(runs.grids))) if runs.grids else ():
+    for place in runs.censored.places(chosen):
         own = slice(ends[place] - counts[place], ends[place])
-        starts[own] = runs.grids[int(chosen[place])].starts(int(phase[place]))
+        starts[own] = runs.censored[int(chosen[place])].starts(int(phase[place]))
     return starts
 
 
-def phases(runs: RunTable, key: int) -> np.ndarray:
-    """int64 [run]: the frame where slot 0 starts, uniform over what floor(frames / window) leaves free."""
-    num_free = runs.num_frames - runs.num_frames // runs.window_frames * runs.window_frames + 1
-    for run, grids in runs.grids.items():
-        num_free[run] = max(1, len(grids.phases))
-    drawn = (mix(runs.scan_hash, key) % num_free.astype(np.uint64)).astype(np.int64)
-    for run, grids in runs.grids.items():
-        drawn[run] = grids.phases[drawn[run]] if len(grids.phases) else 0
+def phases(runs: RunTable, chosen: np.ndarray, key: int) -> np.ndarray:
+    """int64 [run]: the frame where slot 0 of each chosen run starts, uniform over what floor(frames / window) leaves
+    free."""
+    num_frames = runs.num_frames[chosen]
+    num_free = num_frames - num_frames // runs.window_frames * runs.window_frames + 1
+    choices = {place: runs.censored[int(chosen[place])].phases for place in runs.censored.places(chosen)}
+    for place, phases_left in choices.items():
+        num_free[place] = max(1, len(phases_left))
+    drawn = (mix(runs.scan_hash[chosen], key) % num_free.astype(np.uint64)).astype(np.int64)
+    for place, phases_left in choices.items():
+        drawn[place] = phases_left[drawn[place]] if len(phases_left) else 0
     return drawn
 
 
 def tiled(runs: RunTable, *, fingerprint: str, limit: int | None) -> Samples:
     """Evaluation's samples: every slot with phase 0, run by run; `limit` keeps the lowest hashes."""
-    chosen = np.arange(len(runs.num_frames))
-    run, slot = every_slot(runs.num_tiled, chosen)
-    first_frame = first_frames(runs, chosen, np.zeros(len(chosen), dtype=np.int64), runs.num_tiled)
+    run, slot = every_slot(runs.num_tiled, np.arange(len(runs.num_frames)))
     sample_hash = mix(slot, 0) ^ runs.scan_hash[run]
     if limit is not None and limit < len(run):
         kept = np.sort(np.argsort(mix(sample_hash, hash_name(fingerprint, "subset")), kind="stable")[:limit])
-        run, slot, sample_hash, first_frame = run[kept], slot[kept], sample_hash[kept], first_frame[kept]
+        run, slot, sample_hash = run[kept], slot[kept], sample_hash[kept]
+    first_frame = slot * runs.window_frames
+    for number in np.unique(run[runs.censored.places(run)]):
+        own = slice(*np.searchsorted(run, [number, number + 1]))
+        first_frame[own] = runs.censored[int(number)].starts(0)[slot[own]]
     seeds = mix(sample_hash, hash_name("evaluation"))
     return Samples(np.full(len(run), -1), run, slot, first_frame, (seeds >> np.uint64(1)).astype(np.int64))
 
@@ -238,8 +214,10 @@ def substitute(runs: RunTable, sample_seed: int, attempt: int) -> tuple[int, int
     usable = np.flatnonzero(runs.num_slots)
     run = int(usable[int(drawn[0] % np.uint64(len(usable)))])
     slot = int(drawn[1] % np.uint64(runs.num_slots[run]))
-    grids = runs.grids.get(run)
-    return run, slot * runs.window_frames if grids is None else int(grids.starts(int(grids.phases[0]))[slot])
+    if run not in runs.censored:
+        return run, slot * runs.window_frames
+    grids = runs.censored[run]
+    return run, int(grids.starts(int(grids.phases[0]))[slot])
 
 
 def concatenate(parts: list[Samples]) -> Samples:

@@ -22,6 +22,7 @@ SPACE = "space.npz"
 SUBJECTS = "subjects.parquet"
 STIMULI = "stimuli.parquet"  # of a set of responses
 QUALITY = "quality.parquet"  # one row a scan
+INDEX_GROUP_ROWS = 8192  # of index.parquet: the checksums of one group are read at once
 REGION_COVERAGE = "region_coverage.parquet"  # one row a scan, one column a region: the share of it that was measured
 ATLASES = "atlases/"
 TRANSFORMS = "transforms/"  # of raw scans: <scan_id>.npz, or <scan_id>.json with the reason why there is none

@@ -17,6 +17,7 @@ from cluster.errors import StorageError
 from cluster.storage import Store, store_for
 from data_sharding import schema
 from data_sharding.errors import ShardError
+from data_sharding.index_file import IndexFile
 from data_sharding.shard_cache import CachedShard
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class ShardSet:
         self.manifest = manifest
         self.location = store.location
         self.fingerprint = manifest.fingerprint
+        self._scans: dict[str, pd.DataFrame] = {}
 
     @cached_property
     def space(self) -> BrainSpace:
@@ -83,7 +85,7 @@ class ShardSet:
 
     @cached_property
     def index(self) -> pd.DataFrame:
-        """One row a tar member; columns as in schema.INDEX_COLUMNS."""
+        """One row a tar member; columns as in schema.INDEX_COLUMNS. Whole: a large one takes gigabytes."""
         return self._table(schema.INDEX)
 
     @cached_property
@@ -94,8 +96,20 @@ class ShardSet:
         """One row a scan of this kind ("bold" or "t1") in these splits, sorted by scan_id."""
         if kind not in schema.KIND_OF_SCAN:
             raise ShardError(f"{kind!r} is no kind of scan; use one of {', '.join(schema.KIND_OF_SCAN)}")
-        rows = self.index[(self.index.kind == schema.KIND_OF_SCAN[kind]) & self.index.split.isin(splits)]
-        return rows[RUN_COLUMNS].sort_values("scan_id", ignore_index=True)
+        rows = self.scans(kind)
+        return rows[rows.split.isin(splits)][RUN_COLUMNS].reset_index(drop=True)
+
+    def scans(self, kind: str) -> pd.DataFrame:
+        """One row a scan of this kind, of all splits, sorted by scan_id, with its `row` in the index."""
+        if kind not in self._scans:
+            rows = self.index_file.rows(schema.KIND_OF_SCAN[kind], RUN_COLUMNS)
+            self._scans[kind] = rows.sort_values("scan_id", ignore_index=True)
+        return self._scans[kind]
+
+    @cached_property
+    def index_file(self) -> IndexFile:
+        """The index for those who need little of it."""
+        return IndexFile(self.store)
 
     @cached_property
     def quality(self) -> pd.DataFrame:

@@ -162,7 +162,7 @@ def alignment_of(found: Found, config: ShardingConfig) -> schema.Alignment:
 
 def _parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
+    table.to_parquet(buffer, index=False, row_group_size=schema.INDEX_GROUP_ROWS)
     return buffer.getvalue()
 
 

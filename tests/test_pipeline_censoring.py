@@ -9,9 +9,10 @@ import pytest
 from data_sharding import samples, schema
 from data_sharding.addresses import run_table as runs_of_set
 from data_sharding.build import build
+from data_sharding.censored import CensoredRuns, SlotGrids
 from data_sharding.errors import ShardError
 from data_sharding.hashing import hash_names
-from data_sharding.order import RunTable, SampleOrder, SlotGrids, substitute, tiled
+from data_sharding.order import RunTable, SampleOrder, substitute, tiled
 from data_sharding.prepare import prepare
 from data_sharding.shard_set import open_set
 from tests.helpers_scans import sharding_config, write_bold, write_confounds
@@ -22,18 +23,19 @@ CENSORED = {1: [0, 1, 2, 3, 4, 5, 6, 7, 20, 21], 3: list(range(NUM_FRAMES)), 5: 
 
 
 def run_table(*, with_censored: bool = True) -> RunTable:
-    grids = {
-        run: SlotGrids(
-            num_frames=NUM_FRAMES, window_frames=WINDOW, censored=np.array(frames), max_censored_fraction=0.2
-        )
-        for run, frames in CENSORED.items()
-    }
+    censored = CensoredRuns(
+        run=np.array(list(CENSORED)),
+        num_frames=np.full(len(CENSORED), NUM_FRAMES),
+        ranges=[schema.frame_ranges(frames) for frames in CENSORED.values()],
+        window_frames=WINDOW,
+        max_censored_fraction=0.2,
+    )
     return RunTable(
         scan_hash=hash_names([f"sub-{run}" for run in range(8)]),
         shard=np.arange(8) % 3,
         num_frames=np.full(8, NUM_FRAMES),
         window_frames=WINDOW,
-        grids=grids if with_censored else {},
+        censored=censored if with_censored else CensoredRuns.none(),
     )
 
 
@@ -56,6 +58,25 @@ def test_no_drawn_window_has_more_than_a_fifth_of_its_frames_censored() -> None:
     phases_of = {run: {first % WINDOW for of, first in windows if of == run} for run in (0, 5, 6)}
     assert phases_of[0] == {0, 1, 2, 3}
     assert phases_of[6] == {3}  # the only phase that leaves six windows: 2 and 3 fall before, or into different ones
+
+
+def test_windows_counted_for_all_runs_at_once_are_those_of_each_run() -> None:
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(1, 40, size=60)
+    frames = [sorted(set(generator.integers(0, length, size=generator.integers(1, 20)).tolist())) for length in lengths]
+    runs = CensoredRuns(
+        run=3 * np.arange(60),
+        num_frames=lengths,
+        ranges=[schema.frame_ranges(each) for each in frames],
+        window_frames=WINDOW,
+        max_censored_fraction=0.2,
+    )
+    for place, (length, each) in enumerate(zip(lengths.tolist(), frames, strict=True)):
+        one = SlotGrids(num_frames=length, window_frames=WINDOW, censored=np.array(each), max_censored_fraction=0.2)
+        assert (runs.num_slots[place], runs.num_tiled[place]) == (one.num_slots, len(one.starts(0)))
+        assert 3 * place in runs
+        assert 3 * place + 1 not in runs
+        assert runs[3 * place].phases.tolist() == one.phases.tolist()
 
 
 def test_an_epoch_has_the_same_number_of_samples_each_time_and_no_window_overlaps_another() -> None:
