@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_sharding import report_figures as figures
 from data_sharding.build import build
 from data_sharding.report import balance_columns, main, mean_maps, render, split_balance, worst_regions
 from data_sharding.schema import MEAN
@@ -23,6 +24,9 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     root = write_study(tmp_path_factory.mktemp("study"), num_subjects=5, num_frames=(20,))
     for scan in sorted(root.rglob("*_bold.nii.gz"))[:3]:
         write_confounds(scan, num_frames=20, num_non_steady=1, spikes=(7,))
+    table = (root / "participants.tsv").read_text().splitlines()
+    rows = [f"{row}\t{sex}" for row, sex in zip(table, ["sex", *"FMFMF"], strict=True)]
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
     damaged = next((root / "sub-05").rglob("*_bold.nii.gz"))
     damaged.write_bytes(damaged.read_bytes()[:5000])
     config = sharding_config(root, tmp_path_factory.mktemp("report") / "set")
@@ -62,10 +66,28 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)
     assert page.count("<img") == 3
     assert page.count("<svg") == 8
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert [caption.split(" over ")[0] for caption in captions] == ["Mean BOLD", "Temporal signal to noise", "Mean T1"]
+    assert ["outlines of template" in caption for caption in captions] == [True, False, True]
+    balance = page.partition("Balance of the splits")[2].partition("How it was made")[0]
+    assert re.findall(r"<table>\s*<tr><th>(\w+)</th>", balance) == ["site", "sex", "age", "diagnosis"]
+    assert "Affine registration only" not in page
     assert "Refused scans: 1" in page
     assert "sub-05_task-rest_bold" in page
     assert "mean framewise displacement (mm): unknown for 1 of 4 runs" in page
     assert page == render(shard_set), "the same set gives the same page"
+
+
+def test_outlines_are_drawn_along_the_borders_of_regions_only(shard_set: ShardSet) -> None:
+    (atlas,) = shard_set.atlases.values()
+    values = np.ones(shard_set.space.num_voxels)
+
+    def drawn(outlines: np.ndarray | None) -> str:
+        return figures.slices(values, shard_set.space, label="x", outlines=outlines, colours="gray", upper=2.0)
+
+    assert drawn(atlas.labels) != drawn(None)
+    assert drawn(atlas.labels) == drawn(atlas.labels * 2), "borders, not labels"
+    assert drawn(np.zeros_like(atlas.labels)) == drawn(None)
 
 
 def test_balance_counts_every_subject_once_a_split() -> None:
