@@ -193,6 +193,20 @@ def test_the_analytic_cost_is_what_torch_counts_up_to_head_and_positions(
         assert task.cost(batch).flops == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
+def test_recomputed_activations_change_no_gradient(small: tuple[AdhdClassification, PhantomRuns]) -> None:
+    task, runs = small
+    batch = make_batch(runs.runs[:2])
+    gradients = []
+    for is_recomputing in (False, True):
+        if is_recomputing:
+            task.checkpoint_activations()
+        task.zero_grad()
+        task(batch)["loss"].backward()
+        gradients.append({name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
 def test_class_weights_let_both_classes_count_alike() -> None:
     labels = Labels({"a": True, "b": False, "c": False, "d": False}, dict.fromkeys("abcd", "x"), 0)
     control, case = class_weights(labels, ["a", "b", "c", "d", "unlabelled"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, sample, toy_config
 
-from training.engine import PlainEngine
+from training.engine import PlainEngine, make_engine
+from training.errors import TrainingError
 from training.schedule import learning_rate_share
 
 WORKER = Path(__file__).parent / "training_worker.py"
@@ -67,6 +70,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for opens_at, steps in ((0, STEPS), (OPENS_AT, STEPS), (STEPS, STEPS))
     ]
     jobs.append({"engine": "zero2", "folder": str(folder / "poisoned"), "poisoned_scan": "scan-0019"})
+    jobs.append({"engine": "zero2", "folder": str(folder / "bytes"), "measure": True})
     assert run_jobs(folder, jobs, num_ranks=1) == [0]
     return folder
 
@@ -82,6 +86,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs.append({"engine": "zero2", "folder": str(folder / "poisoned"), "poisoned_scan": "scan-0019"})
     asked = {"engine": "zero2", "folder": str(folder / "asked"), "stop_at": 3, "stop_rank": 1}
     jobs += [asked, {**asked, "report": "again", "stop_at": None}]
+    jobs.append({"engine": "zero2", "folder": str(folder / "bytes"), "measure": True})
     assert run_jobs(folder, jobs, num_ranks=2) == [0, 0]
     return folder
 
@@ -166,6 +171,14 @@ def test_a_loss_that_is_not_finite_stops_every_rank_naming_step_and_scans(one_ra
         assert f"Scans: {scans}. Look" in message
 
 
+def test_zero_2_halves_the_optimiser_of_a_rank_when_there_are_two(one_rank: Path, two_ranks: Path) -> None:
+    whole = report(one_rank / "bytes")["optimizer_bytes"]
+    num_parameters = sum(parameter.numel() for parameter in ToyTask(width=512).parameters())
+    assert whole == pytest.approx(12 * num_parameters, rel=0.01)
+    for rank in (0, 1):
+        assert report(two_ranks / "bytes", rank)["optimizer_bytes"] <= 0.55 * whole
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_rerun_equals_the_uninterrupted_run(
     two_ranks: Path,
 ) -> None:
@@ -177,6 +190,35 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_rerun_equals_th
     assert again["start"] == "own"
     assert losses(two_ranks / "asked") == losses(two_ranks / "zero2-0")
     assert largest_difference(exported(two_ranks / "asked"), exported(two_ranks / "zero2-0")) == 0.0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_task_has_the_losses_of_the_plain_one(tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    found = []
+    for is_compiled in (False, True):
+        settings = dataclasses.replace(config.engine, compile=is_compiled)
+        engine = make_engine(ToyTask(), dataclasses.replace(config, engine=settings), num_micro_batches=1)
+        losses_of_run = []
+        source = ToySource(num_micro_batches=1)
+        for step, (batches, _) in zip(range(3), source.steps(source.initial_state()), strict=False):
+            engine.begin(step)
+            loss = engine.losses(batches[0])["loss"]
+            engine.backward(loss)
+            engine.step()
+            losses_of_run.append(float(loss.detach()))
+        found.append(losses_of_run)
+    assert found[0] != found[0][:1] * 3
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_a_task_that_cannot_checkpoint_its_activations_says_so(tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    settings = dataclasses.replace(config.engine, activation_checkpointing=True)
+    with pytest.raises(
+        TrainingError, match=r"^ToyTask cannot checkpoint its activations; set train\.engine\.activation"
+    ):
+        make_engine(ToyTask(), dataclasses.replace(config, engine=settings), num_micro_batches=1)
 
 
 def test_nothing_is_updated_when_the_loss_is_not_finite(tmp_path: Path) -> None:

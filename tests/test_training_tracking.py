@@ -7,15 +7,17 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from training_toys import ToySource, ToyTask, toy_config
+from training_toys import ToyBatch, ToySource, ToyTask, toy_config
 
+from configs.entry import compose
 from training.config import TrackingConfig, TrainConfig
 from training.loop import FitResult, Services, fit
-from training.tracking import RunLabel, Sender, Spool, mlflow_environment, read_rows
+from training.task import State
+from training.tracking import RunLabel, Sender, Spool, Tracker, mlflow_environment, read_rows
 
 
 def tracking(uri: str | None, *, drain_s: float = 60) -> TrackingConfig:
@@ -94,6 +96,35 @@ def test_training_goes_on_while_the_server_is_down_and_a_later_run_sends_everyth
     assert first.mlflow_run_id is not None
     assert second.mlflow_run_id == first.mlflow_run_id
     assert history(server, first.mlflow_run_id, "train/loss") == rows
+
+
+class UnhurriedSource(ToySource):
+    """Steps of at least 20 ms: a hundredth of that is what tracking may take."""
+
+    def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
+        for item in super().steps(state):
+            time.sleep(0.02)
+            yield item
+
+
+def test_tracking_takes_at_most_a_hundredth_of_the_loop_s_time_with_the_server_down(
+    tmp_path: Path, dead_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = []
+    record = Tracker.record
+
+    def timed(tracker: Tracker, step: int, metrics: Mapping[str, float]) -> None:
+        begun = time.perf_counter()
+        record(tracker, step, metrics)
+        spent.append(time.perf_counter() - begun)
+
+    monkeypatch.setattr(Tracker, "record", timed)
+    every_steps = compose("pretrain", [])["train"]["tracking"]["every_steps"]
+    down = dataclasses.replace(tracking(dead_server, drain_s=0.1), every_steps=every_steps)
+    config = dataclasses.replace(toy_config(tmp_path, steps=3 * every_steps), tracking=down)
+    fit(ToyTask(), UnhurriedSource(), config, Services({"train": {}}, None))
+    assert len(spent) >= 3
+    assert sum(spent) < 0.01 * 3 * every_steps * 0.02
 
 
 def test_rows_the_server_has_seen_before_are_not_sent_again(tmp_path: Path, server: str) -> None:

@@ -93,16 +93,19 @@ class ToySource:
 
 
 class ToyTask(Task):
-    def __init__(self, *, encoder_opens_at: int = 0, seed: int = 7) -> None:
+    def __init__(self, *, encoder_opens_at: int = 0, seed: int = 7, width: int = 12) -> None:
         super().__init__()
         generator_state = torch.random.get_rng_state()
         torch.manual_seed(seed)
-        self.encoder = nn.Sequential(nn.Linear(NUM_FEATURES, 12), nn.LayerNorm(12), nn.GELU(), nn.Linear(12, 12))
-        self.head = nn.Linear(12, 1)
+        self.encoder = nn.Sequential(
+            nn.Linear(NUM_FEATURES, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)
+        )
+        self.head = nn.Linear(width, 1)
         self.offset = nn.Parameter(torch.zeros(1))
         torch.random.set_rng_state(generator_state)
         self.encoder_opens_at = encoder_opens_at
-        self.poisoned_scan: str | None = None
+        self.poisoned_scan: str | None = None  # its loss is not finite
+        self.heavy_scan: str | None = None  # its loss is far above the others'
 
     def outputs(self, batch: ToyBatch) -> Tensor:
         return self.head(self.encoder(batch.features))[:, 0].float() + self.offset
@@ -112,6 +115,8 @@ class ToyTask(Task):
         loss = squared.sum() / GLOBAL_BATCH
         if self.poisoned_scan is not None and self.poisoned_scan in batch.scan_ids:
             loss = loss + torch.tensor(float("inf"))
+        if self.heavy_scan is not None and self.heavy_scan in batch.scan_ids:
+            loss = loss + 1e3
         return {"loss": loss, "num_samples": batch.weight.sum()}
 
     def predict(self, batch: ToyBatch) -> dict[str, Tensor]:  # type: ignore[override]

@@ -2,7 +2,8 @@
 
 A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, stop_at, stop_rank,
 poisoned_scan}. When the source is asked for step `kill_at` the process ends without any clean-up; for step `stop_at`,
-rank `stop_rank` gets SIGTERM.
+rank `stop_rank` gets SIGTERM. `kill_after_s`: by rank, when SIGKILL comes, counted from the first step; `slow_s`: how
+long a step and an upload take at least. A job with `measure` makes one update and reports the optimiser's bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,8 @@ import torch
 import torch.distributed
 from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_config
 
+from cluster.storage import LocalStore
+from training import loop
 from training.collectives import place
 from training.errors import TrainingError
 from training.loop import Services, fit
@@ -31,17 +36,58 @@ class DyingSource(ToySource):
         self.job = job
 
     def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
+        if self.job.get("kill_after_s"):
+            after_s = self.job["kill_after_s"][place().rank]
+            timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
         for batches, after in super().steps(state):
             step = int(str(after["samples_consumed"])) // GLOBAL_BATCH - 1
             if step == self.job.get("kill_at"):
                 os._exit(9)
             if step == self.job.get("stop_at") and place().rank == self.job["stop_rank"]:
                 os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(self.job.get("slow_s", 0))
             yield batches, after
 
 
+class SlowStore(LocalStore):
+    """Uploads that take a while, so that a kill may well hit one."""
+
+    slow_s = 0.0
+
+    def put(self, name: str, content: bytes | Path) -> None:
+        time.sleep(self.slow_s)
+        super().put(name, content)
+
+
+def measure(job: dict) -> dict:
+    """Bytes of this rank's optimiser after one update: fp32 weights and moments."""
+    from training.engine_deepspeed import DeepSpeedEngine
+
+    config = toy_config(Path(job["folder"]), engine=job["engine"])
+    source = ToySource()
+    engine = DeepSpeedEngine(ToyTask(width=512), config, num_micro_batches=source.num_micro_batches)
+    micro_batches, _ = next(source.steps(source.initial_state()))
+    engine.begin(0)
+    for batch in micro_batches:
+        engine.backward(engine.losses(batch)["loss"])
+    engine.step()
+    tensors = [tensor for state in engine.optimizer.state.values() for tensor in state.values() if tensor.ndim]
+    tensors += [tensor for group in engine.optimizer.param_groups for tensor in group["params"]]
+    engine.close()
+    return {"optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
+
+
 def run_job(job: dict) -> None:
+    report = measure(job) if job.get("measure") else train(job)
+    path = Path(job["folder"]) / f"{job.get('report', 'report')}-{place().rank}.json"
+    path.write_text(json.dumps(report))
+
+
+def train(job: dict) -> dict:
     folder = Path(job["folder"])
+    SlowStore.slow_s = job.get("slow_s", 0)
     config = toy_config(
         folder,
         engine=job["engine"],
@@ -59,13 +105,13 @@ def run_job(job: dict) -> None:
     identity = dataclasses.asdict(config)
     try:
         result = fit(task, DyingSource(job), config, Services({"train": identity}, export))
-        report = {"metrics": result.metrics, "start": result.start, "checkpoint": result.checkpoint}
+        return {"metrics": result.metrics, "start": result.start, "checkpoint": result.checkpoint}
     except TrainingError as error:
-        report = {"error": str(error)}
-    (folder / f"{job.get('report', 'report')}-{place().rank}.json").write_text(json.dumps(report))
+        return {"error": str(error)}
 
 
 def main() -> None:
+    loop.store_for = SlowStore  # type: ignore[attr-defined]
     jobs, rank, size = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3])
     if size > 1:
         os.environ["LOCAL_RANK"] = str(rank)

@@ -158,9 +158,13 @@ class AdhdClassification(Task):
         num_windows = len(batch.weight) * self.config.num_windows
         return Cost(tokens=num_windows * tokens, flops=passes * num_windows * forward)
 
+    def checkpoint_activations(self) -> None:
+        self.model.encoder.recomputes_activations = True
+
     def exported(self) -> nn.Module:
         return self.model
 
+    @torch.compiler.disable  # names looked up in a dict: compiled, it would be compiled anew for every batch
     def _truth(self, batch: Batch) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         """1 for a case; 1 where the subject has a label."""
         known = [self.labels.is_case_of.get(subject) for subject in batch.subjects]
