@@ -143,9 +143,9 @@ def gunzip(path: Path) -> None:
 
 def pack(path: Path, context: PackContext) -> None:
     """What the sharder's child process does to a run."""
-    with path.with_suffix(".part").open("wb") as file:
-        write_part(request_of(path), context, file)
-    path.with_suffix(".part").unlink()
+    part = path.with_suffix(".part")
+    write_part(request_of(path), context, part)
+    part.unlink()
 
 
 def request_of(path: Path) -> PackRequest:

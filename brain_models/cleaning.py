@@ -13,11 +13,12 @@ from jaxtyping import Bool, Float32, Float64
 
 from brain_models.confounds import FRAMEWISE_DISPLACEMENT, STD_DVARS, ConfoundTable, read_confounds
 from brain_models.errors import ScanError
-from brain_models.preprocess import PackedScan
+from brain_models.preprocess import Cleaner, PackedScan
 from brain_models.recipe import CleaningConfig
 
-VOXELS_A_BLOCK = 1 << 9  # their frames stay in the cache
 BUTTERWORTH_ORDER = 5  # nilearn's
+
+Projection = tuple[Float32[np.ndarray, "time basis"], Float32[np.ndarray, "basis fitted"]]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ def clean_bold(
     confounds: Path | str | None,
     framewise_displacement_mm: np.ndarray | None = None,
 ) -> CleanedRun:
-    """Returns the cleaned run; `packed.values` is changed in place, a long run exists only once.
+    """Returns the run with its cleaning, which is done where the values are computed.
 
     `confounds` is the run's table, needed when columns are regressed; `framewise_displacement_mm` of a registration
     serves where the table has none. ScanError: no table, a column missing, too few frames left.
     """
-    path, num_frames = packed.header.path, len(packed.values)
+    path, num_frames = packed.header.path, packed.num_frames
     table = None if confounds is None else read_confounds(confounds, num_frames=num_frames)
     if config.confounds and table is None:
         raise ScanError(
@@ -56,7 +57,7 @@ def clean_bold(
         raise ScanError(f"{path}: {num_dropped} of {num_frames} frames are not in steady state; nothing is left")
     moved_mm = _displacement(table, framewise_displacement_mm, num_frames)[num_dropped:]
     is_kept = _kept(table, moved_mm, config, num_dropped)
-    packed = replace(packed, values=packed.values[num_dropped:])
+    packed = replace(packed, held=replace(packed.held, rows=packed.held.rows[:, num_dropped:]))
     names: list[str] = []
     columns = np.empty((num_frames - num_dropped, 0))
     if config.confounds:
@@ -67,7 +68,9 @@ def clean_bold(
     is_fitted = is_kept if names else np.ones_like(is_kept)
     if is_fitted.sum() < 2:
         raise ScanError(f"{path}: {is_fitted.sum()} of {len(is_kept)} frames are not censored; too few to regress")
-    _clean_in_place(packed, columns, is_fitted, config=config, repetition_time_s=repetition_time_s)
+    cleaner = _cleaner(packed, columns, is_fitted, config=config, repetition_time_s=repetition_time_s)
+    packed = replace(packed, cleaner=cleaner)
+    packed.block(packed.held.pieces[0])  # what cannot be cleaned is refused here
     return CleanedRun(packed, moved_mm, is_kept, num_dropped, names)
 
 
@@ -100,46 +103,62 @@ def _kept(table: ConfoundTable | None, moved_mm: np.ndarray, config: CleaningCon
     return is_kept
 
 
-def _clean_in_place(
+def _cleaner(
     packed: PackedScan,
     columns: Float64[np.ndarray, "time column"],
     is_fitted: Bool[np.ndarray, "time"],
     *,
     config: CleaningConfig,
     repetition_time_s: float,
-) -> None:
-    num_frames = len(packed.values)
+) -> Cleaner | None:
+    """Returns what cleans a block; None when nothing is to be done."""
     sections = None
-    if config.filter == "butterworth":
+    is_filtered = config.filter == "butterworth"
+    if is_filtered:
         sections = _butterworth(config, repetition_time_s, packed)
         columns = _filtered(columns, sections, is_fitted, config.detrend, packed)
     else:
-        if config.high_pass_hz is not None:
-            drifts = cosine_drifts(num_frames, repetition_time_s=repetition_time_s, high_pass_hz=config.high_pass_hz)
-            columns = np.concatenate([columns, drifts], axis=1)
-        if config.detrend:
-            columns = np.concatenate([columns, np.linspace(-1, 1, num_frames)[:, None]], axis=1)
+        columns = np.concatenate([columns, _slow_columns(packed.num_frames, config, repetition_time_s)], axis=1)
     projection = _projection(columns, is_fitted, packed)
-    if projection is None and sections is None and not (config.detrend and config.filter == "butterworth"):
-        return
-    for start in range(0, packed.values.shape[1], VOXELS_A_BLOCK):
-        voxels = packed.values[:, start : start + VOXELS_A_BLOCK].T
-        mean = voxels.mean(axis=1, keepdims=True)  # any centre would do: it is added again
-        centred = voxels - mean
-        if config.filter == "butterworth":
-            filtered = _filtered(centred.T.astype(np.float64), sections, is_fitted, config.detrend, packed)
-            centred = filtered.T.astype(np.float32)
-        if projection is not None:
-            basis, weights = projection
-            fitted = centred if is_fitted.all() else centred[:, is_fitted]
-            centred -= (fitted @ weights.T) @ basis.T
-        np.add(centred, mean, out=voxels)
-    packed.values[:, ~packed.is_measured] = 0.0
+    if projection is None and sections is None and not (config.detrend and is_filtered):
+        return None
+
+    def clean(voxels: Float32[np.ndarray, "voxel time"]) -> Float32[np.ndarray, "voxel time"]:
+        if not is_filtered:
+            return _regressed(voxels, projection, is_fitted)
+        mean = voxels.mean(axis=1, keepdims=True)
+        series = (voxels - mean).T.astype(np.float64)
+        filtered = _filtered(series, sections, is_fitted, config.detrend, packed).T
+        return _regressed(np.ascontiguousarray(filtered, dtype=np.float32), projection, is_fitted) + mean
+
+    return clean
+
+
+def _regressed(
+    voxels: Float32[np.ndarray, "voxel time"], projection: Projection | None, is_fitted: Bool[np.ndarray, "time"]
+) -> Float32[np.ndarray, "voxel time"]:
+    """Returns the voxels without their projection, in place; their means may stay, a constant projects to nothing."""
+    if projection is None:
+        return voxels
+    basis, weights = projection
+    fitted = voxels if is_fitted.all() else voxels[:, is_fitted]
+    voxels -= (fitted @ weights.T) @ basis.T
+    return voxels
+
+
+def _slow_columns(num_frames: int, config: CleaningConfig, repetition_time_s: float) -> np.ndarray:
+    """Returns what is regressed out beside confounds: cosines below the high-pass frequency, and the trend."""
+    columns = np.empty((num_frames, 0))
+    if config.high_pass_hz is not None:
+        columns = cosine_drifts(num_frames, repetition_time_s=repetition_time_s, high_pass_hz=config.high_pass_hz)
+    if config.detrend:
+        columns = np.concatenate([columns, np.linspace(-1, 1, num_frames)[:, None]], axis=1)
+    return columns
 
 
 def _projection(
     columns: Float64[np.ndarray, "time column"], is_fitted: Bool[np.ndarray, "time"], packed: PackedScan
-) -> tuple[Float32[np.ndarray, "time basis"], Float32[np.ndarray, "basis fitted"]] | None:
+) -> Projection | None:
     """Returns the basis of the columns over all frames, and what gives its coefficients from the fitted frames."""
     if columns.shape[1] == 0:
         return None

@@ -91,7 +91,7 @@ def read_header(path: Path | str, kind: ScanKind) -> ScanHeader:
 def stream_frames(header: ScanHeader) -> Iterator[np.ndarray]:
     """Yields blocks [frame, source voxel] float32 in scan units, source voxels in Fortran order of the grid."""
     for stored in stream_stored(header):
-        yield in_scan_units(stored.astype(np.float32), header)
+        yield in_scan_units(stored.astype(np.float32), header.slope, header.intercept)
 
 
 def stream_stored(header: ScanHeader) -> Iterator[np.ndarray]:
@@ -113,11 +113,11 @@ def stream_stored(header: ScanHeader) -> Iterator[np.ndarray]:
             yield block[:count]
 
 
-def in_scan_units(values: np.ndarray, header: ScanHeader) -> np.ndarray:
-    """Returns the float32 values, to which the header's slope and intercept were applied in place."""
-    if (header.slope, header.intercept) != (1.0, 0.0):
-        values *= np.float32(header.slope)
-        values += np.float32(header.intercept)
+def in_scan_units(values: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Returns the float32 values, to which a header's slope and intercept were applied in place."""
+    if (slope, intercept) != (1.0, 0.0):
+        values *= np.float32(slope)
+        values += np.float32(intercept)
     return values
 
 

@@ -5,6 +5,7 @@ between). What the field of view did not cover, what never varies and what is no
 filled in.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from jaxtyping import Bool, Float16, Float32, Int8, UInt8
 
 from brain_models.cube import NO_TEMPLATE, centred
 from brain_models.errors import ScanError
-from brain_models.nifti import ScanHeader, in_scan_units, read_header, stream_frames, stream_stored
+from brain_models.nifti import ScanHeader, read_header, stream_frames, stream_stored
 from brain_models.recipe import BoldType, UnknownOrientation
-from brain_models.resample import resampler_for
+from brain_models.resample import HeldScan, Piece, direct_pieces, resampler_for
 from brain_models.space import BrainSpace
 from brain_models.transform import Transform
 
@@ -23,17 +24,48 @@ UNITS_PER_SCALE = 21
 CLIP_AT = 6.0
 NOT_MEASURED = -128
 MAD_TO_SIGMA = 1.4826  # of a Gaussian
-VOXELS_A_BLOCK = 1 << 14
-VALUES_A_BLOCK = 1 << 17  # 512 KiB of float32: what standardising passes over several times stays in the cache
+
+Cleaner = Callable[[np.ndarray], np.ndarray]  # [voxel, time] float32 -> the same shape; may overwrite what it is given
 
 
 @dataclass(frozen=True)
 class PackedScan:
-    """A scan on a space: values [time, voxel] in scan units (T1: one frame), True in `is_measured` where covered."""
+    """A scan on a space, in scan units; True in `is_measured` where covered.
 
-    values: Float32[np.ndarray, "time voxel"]
+    Its values are computed a piece of the space at a time, from what is held of its file: all of them at once would be
+    several times as much memory, and touching that is slower than computing.
+    """
+
+    held: HeldScan
     is_measured: Bool[np.ndarray, "voxel"]
     header: ScanHeader
+    cleaner: Cleaner | None = None  # what becomes of a block's measured voxels
+
+    @classmethod
+    def of_values(
+        cls, values: Float32[np.ndarray, "time voxel"], is_measured: Bool[np.ndarray, "voxel"], header: ScanHeader
+    ) -> "PackedScan":
+        """Returns the scan that has these values."""
+        return cls(HeldScan(values.T, direct_pieces(*values.T.shape)), is_measured, header)
+
+    @property
+    def num_frames(self) -> int:
+        """Returns 1 for a T1."""
+        return self.held.rows.shape[1]
+
+    @property
+    def values(self) -> Float32[np.ndarray, "time voxel"]:
+        """Returns all values, computed anew each time; 0.0 where not measured."""
+        by_voxel = np.empty((len(self.is_measured), self.num_frames), dtype=np.float32)
+        for piece in self.held.pieces:
+            by_voxel[piece.voxels] = self.block(piece)
+        return by_voxel.T
+
+    def block(self, piece: Piece) -> Float32[np.ndarray, "voxel time"]:
+        """Returns the values of a piece's voxels, a new array each time; 0.0 where not measured."""
+        voxels = self.held.block(piece)
+        voxels[~self.is_measured[piece.voxels]] = 0.0
+        return voxels if self.cleaner is None else self.cleaner(voxels)
 
 
 @dataclass(frozen=True)
@@ -115,24 +147,19 @@ def _pack(header: ScanHeader, space: BrainSpace, brain_mask: Path | None, transf
         mask = next(stream_frames(mask_header))
         at_rest = transform and replace(transform, motion=None)
         mask_resampler = resampler_for(mask_header, space, at_rest)
-        inside = np.empty((space.num_voxels, 1), dtype=np.float32)
-        mask_resampler.fill(inside, [mask > 0])
-        is_measured &= mask_resampler.is_covered & (inside[:, 0] > 0.5)
+        inside = mask_resampler.hold([mask > 0], 1).rows[:, 0] > 0.5
+        is_measured &= mask_resampler.is_covered & inside
     if not is_measured.any():
         raise ScanError(
             f"{header.path}: covers no voxel of space {space.name}; check its space entity and the mask {brain_mask}"
         )
-    # A voxel's frames lie together in memory: cleaning and medians work voxel by voxel.
-    by_voxel = np.empty((space.num_voxels, header.num_frames), dtype=np.float32)
-    resampler.fill(by_voxel, stream_stored(header))
-    in_scan_units(by_voxel, header)
+    held = resampler.hold(stream_stored(header), header.num_frames)
+    held = replace(held, slope=header.slope, intercept=header.intercept)
     is_measured &= resampler.is_covered
     if header.dtype.kind == "f":  # integers are finite
-        for start in range(0, space.num_voxels, VOXELS_A_BLOCK):
-            block = slice(start, start + VOXELS_A_BLOCK)
-            is_measured[block] &= np.isfinite(by_voxel[block]).all(axis=1)
-    by_voxel[~is_measured] = 0.0
-    return PackedScan(by_voxel.T, is_measured, header)
+        for piece in held.pieces:
+            is_measured[piece.voxels] &= np.isfinite(held.block(piece)).all(axis=1)
+    return PackedScan(held, is_measured, header)
 
 
 def standardise_bold(packed: PackedScan, *, stored_as: BoldType = "int8") -> StandardisedRun:
@@ -140,22 +167,20 @@ def standardise_bold(packed: PackedScan, *, stored_as: BoldType = "int8") -> Sta
 
     A voxel that never varies is not measured. ScanError when no voxel varies.
     """
-    num_frames, num_voxels = packed.values.shape
+    num_frames, num_voxels = packed.num_frames, len(packed.is_measured)
     mean = np.zeros(num_voxels, dtype=np.float32)
     scale = np.zeros(num_voxels, dtype=np.float32)
     quantised = np.empty((num_frames, num_voxels), dtype=stored_as)
     num_clipped = np.zeros(num_frames, dtype=np.int64)
-    voxels_a_block = max(VALUES_A_BLOCK // num_frames, 1)
-    for start in range(0, num_voxels, voxels_a_block):
-        block = slice(start, start + voxels_a_block)
-        centred = np.array(packed.values[:, block].T, order="C")
-        means, scales, furthest = _centre(centred)
-        varies = packed.is_measured[block] & (scales > 1e-6 * np.abs(means)) & (scales > 0)
+    for piece in packed.held.pieces:
+        block = packed.block(piece)
+        means, scales, furthest = _centre(block)
+        varies = packed.is_measured[piece.voxels] & (scales > 1e-6 * np.abs(means)) & (scales > 0)
         scales[~varies] = 1
         if (is_far := varies & (furthest > CLIP_AT * scales)).any():
-            num_clipped += (np.abs(centred[is_far]) > CLIP_AT * scales[is_far, None]).sum(axis=0)
-        quantised[:, block] = _coded(centred, scales, varies, stored_as).T
-        mean[block], scale[block] = np.where(varies, means, 0), np.where(varies, scales, 0)
+            num_clipped += (np.abs(block[is_far]) > CLIP_AT * scales[is_far, None]).sum(axis=0)
+        quantised[:, piece.voxels] = _coded(block, scales, varies, stored_as).T
+        mean[piece.voxels], scale[piece.voxels] = np.where(varies, means, 0), np.where(varies, scales, 0)
     num_measured = int((scale > 0).sum())
     if num_measured == 0:
         raise ScanError(f"{packed.header.path}: no voxel varies over time; this is not a BOLD run")
@@ -179,11 +204,12 @@ def _coded(
 
 def standardise_t1(packed: PackedScan) -> StandardisedT1:
     """Returns (x - mean) / std over the measured voxels, float16; NaN where not measured."""
-    measured = packed.values[0][packed.is_measured].astype(np.float64)
+    image = packed.values[0]
+    measured = image[packed.is_measured].astype(np.float64)
     mean, std = float(measured.mean()), float(measured.std())
     if std <= 1e-6 * abs(mean) or std == 0:
         raise ScanError(f"{packed.header.path}: all voxels have the same value {mean}; this is not a T1 image")
-    values = np.where(packed.is_measured, (packed.values[0] - mean) / std, np.nan)
+    values = np.where(packed.is_measured, (image - mean) / std, np.nan)
     return StandardisedT1(values.astype(np.float16), mean, std)
 
 
@@ -229,22 +255,28 @@ def _centre(
     The scale is 1.4826 * MAD; the standard deviation where more than half the frames share one value. Sorted whole:
     numpy's vectorised sort is ten times as fast as its median, which selects two places.
     """
-    medians = _middle(np.sort(voxels, axis=1))
-    voxels -= medians[:, None]  # what is left is small, so that sums in float32 lose nothing
-    distances = np.abs(voxels)
-    distances.sort(axis=1)
-    scales = np.float32(MAD_TO_SIGMA) * _middle(distances)
-    shifts = voxels.mean(axis=1)
-    voxels -= shifts[:, None]
+    num_frames = voxels.shape[1]
+    lower, upper = (num_frames - 1) // 2, num_frames // 2
+    ascending = np.sort(voxels, axis=1)
+    medians = (ascending[:, lower] + ascending[:, upper]) / 2
+    ascending -= medians[:, None]  # what is left is small, so that sums in float32 lose nothing
+    means = medians + np.einsum("vt->v", ascending) / num_frames  # three times as fast as mean()
+    voxels -= means[:, None]
+    distances = np.abs(ascending, out=ascending)
+    scales = np.float32(MAD_TO_SIGMA) * (_nearest(distances, lower) + _nearest(distances, upper)) / 2
     if (is_flat := scales == 0).any():
         scales[is_flat] = voxels[is_flat].std(axis=1)
-    return medians + shifts, scales, distances[:, -1] + np.abs(shifts)
+    furthest = np.maximum(distances[:, 0], distances[:, -1]) + np.abs(means - medians)
+    return means, scales, furthest
 
 
-def _middle(ascending: Float32[np.ndarray, "voxel time"]) -> Float32[np.ndarray, "voxel"]:
-    """Returns the medians of sorted rows."""
-    num_frames = ascending.shape[1]
-    return (ascending[:, (num_frames - 1) // 2] + ascending[:, num_frames // 2]) / 2
+def _nearest(distances: Float32[np.ndarray, "voxel time"], number: int) -> Float32[np.ndarray, "voxel"]:
+    """Returns the `number`-th smallest distance (from 0) of rows that fall and then rise.
+
+    The smaller ones are its neighbours: it is the outermost of the tightest group of their count. Faster than sorting.
+    """
+    num_groups = distances.shape[1] - number
+    return np.maximum(distances[:, :num_groups], distances[:, number:]).min(axis=1)
 
 
 def _dequantised_table() -> Float32[np.ndarray, "code"]:

@@ -1,78 +1,111 @@
-"""Trilinear resampling of a scan grid onto a brain space: one sparse matrix for all frames, or frame by frame.
+"""Trilinear resampling of a scan grid onto a brain space: sparse matrices for all frames, or frame by frame.
 
 Promise: W = T G, trilinear sampling T after a Gaussian G of FWHM sqrt(target^2 - source^2) along every axis where the
 target is coarser (nothing aliases); a plain index when the grids coincide. Follows scipy.ndimage conventions. Both ways
-compute the same W: the matrix pays off over many frames; one 0.7 mm image would need gigabytes of it.
+compute the same W: matrices pay off over many frames; for one 0.7 mm image they would need gigabytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Float32
 from scipy import ndimage, sparse
 
 from brain_models.errors import ScanError
-from brain_models.nifti import ScanHeader
+from brain_models.nifti import ScanHeader, in_scan_units
 from brain_models.space import BrainSpace, require_grid
 from brain_models.transform import Transform, apply_matrix
 
 FWHM_PER_SIGMA = 2.354820045
-VOXELS_A_BLOCK = 1 << 16  # bounds the memory of building the matrix
-VOXELS_A_PIECE = 1 << 10  # resampled at a time: what stays in the cache
-HELD_BYTES = 32 << 20  # of source voxels, before they are resampled
+VOXELS_A_BLOCK = 1 << 16  # bounds the memory of building the matrices
+VOXELS_A_PIECE = 1 << 9  # resampled at a time: a few hundred frames of them stay in the cache
+VALUES_A_PIECE = 1 << 17  # computed at a time where nothing is resampled
+HELD_AS_STORED_BYTES = 2  # wider types are held as float32, which is what they become
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive voxels of a space, and the rows of a held scan that they are the weighted sums of."""
+
+    voxels: slice
+    rows: slice | np.ndarray
+    weights: sparse.csr_matrix | None  # [voxel, row]; None: the rows themselves
+
+
+@dataclass(frozen=True)
+class HeldScan:
+    """What is held of a scan, as its file stores it: far less than its values on a finer space."""
+
+    rows: np.ndarray  # [row, time]
+    pieces: Sequence[Piece]
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def block(self, piece: Piece) -> Float32[np.ndarray, "voxel time"]:
+        """Returns the frames of a piece's voxels in scan units, a new array each time."""
+        rows = self.rows[piece.rows].astype(np.float32, order="C")
+        voxels = rows if piece.weights is None else piece.weights @ rows
+        return in_scan_units(voxels, self.slope, self.intercept)
+
+
+def direct_pieces(num_voxels: int, num_frames: int) -> list[Piece]:
+    """Returns the pieces of a space whose voxels are the rows."""
+    return [Piece(block, block, None) for block in _blocks(num_voxels, max(VALUES_A_PIECE // num_frames, 1))]
+
+
+def _blocks(num_voxels: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, num_voxels)) for start in range(0, num_voxels, size)]
 
 
 class Resampler:
-    """Maps [frame, source voxel] arrays of one grid to [voxel, frame] of one space; False in `is_covered`: outside.
+    """Holds runs of one grid so that one space can be computed of them; False in `is_covered`: outside the grid.
 
-    `sources` are the source voxels that are needed at all, which the matrix's columns count: about a quarter of a scan.
+    `sources` are the source voxels that are needed at all: about a third of a scan.
     """
 
     def __init__(self, affine: np.ndarray, shape: tuple[int, int, int], space: BrainSpace) -> None:
         coordinates, self.is_covered = _coordinates(affine, shape, space.positions_mm.astype(np.float64))
         sigmas = _sigmas_voxels(affine, space)
         index = _index(coordinates, sigmas, shape)
-        self.matrix: sparse.csr_matrix | None = None
-        if index is None:
-            blocks = [
-                _matrix(coordinates[start : start + VOXELS_A_BLOCK], sigmas, shape)
-                for start in range(0, len(coordinates), VOXELS_A_BLOCK)
-            ]
-            self.matrix, index = _without_empty_columns(sparse.vstack(blocks, format="csr"))
-        self.first_source = int(index.min())
-        self.stop_source = int(index.max()) + 1
-        self.sources = index - self.first_source
-        starts = range(0, len(coordinates), VOXELS_A_PIECE)
-        self.pieces = [slice(start, start + VOXELS_A_PIECE) for start in starts]
-        self.matrices = [] if self.matrix is None else [self.matrix[piece] for piece in self.pieces]
+        self.sources, self.pieces = (index, []) if index is not None else _weighted(coordinates, sigmas, shape)
+        self.num_voxels = space.num_voxels
 
-    def fill(self, by_voxel: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
-        """Fills `by_voxel` [voxel, frame] float32 from blocks [frame, source voxel], in Fortran order of the grid.
+    def hold(self, blocks: Iterable[np.ndarray], num_frames: int) -> HeldScan:
+        """Returns the run of blocks [frame, source voxel] of any type, source voxels in Fortran order of the grid.
 
-        Blocks may have any type. Needed sources are held until many frames are there: the sparse product then pays.
+        Sources are held, or voxels where they are fewer.
         """
-        first = num_held = 0
-        held = np.empty((0, 0))
+        is_finer = len(self.sources) > self.num_voxels
+        pieces = direct_pieces(self.num_voxels, num_frames) if is_finer or not self.pieces else self.pieces
+        rows, done = np.empty((0, 0)), 0
         for block in blocks:
-            if not held.size:
-                fitting = HELD_BYTES // (len(self.sources) * block.itemsize)
-                num_frames = min(max(fitting, len(block)), by_voxel.shape[1])
-                held = np.empty((len(self.sources), num_frames), dtype=block.dtype)
-            if num_held + len(block) > held.shape[1]:
-                self._resample(held[:, :num_held], by_voxel[:, first : first + num_held])
-                first, num_held = first + num_held, 0
-            turned = np.ascontiguousarray(block[:, self.first_source : self.stop_source].T)
-            held[:, num_held : num_held + len(block)] = turned.take(self.sources, axis=0)
-            num_held += len(block)
-        self._resample(held[:, :num_held], by_voxel[:, first:])
+            if not rows.size:
+                is_narrow = block.itemsize <= HELD_AS_STORED_BYTES and not is_finer
+                held_as = block.dtype.newbyteorder("=") if is_narrow else np.dtype(np.float32)
+                rows = np.empty((min(len(self.sources), self.num_voxels), num_frames), dtype=held_as)
+            needed = block.take(self.sources, axis=1).T
+            rows[:, done : done + len(block)] = self._voxels(needed) if is_finer else needed
+            done += len(block)
+        return HeldScan(rows, pieces)
 
-    def _resample(self, held: np.ndarray, by_voxel: np.ndarray) -> None:
-        if self.matrix is None:
-            by_voxel[:] = held
-            return
-        sources = np.ascontiguousarray(held, dtype=np.float32)
-        for piece, matrix in zip(self.pieces, self.matrices, strict=True):
-            by_voxel[piece] = matrix @ sources
+    def _voxels(self, needed: np.ndarray) -> np.ndarray:
+        held = HeldScan(needed, self.pieces)
+        return np.concatenate([held.block(piece) for piece in held.pieces])
+
+
+def _weighted(
+    coordinates: np.ndarray, sigmas: np.ndarray, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, list[Piece]]:
+    """Returns the source voxels that have a weight, which the rows of a held scan are, and the pieces."""
+    blocks = [_matrix(coordinates[block], sigmas, shape) for block in _blocks(len(coordinates), VOXELS_A_BLOCK)]
+    matrix, sources = _without_empty_columns(sparse.vstack(blocks, format="csr"))
+    pieces = []
+    for block in _blocks(len(coordinates), VOXELS_A_PIECE):
+        weights, rows = _without_empty_columns(matrix[block])
+        pieces.append(Piece(block, rows, weights))
+    return sources, pieces
 
 
 def _without_empty_columns(matrix: sparse.csr_matrix) -> tuple[sparse.csr_matrix, np.ndarray]:
@@ -103,14 +136,16 @@ class FrameResampler:
         self.sigmas = _sigmas_voxels(in_template, space)
         self.index = _index(self.coordinates, self.sigmas, self.shape) if self.motion is None else None
 
-    def fill(self, by_voxel: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
-        """Fills `by_voxel` [voxel, frame] from blocks [frame, source voxel], in Fortran order of the grid."""
+    def hold(self, blocks: Iterable[np.ndarray], num_frames: int) -> HeldScan:
+        """Returns the scan of blocks [frame, source voxel], in Fortran order of the grid; its rows are the voxels."""
+        rows = np.empty((len(self.places_mm), num_frames), dtype=np.float32)
         for number, frame in enumerate(frame for block in blocks for frame in block):
             if self.index is not None:
-                by_voxel[:, number] = frame.take(self.index)
+                rows[:, number] = frame.take(self.index)
                 continue
             image = frame.astype(np.float32, copy=False).reshape(self.shape, order="F")
-            by_voxel[:, number] = _sample(image, self._coordinates_in_frame(number), self.sigmas)
+            rows[:, number] = _sample(image, self._coordinates_in_frame(number), self.sigmas)
+        return HeldScan(rows, direct_pieces(*rows.shape))
 
     def _coordinates_in_frame(self, frame: int) -> np.ndarray:
         if self.motion is None:
@@ -124,18 +159,20 @@ class FrameResampler:
 def resampler_for(
     header: ScanHeader, space: BrainSpace, transform: Transform | None = None
 ) -> Resampler | FrameResampler:
-    """Returns the resampler of a scan; matrices of the last few grids are kept, a data set usually has one or two.
-
-    ScanError when `transform` holds motion of another number of frames.
-    """
+    """Returns the resampler of a scan. ScanError when `transform` holds motion of another number of frames."""
     if transform is not None and transform.motion is not None and len(transform.motion) != header.num_frames:
         raise ScanError(
             f"{header.path} has {header.num_frames} frames, its stored transform has motion of "
             f"{len(transform.motion)}; delete the transform and register the scan again"
         )
     if transform is None and header.num_frames > 1:
-        return _cached(header.affine.tobytes(), header.shape, _Keyed(space))
+        return grid_resampler(header.affine, header.shape, space)
     return FrameResampler(header, space, transform)
+
+
+def grid_resampler(affine: np.ndarray, shape: tuple[int, int, int], space: BrainSpace) -> Resampler:
+    """Returns the resampler of a grid; those of the last few are kept, a data set usually has one or two."""
+    return _cached(affine.tobytes(), shape, _Keyed(space))
 
 
 class _Keyed:

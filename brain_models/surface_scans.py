@@ -83,7 +83,7 @@ def _packed(values: np.ndarray, is_measured: np.ndarray, header: ScanHeader, spa
     if not is_measured.any():
         raise ScanError(f"{header.path}: measured no vertex of space {space.name}; check that it is on the same mesh")
     values[:, ~is_measured] = 0.0
-    return PackedScan(values, is_measured, header)
+    return PackedScan.of_values(values, is_measured, header)
 
 
 def _cifti(path: Path) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from webdataset.writer import TarWriter
@@ -32,6 +32,8 @@ from data_sharding.checksums import crc32, crc32_of_frames
 from data_sharding.config import AcceptanceConfig
 from data_sharding.quality import ScanQuality, region_coverage, run_quality, scan_quality, why_refused
 from data_sharding.scans import NEVER_IN_A_KEY
+
+WRITE_BYTES = 1 << 20
 
 
 @dataclass
@@ -118,12 +120,14 @@ class Part:
     regions: dict[str, float]
 
 
-def write_part(request: PackRequest, context: PackContext, file: BinaryIO) -> Part:
-    """The scan's part of a tar, written to `file`. Raises ScanError where the scan cannot be packed or accepted."""
+def write_part(request: PackRequest, context: PackContext, path: Path) -> Part:
+    """The scan's part of a tar, written to `path`. Raises ScanError where the scan cannot be packed or accepted."""
     packed = _pack(request, context)
     members: list[Member] = []
     position = 0
-    with TarWriter(file, mtime=0, user=schema.TAR_OWNER, group=schema.TAR_OWNER, encoder=False) as writer:
+    owner = {"user": schema.TAR_OWNER, "group": schema.TAR_OWNER}
+    # tarfile writes 10 KiB at a time, which takes the system three times as long.
+    with path.open("wb", buffering=WRITE_BYTES) as file, TarWriter(file, mtime=0, encoder=False, **owner) as writer:
         for entry, first_frame, num_frames in packed.entries:
             key = entry["__key__"]
             assert not NEVER_IN_A_KEY.search(key), key

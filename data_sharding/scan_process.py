@@ -20,14 +20,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from data_sharding.config import LimitsConfig
 from data_sharding.errors import ShardError
 
 if TYPE_CHECKING:
+    from brain_models.space import BrainSpace
     from data_sharding.packing import PackContext, PackRequest
 
 # One BLAS thread: sums over several depend on how many there are, and the bytes must not.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+Grid = dict[str, list[Any]]  # affine, shape
 
 READY = "ready\n"
 SETTINGS = "settings.json"
@@ -106,6 +111,7 @@ def serve(folder: str) -> None:
     context = load_context(Path(folder))
     print(READY, end="", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes stdin
+    last_grid = None
     for line in sys.stdin:
         task = json.loads(line)
         part = Path(task["part"])
@@ -115,7 +121,30 @@ def serve(folder: str) -> None:
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             # Somebody's kill, or the system short of memory: only a scan that dies of it twice is to blame.
             status = _status_of_child(task, part, context)
-        print(json.dumps(_outcome(status, part, task)), flush=True)
+        outcome = _outcome(status, part, task)
+        grid = outcome.pop("grid", None)
+        print(json.dumps(outcome), flush=True)
+        if grid is not None:
+            if grid == last_grid:  # two were packed: their weights fit into memory, and will be needed again
+                keep_weights(grid, context.space)
+            last_grid = grid
+
+
+def keep_weights(grid: Grid, space: BrainSpace) -> None:
+    """The children of the next scans inherit the weights of this grid."""
+    from brain_models.resample import grid_resampler
+
+    grid_resampler(np.array(grid["affine"]), tuple(grid["shape"]), space)
+
+
+def grid_of(request: PackRequest, space: BrainSpace) -> Grid | None:
+    """The grid of a run that is resampled by weights; None of anything else."""
+    from brain_models.nifti import read_header
+
+    if request.kind not in ("bold", "parcels") or request.transform or space.kind != "volume":
+        return None
+    header = read_header(request.path, "bold")
+    return {"affine": header.affine.tolist(), "shape": list(header.shape)}
 
 
 def _status_of_child(task: dict[str, Any], part: Path, context: PackContext) -> int:
@@ -169,8 +198,8 @@ def _fetch_pack_and_report(request: PackRequest, context: PackContext, task: dic
     try:
         local = fetched(request, files, max_bytes=task["download_bytes"])
         signal.setitimer(signal.ITIMER_REAL, task["timeout_s"])  # nobody handles the alarm: it kills, even in C code
-        with part.open("wb") as file:
-            outcome: dict[str, Any] = dataclasses.asdict(write_part(local, context, file))
+        outcome: dict[str, Any] = dataclasses.asdict(write_part(local, context, part))
+        outcome["grid"] = grid_of(local, context.space)
     except ScanError as error:
         outcome = {"reason": str(error)}
     except UnreachableError as error:

@@ -1,8 +1,10 @@
 """A scan packs to the same array however it is stored, and what was not measured stays unmeasured."""
 
 import gzip
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from nilearn.image import resample_img
 
+from brain_models import resample
 from brain_models.errors import ScanError, SpaceError
 from brain_models.nifti import read_header
 from brain_models.preprocess import (
@@ -24,6 +27,8 @@ from brain_models.preprocess import (
     standardise_t1,
 )
 from brain_models.space import BrainSpace, SpaceConfig, space_from_mask, volume_space
+from data_sharding.packing import PackRequest
+from data_sharding.scan_process import grid_of, keep_weights
 from tests.scans import GRID_AFFINE, GRID_SHAPE, MARKER_MM, bold_values, grid_positions_mm, reoriented, save_scan
 
 OBLIQUE = nibabel.affines.from_matvec(
@@ -163,6 +168,53 @@ def test_standardised_run_gives_the_scan_back_within_half_a_unit(plain: PackedSc
     change = np.sqrt((np.diff(dequantise(stored.quantised), axis=0) ** 2).mean(axis=1))
     np.testing.assert_allclose(dvars(stored)[1:], change, rtol=1e-5)
     assert np.isnan(dvars(stored)[0])
+
+
+@pytest.mark.parametrize("num_frames", [2, 3, 30, 31])
+def test_the_scale_is_the_median_absolute_deviation_and_the_mean_the_mean(
+    plain: PackedScan, space: BrainSpace, num_frames: int
+) -> None:
+    values = np.random.default_rng(5).normal(900, 10, size=(num_frames, space.num_voxels)).astype(np.float32)
+    values[:, :100] = np.rint(values[:, :100] / 8)  # many frames share a value
+    values[0, 100:200] += 1e4
+    values[-1, 200:300] -= 1e4
+    stored = standardise_bold(PackedScan.of_values(values, plain.is_measured, plain.header))
+    exact = values.astype(np.float64)
+    deviations = 1.4826 * np.median(np.abs(exact - np.median(exact, axis=0)), axis=0)
+    expected = np.where(deviations > 0, deviations, exact.std(axis=0))
+    np.testing.assert_allclose(stored.scale, expected, rtol=2e-5, atol=1e-4)
+    np.testing.assert_allclose(stored.mean, np.where(expected > 0, exact.mean(axis=0), 0), rtol=2e-7)
+
+
+@pytest.mark.parametrize(("spacing_mm", "dtype"), [(16.0, "int16"), (8.0, "int16"), (8.0, "float64"), (16.0, ">i2")])
+def test_a_run_is_its_frames_packed_one_by_one(
+    space: BrainSpace, spacing_mm: float, dtype: str, tmp_path: Path
+) -> None:
+    """Coarser than the space its source voxels are held, finer than the space its voxels."""
+    affine = np.diag([-spacing_mm, spacing_mm, spacing_mm, 1.0])
+    affine[:3, 3] = [91, -127, -73]
+    size = (int(190 / spacing_mm), int(230 / spacing_mm), int(190 / spacing_mm))
+    frames = np.random.default_rng(6).normal(900, 99, size=(*size, 40))
+    run = pack_bold(save_scan(tmp_path / "run.nii.gz", frames, affine, dtype=dtype), space, brain_mask=None)
+    stored = nibabel.load(tmp_path / "run.nii.gz").get_fdata()
+    for frame in (0, 31, 32, 39):
+        path = save_scan(tmp_path / f"{frame}_T1w.nii", stored[..., frame], affine)
+        np.testing.assert_allclose(
+            run.values[frame], pack_t1(path, space, brain_mask=None).values[0], rtol=0, atol=2e-3
+        )
+
+
+def test_the_weights_of_a_grid_that_comes_again_are_there_before_its_next_scan(
+    space: BrainSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    affine = np.diag([-17.0, 17.0, 17.0, 1.0])
+    affine[:3, 3] = [95, -130, -80]
+    path = save_scan(tmp_path / "run.nii", np.random.default_rng(7).normal(9, 1, size=(12, 14, 12, 3)), affine)
+    request = PackRequest("run", "bold", str(path), None, None, 2.0, 3, {})
+    keep_weights(json.loads(json.dumps(grid_of(request, space))), space)
+    monkeypatch.setattr(resample, "Resampler", None)
+    assert pack_bold(path, space, brain_mask=None).is_measured.any()
+    assert grid_of(replace(request, kind="t1"), space) is None
 
 
 def test_standardised_t1_has_mean_0_and_std_1_over_measured_voxels(space: BrainSpace, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from nilearn.glm.first_level import make_first_level_design_matrix
 from brain_models.cleaning import clean_bold, cosine_drifts
 from brain_models.confounds import GROUPS, read_columns, read_confounds
 from brain_models.errors import ScanError
-from brain_models.nifti import read_header
+from brain_models.nifti import ScanHeader, read_header
 from brain_models.preprocess import PackedScan, dequantise, standardise_bold
 from brain_models.recipe import CleaningConfig, validate_cleaning
 from tests.scans import GRID_AFFINE, save_scan
@@ -23,7 +23,7 @@ NONE = CleaningConfig([], None, None, "cosine", False, "drop", None, None)
 @pytest.fixture(scope="module")
 def header(tmp_path_factory: pytest.TempPathFactory) -> PackedScan:
     path = save_scan(tmp_path_factory.mktemp("scan") / "bold.nii", np.ones((3, 3, 3, 2)), GRID_AFFINE)
-    return PackedScan(np.zeros((2, NUM_VOXELS), np.float32), np.ones(NUM_VOXELS, bool), read_header(path, "bold"))
+    return with_values(np.zeros((2, NUM_VOXELS)), read_header(path, "bold"))
 
 
 @pytest.fixture
@@ -32,7 +32,11 @@ def packed(header: PackedScan) -> PackedScan:
     time = np.linspace(-1, 1, NUM_FRAMES)[:, None]
     drift = 30 * time * generator.normal(size=NUM_VOXELS) + 20 * time**2 * generator.normal(size=NUM_VOXELS)
     values = 1000 + drift + generator.normal(0, 10, size=(NUM_FRAMES, NUM_VOXELS))
-    return replace(header, values=values.astype(np.float32))
+    return with_values(values, header.header)
+
+
+def with_values(values: np.ndarray, header: ScanHeader) -> PackedScan:
+    return PackedScan.of_values(values.astype(np.float32), np.ones(NUM_VOXELS, bool), header)
 
 
 def write_table(
@@ -66,7 +70,7 @@ def test_no_cleaning_leaves_every_bit(packed: PackedScan) -> None:
     np.testing.assert_array_equal(run.packed.values, before)
     assert run.is_kept.all()
     assert np.isnan(run.framewise_displacement_mm).all()
-    short = replace(packed, values=before[:25].copy())  # 50 s hold no cosine slower than 128 s
+    short = with_values(before[:25], packed.header)  # 50 s hold no cosine slower than 128 s
     clean_bold(short, replace(NONE, high_pass_hz=1 / 128), repetition_time_s=TR_S, confounds=None)
     np.testing.assert_array_equal(short.values, before[:25])
 
@@ -120,7 +124,7 @@ def test_first_frames_and_censored_ones_are_known_from_the_table(packed: PackedS
     assert np.flatnonzero(~run.is_kept).tolist() == [7, 8]
     assert run.framewise_displacement_mm[7] == np.float32(0.9)
     kept = clean_bold(
-        replace(packed, values=before.copy()),
+        packed,
         replace(NONE, non_steady_state="keep"),
         repetition_time_s=TR_S,
         confounds=table,
@@ -154,7 +158,7 @@ def test_what_cannot_be_cleaned_is_refused_with_its_cause(packed: PackedScan, tm
         config = replace(NONE, confounds=names, censor_above_fd_mm=0.5)
         with pytest.raises(ScanError, match=cause):
             clean_bold(packed, config, repetition_time_s=TR_S, confounds=table)
-    few, band = replace(packed, values=packed.values[:20]), replace(NONE, filter="butterworth", low_pass_hz=0.1)
+    few, band = with_values(packed.values[:20], packed.header), replace(NONE, filter="butterworth", low_pass_hz=0.1)
     with pytest.raises(ScanError, match="are too few for the Butterworth filter"):
         clean_bold(few, replace(band, high_pass_hz=0.01), repetition_time_s=TR_S, confounds=None)
     problems = "\n".join(validate_cleaning(replace(NONE, low_pass_hz=0.1, high_pass_hz=0.2), "preprocessing.cleaning"))

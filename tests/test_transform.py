@@ -110,9 +110,10 @@ def test_frame_by_frame_equals_the_matrix_also_at_the_edges(
     matrix, direct = Resampler(header.affine, header.shape, space), FrameResampler(header, space, None)
     np.testing.assert_array_equal(direct.is_covered, matrix.is_covered)
     assert 0 < matrix.is_covered.sum() < space.num_voxels
-    by_voxel = np.empty((2, space.num_voxels, 1), dtype=np.float32)
-    direct.fill(by_voxel[0], [row])
-    matrix.fill(by_voxel[1], [row])
+    by_voxel = [
+        np.concatenate([held.block(piece) for piece in held.pieces])
+        for held in (direct.hold([row], 1), matrix.hold([row], 1))
+    ]
     np.testing.assert_allclose(by_voxel[0], by_voxel[1], atol=2e-5)
 
 
