@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from brain_models.preprocess import dequantise
-from data_sharding import schema
+from data_sharding import index_file, schema
 from data_sharding.batch import decode
 from data_sharding.build import build
 from data_sharding.errors import ShardError
@@ -209,6 +209,23 @@ def test_what_no_split_or_window_holds_is_said(location: str) -> None:
         next(source_of(location, window_frames=99).steps(source_of(location).initial_state()))
     with pytest.raises(ShardError, match="split 'holdout' holds no bold window"):
         list(source_of(location).evaluation("holdout", limit=None))
+
+
+def test_an_index_in_many_groups_gives_the_same_samples(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "copy"
+    copy_set(Path(location), copied)
+    index = open_set(location).index
+    index.to_parquet(copied / schema.INDEX, index=False, row_group_size=5)  # a run has more rows
+    monkeypatch.setattr(index_file, "KEPT_GROUPS", 2)
+    monkeypatch.setattr(index_file, "ROWS_AT_A_TIME", 7)
+    for split in ("train", "validation"):
+        whole, grouped = (source_of(each).book(split) for each in (location, str(copied)))
+        windows = [(run, first) for run in range(len(whole.scan_ids)) for first in (0, 6, 13)]
+        assert [whole.window(*window) for window in windows] == [grouped.window(*window) for window in windows]
+    expected = [rows_of(batches) for batches in steps_of(source_of(location), 5)]
+    assert [rows_of(batches) for batches in steps_of(source_of(str(copied)), 5)] == expected
 
 
 def test_reading_needs_no_nifti_library(location: str) -> None:
