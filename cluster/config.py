@@ -17,6 +17,7 @@ class ClusterConfig:
     max_failures: int  # restarts from the last commit; -1 means without limit
     start_timeout_s: float  # how long to wait for all workers before giving up
     collective_timeout_s: float  # how long a rank waits for the others inside one collective
+    min_workers: int | None  # go on with fewer when nodes are lost, at least this many; null: wait for all of them
     scratch: str  # Ray Train's own bookkeeping; a folder every node can write; our checkpoints do not live there
 
 
@@ -27,6 +28,8 @@ def validate_cluster(config: ClusterConfig, key: str) -> list[str]:
         problems.append(f"{key}.num_workers: {config.num_workers}; give at least 1")
     if config.kind == "inline" and config.num_workers != 1:
         problems.append(f"{key}.num_workers: {config.num_workers} with kind=inline; use 1, or cluster=local")
+    if config.min_workers is not None and not 1 <= config.min_workers <= config.num_workers:
+        problems.append(f"{key}.min_workers: {config.min_workers}; must lie in 1..{key}.num_workers, or be null")
     if config.cpus_per_worker < 1:
         problems.append(f"{key}.cpus_per_worker: {config.cpus_per_worker}; give at least 1")
     if config.max_failures < -1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -17,7 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from cluster.config import ClusterConfig
+from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, Seat, stacks_of
 from cluster.stopping import REQUEST, StopRequest, listening
 
 Config = TypeVar("Config")
@@ -26,7 +30,7 @@ Result = TypeVar("Result")
 OUR_PACKAGES = ("brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs")
 
 RELAY_INTERVAL_S = 0.2
-DRAIN_INTERVAL_S = 2.0
+WATCH_INTERVAL_S = 2.0
 
 # Ray Train polls its workers every 2 s by default: a run would end up to 2 s late.
 RAY_TRAIN_ENVIRONMENT = {
@@ -91,8 +95,10 @@ def run_on_workers(
     """What `function(config)` returned on rank 0, after every worker finished.
 
     Inside `function` a worker finds its place through torch.distributed (initialised when there are workers). An error
-    of one of our classes ends the run and is raised here as itself; any other failure restarts all workers up to
-    `max_failures` times, and `function` is expected to go on from its own last commit.
+    of one of our classes ends the run and is raised here as itself; any other failure (a worker or a node died, a
+    collective gave up) restarts all workers up to `max_failures` times, and `function` is expected to go on from its
+    own last commit. They wait `start_timeout_s` for a lost node's successor; where `min_workers` is given, they go on
+    with the workers there are. The death of this process ends the run.
     """
     if cluster.kind == "inline":
         return function(config)
@@ -113,7 +119,9 @@ class Outcome:
     errors: list[BaseException] = field(default_factory=list)
     texts: list[tuple[bool, str]] = field(default_factory=list)  # is it stderr?, what rank 0 printed
     stop: StopRequest = field(default_factory=StopRequest)
-    nodes: set[str] = field(default_factory=set)  # the workers'
+    seats: dict[int, Seat] = field(default_factory=dict)  # of the ranks that run now, or ran last
+    silence: str | None = None  # the first rank's of this attempt that came to no step, until it is taken
+    has_silence: bool = False
 
     def add_result(self, result: object) -> None:
         self.results.append(result)
@@ -133,11 +141,21 @@ class Outcome:
     def stop_reason(self) -> str | None:
         return self.stop.reason
 
-    def add_node(self, node: str) -> None:
-        self.nodes.add(node)
+    def add_seat(self, seat: Seat) -> None:
+        self.seats = {rank: other for rank, other in self.seats.items() if other.world_size == seat.world_size}
+        self.seats[seat.rank] = seat
+        self.silence, self.has_silence = None, False
 
-    def worker_nodes(self) -> set[str]:
-        return self.nodes
+    def taken_seats(self) -> list[Seat]:
+        return [self.seats[rank] for rank in sorted(self.seats)]
+
+    def add_silence(self, silence: str) -> None:
+        if not self.has_silence:
+            self.silence, self.has_silence = silence, True
+
+    def take_silence(self) -> str | None:
+        taken, self.silence = self.silence, None
+        return taken
 
     def add_text(self, is_error: bool, text: str) -> None:
         self.texts.append((is_error, text))
@@ -201,18 +219,43 @@ def _relay(outcome: Any) -> None:
         outcome.ask_to_stop.remote(f"{REQUEST.reason} to the driver")
 
 
-def _watch_nodes(outcome: Any) -> None:
-    """Ask to stop when the cluster announces that it will take a worker's node away."""
+def _watch(outcome: Any) -> None:
+    """Ask to stop when the cluster announces that it will take a worker's node away; show where ranks hang."""
     import ray
 
-    leaving = ray._private.state.state.get_draining_nodes().keys() & ray.get(outcome.worker_nodes.remote())
+    seats = ray.get(outcome.taken_seats.remote())
+    leaving = ray._private.state.state.get_draining_nodes().keys() & {seat.node for seat in seats}
     if leaving:
         outcome.ask_to_stop.remote(f"the announced end of node {min(leaving)[:12]}")
+    if (silence := ray.get(outcome.take_silence.remote())) is not None:
+        print(f"{silence}; where every rank is:", file=sys.stderr)
+        for seat, stacks in _read_stacks(seats):
+            print(f"--- {seat}: {stacks}", file=sys.stderr, flush=True)
+
+
+def _read_stacks(seats: list[Seat]) -> Iterator[tuple[Seat, str]]:
+    """The stacks of every rank, read on its own node; of a node that does not answer, that it does not."""
+    import ray
+
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(stacks_of)
+    pending = [task.options(label_selector=_on_node(seat.node)).remote(seat.pid) for seat in seats]
+    deadline = time.monotonic() + 2 * READ_TIMEOUT_S
+    for seat, stacks in zip(seats, pending, strict=True):
+        try:
+            yield seat, ray.get(stacks, timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.RayError as error:
+            yield seat, f"its node does not answer ({type(error).__name__})"
+
+
+def _on_node(node: str) -> dict[str, str]:
+    """A label selector that only this node fits."""
+    return {"ray.io/node-id": node}
 
 
 def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: ClusterConfig, name: str) -> Result:
     import ray
 
+    launched_at = time.time()
     for variable, value in RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
@@ -220,7 +263,8 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
 
     from cluster.ray_backend import BoundTorchConfig, BoundTorchTrainer
 
-    outcome: Any = ray.remote(num_cpus=0)(Outcome).remote()
+    here = _on_node(ray.get_runtime_context().get_node_id())  # a worker's node may be lost, and this with it
+    outcome: Any = ray.remote(num_cpus=0, label_selector=here)(Outcome).remote()
     is_embedded = cluster.kind == "local" and "RAY_ADDRESS" not in os.environ
     trainer = BoundTorchTrainer(
         _on_worker,
@@ -231,10 +275,13 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
             "folder": os.getcwd() if is_embedded else None,  # on other nodes the job's working_dir is current already
             "num_threads": cluster.cpus_per_worker,
             "is_terminal": sys.stdout.isatty(),
+            "report_after_s": REPORT_AT_SHARE * cluster.collective_timeout_s,
+            "started_at": psutil.Process().create_time(),
+            "launched_at": launched_at,
         },
         torch_config=BoundTorchConfig(timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
+            num_workers=_worker_counts(cluster),
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker},
         ),
@@ -248,7 +295,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
         with (
             listening(REQUEST.ask),
             _repeating(lambda: _relay(outcome), "relay", every_s=RELAY_INTERVAL_S),
-            _repeating(lambda: _watch_nodes(outcome), "watch-nodes", every_s=DRAIN_INTERVAL_S),
+            _repeating(lambda: _watch(outcome), "watch", every_s=WATCH_INTERVAL_S),
         ):
             trainer.fit()
     except ray.train.TrainingFailedError:
@@ -264,6 +311,11 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
     return ray.get(outcome.last_result.remote())
 
 
+def _worker_counts(cluster: ClusterConfig) -> Any:
+    """How many workers, or the fewest and the most, which the type of Ray Train's older version does not know."""
+    return cluster.num_workers if cluster.min_workers is None else (cluster.min_workers, cluster.num_workers)
+
+
 def _on_worker(job: dict[str, Any]) -> None:
     import ray
     import ray.train
@@ -275,12 +327,18 @@ def _on_worker(job: dict[str, Any]) -> None:
     if job["folder"] is not None:
         os.chdir(job["folder"])
     torch.set_num_threads(job["num_threads"])
-    outcome.add_node.remote(ray.get_runtime_context().get_node_id())
-    is_main = ray.train.get_context().get_world_rank() == 0
+    seat = _own_seat()
+    ray.get(outcome.add_seat.remote(seat))
+    is_main = seat.rank == 0
+    start = StartStamps(job["started_at"], job["launched_at"], time.time())
 
     def hear() -> None:
         if (reason := ray.get(outcome.stop_reason.remote())) is not None:
             REQUEST.ask(reason)
+        if is_main and HEARTBEAT.first_at is not None:
+            start.tell(HEARTBEAT.first_at)
+        if (silent_s := HEARTBEAT.silent_s()) > job["report_after_s"]:
+            outcome.add_silence.remote(f"{seat} has come to no step for {silent_s:.0f} s")
 
     try:
         with (
@@ -292,8 +350,41 @@ def _on_worker(job: dict[str, Any]) -> None:
         if is_our_error(error):
             ray.get(outcome.add_error.remote(error))
         raise
+    finally:
+        HEARTBEAT.rest()
     if is_main:
         ray.get(outcome.add_result.remote(result))
+
+
+def _own_seat() -> Seat:
+    import ray
+    import ray.train
+
+    context = ray.train.get_context()
+    node = ray.get_runtime_context().get_node_id()
+    return Seat(context.get_world_rank(), context.get_world_size(), node, socket.gethostname(), os.getpid())
+
+
+@dataclass
+class StartStamps:
+    """Where the time from a command to its first step goes; seconds since 1970, of two nodes' clocks."""
+
+    started_at: float  # the command
+    launched_at: float  # it was composed and checked
+    entered_at: float  # a worker runs our code
+    is_told: bool = False
+
+    def tell(self, first_step_at: float) -> None:
+        """Print one line, once."""
+        if self.is_told:
+            return
+        self.is_told = True
+        print(
+            f"first step {first_step_at - self.started_at:.1f} s after the command: checking "
+            f"{self.launched_at - self.started_at:.1f}, workers {self.entered_at - self.launched_at:.1f}, "
+            f"data, model and first evaluation {first_step_at - self.entered_at:.1f}",
+            flush=True,
+        )
 
 
 @contextmanager

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from typing import cast
 
 import psutil
 import ray.util
 from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.backend import BackendConfig
+from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -38,11 +40,26 @@ def bind_collectives(is_single_node: bool) -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
+def limit_every_group(timeout_s: float) -> None:
+    """Give the groups made later in this process the timeout of the first one: DeepSpeed makes its own, and names no
+    timeout, so that its reductions would wait 30 minutes for a rank that hangs."""
+    import torch.distributed.distributed_c10d as groups
+
+    groups.default_pg_timeout = groups.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
+
+
 class BoundTorchBackend(_TorchBackend):
     def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         addresses = worker_group.execute(ray.util.get_node_ip_address)
+        config = cast(TorchConfig, backend_config)
         worker_group.execute(bind_collectives, len(set(addresses)) == 1)
-        super().on_start(worker_group, cast(TorchConfig, backend_config))
+        worker_group.execute(limit_every_group, config.timeout_s)
+        super().on_start(worker_group, config)
+
+    def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+        # A rank that hangs does not answer, and all are killed right after; Ray would wait 30 s.
+        os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, "3")
+        super().on_shutdown(worker_group, backend_config)
 
 
 class BoundTorchConfig(TorchConfig):

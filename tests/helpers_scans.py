@@ -133,5 +133,5 @@ def sharding_config(root: Path, out: Path, *, cluster: str = "inline", num_worke
         registration=None,
         splits=SplitConfig("ranked", 0, None, None, 1, 1, None, [], None),
         seed=0,
-        cluster=ClusterConfig(cluster, num_workers, 1, False, 0, 60.0, 60.0, str(out.parent / "ray")),  # type: ignore[arg-type]
+        cluster=ClusterConfig(cluster, num_workers, 1, False, 0, 60.0, 60.0, None, str(out.parent / "ray")),  # type: ignore[arg-type]
     )

@@ -16,7 +16,7 @@ from training.errors import TrainingError
 
 
 def local_cluster(folder: Path, *, max_failures: int = 1) -> ClusterConfig:
-    return ClusterConfig("local", 2, 1, False, max_failures, 120, 60, str(folder / "ray"))
+    return ClusterConfig("local", 2, 1, False, max_failures, 120, 60, None, str(folder / "ray"))
 
 
 def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_driver_reaches_them(
@@ -49,12 +49,13 @@ def test_inline_calls_the_function_in_this_process(tmp_path: Path) -> None:
 
 
 def test_every_problem_of_a_cluster_configuration_is_named(tmp_path: Path) -> None:
-    cluster = ClusterConfig("inline", 2, 0, False, -2, 0, 60, str(tmp_path))
+    cluster = ClusterConfig("inline", 2, 0, False, -2, 0, 60, 3, str(tmp_path))
     problems = "\n".join(validate_cluster(cluster, "cluster"))
     for key in (
         "cluster.num_workers: 2 with kind=inline",
         "cluster.cpus_per_worker: 0",
         "cluster.max_failures: -2",
+        "cluster.min_workers: 3",
         "start_timeout_s",
     ):
         assert key in problems

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from cluster.hanging import HEARTBEAT
 from cluster.stopping import REQUEST, listening
 from cluster.storage import Store, store_for
 from training import identity, registry
@@ -97,6 +98,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
         steps = Ahead(source.steps(state), engine.device, meter, is_ahead=engine.device.type == "cuda")
         for step in range(run.start.step, config.steps):
             done, is_last = step + 1, step + 1 == config.steps
+            HEARTBEAT.beat()
             run.tracing.begin_step(step)
             meter.begin_step()
             batches, state = steps.take()
