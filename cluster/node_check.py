@@ -63,6 +63,8 @@ def node_facts(*, folders: list[str], written: list[str], read: list[str], uses_
             facts.speeds |= {f"{what} {place}": speed for what, speed in write_and_read(place).items()}
         except StorageError as error:
             facts.problems.append(str(error))
+        except OSError as error:
+            facts.problems.append(f"{place} cannot be written: {error.strerror}; give another place")
     for place in read:
         try:
             facts.speeds[f"read {place}"] = read_speed(place)

@@ -76,13 +76,8 @@ def main() -> None:
 
 def needs_of(part: str, overrides: list[str]) -> Needs:
     """What `python -m <part> <overrides>` needs; PreflightError when the part refuses it."""
-    command = [sys.executable, "-m", part, *overrides]
-    shown = subprocess.run([*command, "--show"], capture_output=True, text=True, check=False)
-    planned = subprocess.run([*command, "--plan"], capture_output=True, text=True, check=False)
-    for done in (shown, planned):
-        if done.returncode:
-            raise PreflightError(f"python -m {part} refuses this: {done.stderr.strip()}")
-    config = yaml.safe_load(shown.stdout)
+    config = yaml.safe_load(said_by(part, overrides, "--show"))
+    planned = said_by(part, overrides, "--plan")
     data = config.get("data", {})
     return Needs(
         cluster=ClusterConfig(**config["cluster"]),
@@ -90,9 +85,18 @@ def needs_of(part: str, overrides: list[str]) -> Needs:
         read=[f"{shards.rstrip('/')}/manifest.json" for shards in shard_sets(config)],
         scratch=config.get("run", {}).get("scratch"),
         cache=(data["cache_folder"], data["cache_bytes"]) if data.get("cache_folder") else None,
-        checkpoint_bytes=planned_checkpoint_bytes(planned.stdout),
+        checkpoint_bytes=planned_checkpoint_bytes(planned),
         tracking=config.get("train", {}).get("tracking", {}).get("uri"),
     )
+
+
+def said_by(part: str, overrides: list[str], flag: str) -> str:
+    """What `python -m <part>` prints with a flag; PreflightError when it refuses."""
+    command = [sys.executable, "-m", part, *overrides, flag]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PreflightError(f"python -m {part} refuses this: {done.stderr.strip()}")
+    return done.stdout
 
 
 def shard_sets(config: Mapping[str, Any]) -> list[str]:
@@ -105,19 +109,21 @@ def shard_sets(config: Mapping[str, Any]) -> list[str]:
 
 
 def planned_checkpoint_bytes(plan: str) -> int:
-    """Bytes of one checkpoint as the plan's line `checkpoint` gives them; 0 for a part that saves none."""
-    found = re.search(r"^checkpoint\b.*?([\d,]+) bytes", plan, flags=re.MULTILINE)
-    return int(found.group(1).replace(",", "")) if found else 0
+    """Bytes of one checkpoint as the plan's line `a checkpoint` gives them; 0 for a part that saves none."""
+    found = re.search(r"^a checkpoint +([\d,.]+) MiB", plan, flags=re.MULTILINE)
+    return int(float(found.group(1).replace(",", "")) * 2**20) if found else 0
 
 
 def preflight(needs: Needs) -> list[Row]:
     """Every check, each with what was found and what is needed."""
+    if needs.cluster.kind == "inline":
+        raise PreflightError("cluster=inline runs in this process alone; name the cluster to check: cluster=ray")
     with ray_session(needs.cluster):
         nodes, skews = ask_nodes(needs)
         rows = [*capacity(needs, nodes), *same_versions(nodes), *clocks(nodes, skews), *disks(needs, nodes)]
         rows += [Row(f"{node.host}: places", "refused", problem, False) for node in nodes for problem in node.problems]
         rows += speeds(nodes)
-        rows += links(nodes)
+        rows += links(needs.cluster)
     if needs.written is not None and not any(node.problems for node in nodes):
         guarantee = store_for(needs.written).create_guarantee()
         rows.append(Row("put-if-absent", guarantee.words, "one writer a name", True))
@@ -130,6 +136,13 @@ def alive_nodes() -> list[dict[str, Any]]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def hosts_ranks(node: Mapping[str, Any], cluster: ClusterConfig) -> bool:
+    """True where a worker of the run may be placed: not on a head without GPUs, or without CPUs for Ray."""
+    resources = node["Resources"]
+    has_gpu = not cluster.use_gpu or resources.get("GPU", 0) >= 1
+    return has_gpu and resources.get("CPU", 0) >= cluster.cpus_per_worker
 
 
 def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,14 +158,17 @@ def ask_nodes(needs: Needs) -> tuple[list[NodeFacts], list[float]]:
 
     remote: Any = ray.remote
     task = remote(max_retries=0)(node_facts)
+    folders = [folder for folder in (needs.scratch, needs.cache and needs.cache[0]) if folder]
     arguments = {
-        "folders": [folder for folder in (needs.scratch, needs.cache and needs.cache[0]) if folder],
         "written": [needs.written] if needs.written else [],
         "read": needs.read,
         "uses_gpu": needs.cluster.use_gpu,
     }
     members = alive_nodes()
-    pending = [task.options(**pinned(node)).remote(**arguments) for node in members]
+    pending = [
+        task.options(**pinned(node)).remote(folders=folders if hosts_ranks(node, needs.cluster) else [], **arguments)
+        for node in members
+    ]
     nodes, skews = [], []
     for node, facts in zip(members, pending, strict=True):
         try:
@@ -181,13 +197,14 @@ def capacity(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
     import ray
 
     resources, cluster = ray.cluster_resources(), needs.cluster
-    num_cpus = cluster.num_workers * cluster.cpus_per_worker
+    num_workers = cluster.min_workers or cluster.num_workers
+    num_cpus = num_workers * cluster.cpus_per_worker
     found = resources.get("CPU", 0)
     rows = [Row("CPUs", f"{found:.0f} on {len(nodes)} nodes", f"{num_cpus}", found >= num_cpus)]
     if cluster.use_gpu:
         memory = ", ".join(f"{node.host} {node.num_gpus} x {node.gpu_bytes / 2**30:.0f} GiB" for node in nodes)
         num_gpus = min(int(resources.get("GPU", 0)), sum(node.num_gpus for node in nodes))
-        rows.append(Row("GPUs", f"{num_gpus} ({memory})", f"{cluster.num_workers}", num_gpus >= cluster.num_workers))
+        rows.append(Row("GPUs", f"{num_gpus} ({memory})", f"{num_workers}", num_gpus >= num_workers))
     return rows
 
 
@@ -231,13 +248,13 @@ def speeds(nodes: list[NodeFacts]) -> list[Row]:
     ]
 
 
-def links(nodes: list[NodeFacts]) -> list[Row]:
-    """Bandwidth of collectives between nodes: every node's link, none much slower than the fastest."""
+def links(cluster: ClusterConfig) -> list[Row]:
+    """Bandwidth of collectives between the nodes of ranks: every node's link, none much slower than the fastest."""
     import ray
 
-    members = alive_nodes()
+    members = [node for node in alive_nodes() if hosts_ranks(node, cluster)]
     if len(members) < 2:
-        return [Row("collectives", "one node", "-", True)]
+        return [Row("collectives", f"{len(members)} node for ranks", "-", True)]
     link: Any = ray.remote(Link)
     actors = [link.options(**pinned(node)).remote() for node in members]
     address = ray.get(actors[0].address.remote())
@@ -255,12 +272,12 @@ def links(nodes: list[NodeFacts]) -> list[Row]:
     fastest = max(found)
     return [
         Row(
-            f"{node.host}: collectives",
+            f"{node['NodeManagerHostname']}: collectives",
             f"{speed / 1e6:,.0f} MB/s",
             f"{MIN_LINK_SHARE:.0%} of the fastest",
             speed >= MIN_LINK_SHARE * fastest,
         )
-        for node, speed in zip(nodes, found, strict=True)
+        for node, speed in zip(members, found, strict=True)
     ]
 
 
