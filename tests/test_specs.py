@@ -22,12 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import mlflow.cli
 import psutil
 import pytest
 import yaml
 
+from configs.entry import compose
+
 ROOT = Path(__file__).parents[1]
 SPECS = ROOT / "cluster" / "specs"
+OPERATIONS = ROOT / "docs" / "operations.md"
 BIN = Path(sys.executable).parent
 KUBERNETES = "1.34"
 
@@ -111,13 +115,21 @@ def test_the_cluster_is_closed_and_its_workers_have_what_a_run_asks_for() -> Non
         assert not any("SECRET" in variable["name"] or "TOKEN" in variable["name"] for variable in container["env"])
 
 
-def test_the_jobs_command_is_one_the_project_takes() -> None:
-    words = shlex.split(rayjob()[0]["spec"]["entrypoint"])
-    assert words[:3] == ["bash", "cluster/checked.sh", "pretrain"]
-    shown = subprocess.run(
-        [sys.executable, "-m", *words[2:], "--show"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert shown.returncode == 0, shown.stderr
+def commands(text: str) -> Iterator[list[str]]:
+    """The part and the overrides of every submit, preflight and checked.sh in a text."""
+    command = re.compile(r"(?:python -m cluster\.(?:submit|preflight)|bash cluster/checked\.sh) ([a-z_]+ .*)")
+    for line in text.replace("\\\n", " ").splitlines():
+        if found := command.search(line):
+            yield shlex.split(found.group(1), comments=True)
+
+
+def test_commands_in_specs_and_operations_are_ones_the_project_takes() -> None:
+    comments = [line.lstrip("# ") for line in (SPECS / "slurm.sbatch").read_text().splitlines() if line.startswith("#")]
+    texts = [rayjob()[0]["spec"]["entrypoint"], "\n".join(comments), OPERATIONS.read_text()]
+    found = [words for text in texts for words in commands(text)]
+    assert len(found) == 5
+    for part, *overrides in found:
+        assert compose(part, overrides)["cluster"]["kind"] == "ray"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -156,8 +168,8 @@ def test_the_mlflow_unit_starts_what_mlflow_knows() -> None:
     unit.read(SPECS / "mlflow.service")
     words = shlex.split(unit["Service"]["ExecStart"])
     assert words[1] == "server"
-    known = subprocess.run([BIN / "mlflow", "server", "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(re.search(rf"{word}\b", known) for word in words if word.startswith("--"))
+    known = {option for parameter in mlflow.cli.server.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
     options = dict(zip(words[2::2], words[3::2], strict=True))
     assert options["--host"] == "127.0.0.1"
     assert options["--app-name"] == "basic-auth"
