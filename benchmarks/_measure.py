@@ -44,7 +44,8 @@ def about() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     python = f"Python {platform.python_version()}"
-    return f"{datetime.date.today()}, commit {commit}, {cpu}, {os.cpu_count()} shared cores, {python}"
+    cores = f"{os.cpu_count()} shared cores, load {os.getloadavg()[0]:.1f}"
+    return f"{datetime.date.today()}, commit {commit}, {cpu}, {cores}, {python}"
 
 
 def report(title: str, tables: dict[str, list[Row]], *, repetitions: int, json_path: Path | None) -> None:
