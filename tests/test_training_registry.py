@@ -22,11 +22,11 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
     (bundle / "model.yaml").write_text("kind: toy\n")
     (bundle / "weights.safetensors").write_bytes(bytes(range(256)))
 
-    def register(alias: str) -> str:
+    def register(alias: str, checkpoint: str = "a") -> str:
         return registry.register(
             bundle,
             name="toy-encoder",
-            tags={"callosum.fingerprint": "abc"},
+            tags={"callosum.fingerprint": "abc", registry.CHECKPOINT_HASH_TAG: checkpoint},
             alias=alias,
             uri=uri,
             run_id=None,
@@ -45,6 +45,12 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
     assert not (tmp_path / "mlruns").exists()
     assert list_models(uri) == ["toy-encoder/1 @candidate"]
     assert list_runs(uri)[0] == "toy-encoder  FINISHED"
+
+    assert register("candidate") == "toy-encoder@candidate"  # of the same checkpoint: nothing new
+    assert list_models(uri) == ["toy-encoder/1 @candidate"]
+    assert register("candidate", "b") == "toy-encoder@candidate"
+    assert register("candidate") == "toy-encoder/1"
+    assert sorted(list_models(uri)) == ["toy-encoder/1", "toy-encoder/2 @candidate"]
 
     folder = pull_to("toy-encoder@candidate", tmp_path / "some" / "folder", uri=uri)
     assert (folder / "weights.safetensors").read_bytes() == bytes(range(256))

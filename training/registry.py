@@ -34,12 +34,17 @@ SERVED_PACKAGES = (
 )
 SERVED_FILES = ("brain_mask", "confounds", "transform")  # columns of paths; MLflow drops columns a signature lacks
 CODE_HASH_TAG = "callosum.code_hash"
+CHECKPOINT_HASH_TAG = "callosum.checkpoint_hash"
 
 
 def register(
     bundle: Path, *, name: str, tags: Mapping[str, str], alias: str, uri: str, run_id: str | None, experiment: str
 ) -> str:
-    """'name@alias' of the new version, logged into the MLflow run that trained it (or a run of its own)."""
+    """'name@alias' of the new version, logged into the MLflow run that trained it (or a run of its own).
+
+    A checkpoint is registered once: when a version of it is there, for this code, nothing is registered and its name
+    comes back.
+    """
     mlflow_environment(timeout_s=60)
     import mlflow
 
@@ -53,6 +58,11 @@ def register(
     inputs = Schema([ColSpec(kind, column, required=False) for column, kind in columns.items()])
     tags = {**tags, **source_tags()}
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    same = (CHECKPOINT_HASH_TAG, CODE_HASH_TAG)
+    for known in client.search_model_versions(f"name='{name}'"):
+        if CHECKPOINT_HASH_TAG in tags and all(known.tags.get(tag) == tags[tag] for tag in same):
+            is_current = str(client.get_registered_model(name).aliases.get(alias)) == str(known.version)
+            return f"{name}@{alias}" if is_current else f"{name}/{known.version}"
     mlflow.set_experiment(experiment_id=experiment_id(client, experiment, uri))
     with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature is given
