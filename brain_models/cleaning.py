@@ -137,12 +137,15 @@ def _cleaner(
 def _regressed(
     voxels: Float32[np.ndarray, "voxel time"], projection: Projection | None, is_fitted: Bool[np.ndarray, "time"]
 ) -> Float32[np.ndarray, "voxel time"]:
-    """Returns the voxels without their projection, in place; their means may stay, a constant projects to nothing."""
+    """Returns the voxels without their projection, in place."""
     if projection is None:
         return voxels
     basis, weights = projection
+    first = voxels[:, :1].copy()  # any constant projects to nothing: without it, sums in float32 lose nothing
+    voxels -= first
     fitted = voxels if is_fitted.all() else voxels[:, is_fitted]
     voxels -= (fitted @ weights.T) @ basis.T
+    voxels += first
     return voxels
 
 
