@@ -12,6 +12,7 @@ from test_training_engines import ZERO, exported, largest_difference, losses, re
 FAULT_SECTION = "Training: all ranks killed, another number goes on"
 STEPS = 60
 KILLED_AT = 31  # the last commit is of step 30: between a group's opening and the end
+TIMEOUT_S = 900
 JOB = {"steps": STEPS, "checkpoint_every": 6, "keep_last": 99, "opens_at": 9}
 
 
@@ -20,7 +21,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Final validation losses of three seeds on one rank."""
     folder = tmp_path_factory.mktemp("seeds")
     jobs = [{**JOB, "engine": "plain", "folder": str(folder / str(seed)), "seed": seed} for seed in (7, 8, 9)]
-    assert run_jobs(folder, jobs, num_ranks=1) == [0]
+    assert run_jobs(folder, jobs, num_ranks=1, timeout_s=TIMEOUT_S) == [0]
     return [report(folder / str(seed))["metrics"]["validation/loss"] for seed in (7, 8, 9)]
 
 
@@ -37,10 +38,10 @@ def test_a_killed_run_goes_on_on_other_ranks_within_1e_5_and_ends_inside_the_ran
 ) -> None:
     whole = {**JOB, "engine": engine, "folder": str(tmp_path / "whole")}
     killed = {**JOB, "engine": engine, "folder": str(tmp_path / "killed")}
-    codes = run_jobs(tmp_path, [whole, {**killed, "kill_at": KILLED_AT}], num_ranks=num_before)
+    codes = run_jobs(tmp_path, [whole, {**killed, "kill_at": KILLED_AT}], num_ranks=num_before, timeout_s=TIMEOUT_S)
     assert codes == [9] * num_before
     begun = time.monotonic()
-    assert run_jobs(tmp_path, [killed], num_ranks=num_after) == [0] * num_after
+    assert run_jobs(tmp_path, [killed], num_ranks=num_after, timeout_s=TIMEOUT_S) == [0] * num_after
     record_property("fault", f"{engine}: {num_before} ranks killed, {num_after} go on")
     record_property("when", f"step {KILLED_AT} of {STEPS}")
     record_property("recovery_s", time.monotonic() - begun)

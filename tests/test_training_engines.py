@@ -26,7 +26,7 @@ STEPS = 6
 OPENS_AT = 3
 
 
-def run_jobs(folder: Path, jobs: list[dict], *, num_ranks: int) -> list[int]:
+def run_jobs(folder: Path, jobs: list[dict], *, num_ranks: int, timeout_s: float = 120) -> list[int]:
     """Exit codes of the ranks after running the jobs in turn."""
     for job in jobs:
         Path(job["folder"]).mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def run_jobs(folder: Path, jobs: list[dict], *, num_ranks: int) -> list[int]:
         subprocess.Popen([sys.executable, str(WORKER), str(path), str(rank), str(num_ranks)], env=environment)
         for rank in range(num_ranks)
     ]
-    return [process.wait(timeout=120) for process in processes]
+    return [process.wait(timeout=timeout_s) for process in processes]
 
 
 def exported(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,41 +11,53 @@ import pytest
 from test_training_engines import exported, largest_difference, losses, report, run_jobs
 
 FAULT_SECTION = "Training: two ranks killed at random moments"
+NUM_KILLS = 20
 STEPS = 40
 SLOW_S = 0.03  # of a step and of each upload: a commit takes about five steps
-JOB = {"engine": "zero2", "steps": STEPS, "checkpoint_every": 3, "opens_at": 9, "slow_s": SLOW_S}
+JOB = {"engine": "zero2", "steps": STEPS, "checkpoint_every": 3, "keep_last": 99, "opens_at": 9, "slow_s": SLOW_S}
 LONGEST_S = STEPS * SLOW_S * 1.5  # some kills come after the last step, while the last commit is made
+TIMEOUT_S = 3000
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert run_jobs(folder, [{**JOB, "folder": str(folder)}], num_ranks=2) == [0, 0]
-    return folder
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("seed", range(20))
-def test_a_run_killed_at_a_random_moment_goes_on_to_bit_equal_losses(
-    tmp_path: Path, whole: Path, record_property: Callable[[str, object], None], seed: int
-) -> None:
+def kill_times(seed: int) -> tuple[int, list[float]]:
+    """Who is killed first, and when each rank is, in seconds from its first step."""
     generator = np.random.default_rng(seed)
     first_s, later_s = generator.uniform(0, LONGEST_S), generator.uniform(0, 0.3)
     victim = int(generator.integers(2))  # the other rank lives on for a moment, and may still upload
-    kill_after_s = [first_s + (later_s if rank != victim else 0) for rank in (0, 1)]
-    job = {**JOB, "folder": str(tmp_path)}
-    codes = run_jobs(tmp_path, [{**job, "kill_after_s": kill_after_s}], num_ranks=2)
-    commits = [path.parent.name for path in sorted((tmp_path / "run").glob("checkpoints/*/COMMIT.json"))]
-    begun = time.monotonic()
-    assert run_jobs(tmp_path, [job], num_ranks=2) == [0, 0]
-    record_property("fault", f"SIGKILL of rank {victim}, then of the other {later_s:.2f} s later")
-    newest = commits[-1].rpartition("-")[0] if commits else "no commit"
-    record_property("when", f"{first_s:.2f} s after the first step began; found {newest}")
-    record_property("recovery_s", time.monotonic() - begun)
+    return victim, [first_s + (later_s if rank != victim else 0) for rank in (0, 1)]
 
-    assert set(codes) <= {-signal.SIGKILL, -signal.SIGABRT, 0, 1}  # 1 and SIGABRT: it noticed that the other had gone
-    assert report(tmp_path)["start"] == ("own" if commits else "scratch")
-    assert losses(tmp_path) == losses(whole)
-    assert largest_difference(exported(tmp_path), exported(whole)) == 0.0
-    assert report(tmp_path)["metrics"] == report(whole)["metrics"]
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[str]]]:
+    """A folder with 'whole', the uninterrupted run, and a run for each seed, killed and run again; and the commits each
+    had left behind."""
+    folder = tmp_path_factory.mktemp("kills")
+    left = {}
+    for seed in range(NUM_KILLS):
+        job = {**JOB, "folder": str(folder / str(seed)), "kill_after_s": kill_times(seed)[1]}
+        codes = run_jobs(folder, [job], num_ranks=2, timeout_s=TIMEOUT_S)
+        assert set(codes) <= {-signal.SIGKILL, -signal.SIGABRT, 0, 1}  # 1 and SIGABRT: it saw that the other had gone
+        commits = sorted((folder / str(seed) / "run").glob("checkpoints/*/COMMIT.json"))
+        left[seed] = [path.parent.name.rpartition("-")[0] for path in commits]
+    again = [{**JOB, "folder": str(folder / name)} for name in ("whole", *map(str, range(NUM_KILLS)))]
+    assert run_jobs(folder, again, num_ranks=2, timeout_s=TIMEOUT_S) == [0, 0]
+    return folder, left
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(NUM_KILLS))
+def test_a_run_killed_at_a_random_moment_goes_on_to_bit_equal_losses(
+    runs: tuple[Path, dict[int, list[str]]], record_property: Callable[[str, object], None], seed: int
+) -> None:
+    folder, left = runs
+    killed, whole = folder / str(seed), folder / "whole"
+    victim, after_s = kill_times(seed)
+    record_property("fault", f"SIGKILL of rank {victim}, {abs(after_s[0] - after_s[1]):.2f} s later of the other")
+    record_property(
+        "when", f"{min(after_s):.2f} s after the first step; left {left[seed][-1] if left[seed] else 'none'}"
+    )
+    record_property("recovery_s", report(killed)["seconds"])
+    assert report(killed)["start"] == ("own" if left[seed] else "scratch")
+    assert losses(killed) == losses(whole)
+    assert largest_difference(exported(killed), exported(whole)) == 0.0
+    assert report(killed)["metrics"] == report(whole)["metrics"]

@@ -105,7 +105,12 @@ def train(job: dict) -> dict:
     identity = dataclasses.asdict(config)
     try:
         result = fit(task, DyingSource(job), config, Services({"train": identity}, export))
-        return {"metrics": result.metrics, "start": result.start, "checkpoint": result.checkpoint}
+        return {
+            "metrics": result.metrics,
+            "start": result.start,
+            "checkpoint": result.checkpoint,
+            "seconds": result.seconds,
+        }
     except TrainingError as error:
         return {"error": str(error)}
 
