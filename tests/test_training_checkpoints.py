@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from training.checkpoint import (
     StartingPoint,
     StoredFile,
     committed_folders,
+    full_disk_is_an_error,
     kept,
     read_commit,
     starting_point,
@@ -188,3 +190,12 @@ def test_keep_rules_are_applied_on_disk(trained: TrainConfig) -> None:
         path.name for path in (Path(trained.run.folder) / "checkpoints").iterdir() if any(path.rglob("*.pt"))
     )
     assert [name.rpartition("-")[0] for name in folders] == ["step-00000004", "step-00000006"]
+
+
+def test_a_full_disk_is_named_and_other_failures_of_writing_stay_what_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "made"
+    named = rf"rank 0: {folder} cannot be written: its disk is full"
+    with pytest.raises(CheckpointError, match=named), full_disk_is_an_error(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(RuntimeError, match="something else"), full_disk_is_an_error(folder):
+        raise RuntimeError("something else")

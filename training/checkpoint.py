@@ -5,11 +5,13 @@ A folder without COMMIT.json does not exist to a reader, and every byte is check
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ FOLDER = "checkpoints"
 COMMIT = "COMMIT.json"
 RECEIPT_TIMEOUT_S = 1800.0
 SPOOL = "metrics.jsonl"
+FULL_BYTES = 1 << 20  # what a failed write may leave
 
 
 @dataclass
@@ -155,6 +158,21 @@ def fetch_file(point: StartingPoint, file: StoredFile, target: Path, *, below: s
             f"{where} is damaged: sha256 {found[:12]} over {target.stat().st_size} bytes, {COMMIT} says "
             f"{file.sha256[:12]} over {file.size}; {_older(point.store, point.folder)}"
         )
+
+
+@contextlib.contextmanager
+def full_disk_is_an_error(folder: Path) -> Iterator[None]:
+    """CheckpointError when writing below `folder` fails for want of space; torch gives no reason for a failed write."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+        if free >= FULL_BYTES and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"rank {place().rank}: {folder} cannot be written: its disk is full ({free} bytes are free); free some, or "
+            "give another run.scratch, and run again to go on from the last commit"
+        ) from error
 
 
 class Checkpoints:

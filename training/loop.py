@@ -26,6 +26,7 @@ from training.checkpoint import (
     StartingPoint,
     check_fits,
     commit_hash,
+    full_disk_is_an_error,
     starting_point,
 )
 from training.collectives import barrier, from_main, gather, place
@@ -260,9 +261,10 @@ def save_checkpoint(run: Run, done: int, state: State, metrics: dict[str, float]
     with run.meter.saving():
         run.checkpoints.wait()
         local = run.checkpoints.local_folder(done)
-        run.engine.save(local)
-        run.tracker.snapshot(local / SPOOL)
-        run.spikes.snapshot(local / SPIKES)
+        with full_disk_is_an_error(local):
+            run.engine.save(local)
+            run.tracker.snapshot(local / SPOOL)
+            run.spikes.snapshot(local / SPIKES)
         commit = Commit(
             schema=SCHEMA,
             step=done,
