@@ -10,10 +10,11 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from brain_models.errors import ScanError
@@ -27,7 +28,8 @@ from data_sharding.packing import PackRequest
 from data_sharding.plan import SetPlan
 from data_sharding.registration import RegistrationConfig, register_bold, register_t1
 from data_sharding.remote import UnreachableError, fetched
-from data_sharding.scan_process import ONE_THREAD
+from data_sharding.scan_process import ONE_THREAD, die_with_parent
+from data_sharding.writer import scratch_folder
 
 
 @dataclass
@@ -80,8 +82,7 @@ def _groups(requests: list[PackRequest]) -> list[Group]:
 def register_group(group: Group, out: str, registration: RegistrationConfig, limits: LimitsConfig) -> None:
     """Registers what is missing of a group, in a process of its own, and stores what came of it."""
     store = store_for(out)
-    with tempfile.TemporaryDirectory(prefix="callosum-registration-") as folder:
-        scratch = Path(folder)
+    with scratch_folder() as scratch:
         for name in group.names:
             if store.exists(transform_name(name)):
                 store.get_file(transform_name(name), scratch / f"{name}.npz")
@@ -97,9 +98,12 @@ def _run(scratch: Path, *, timeout_s: float) -> str:
     """What to say of scans that then have neither transform nor reason."""
     environment = os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
-    command = [sys.executable, "-m", "data_sharding.alignment", str(scratch)]
+    command = [sys.executable, "-m", "data_sharding.alignment", str(scratch), str(os.getpid())]
+    run = partial(subprocess.run, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = run(command)
+        if done.returncode == -signal.SIGKILL:  # as in scan_process: only scans that die of it twice are to blame
+            done = run(command)
     except subprocess.TimeoutExpired:
         return f"took longer than {timeout_s:.0f} s (limits.timeout_s a scan); raise it"
     if (scratch / "unreachable").exists():
@@ -152,4 +156,6 @@ def serve(scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    die_with_parent()
+    if os.getppid() == int(sys.argv[2]):  # else it died while this process still imported
+        serve(Path(sys.argv[1]))

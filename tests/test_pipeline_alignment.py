@@ -5,6 +5,7 @@ The registration itself is replaced here by known transforms; tests/test_registr
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,22 @@ def test_registered_scans_in_place_equal_scans_given_there(
         scan_id = "sub-03_t1" if kind == schema.T1 else "sub-03_task-rest_bold"
         ours, theirs = npy(open_set(config.out), scan_id, kind)[0], npy(open_set(given.out), scan_id, kind)[0]
         np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=1e-3, atol=1e-3)
+
+
+def test_a_registration_that_somebody_killed_is_done_again_and_only_the_second_death_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task.json").write_text("{}")
+    codes: list[int] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, codes.pop(0), "", "")
+
+    monkeypatch.setattr(alignment.subprocess, "run", run)
+    for given, said, left in (([-9, 0, 7], "exit code 0", [7]), ([-9, -9, 7], "exit code -9", [7]), ([3, 7], "3", [7])):
+        codes[:] = given
+        assert alignment._run(tmp_path, timeout_s=1.0).endswith(said)
+        assert codes == left
 
 
 def test_a_template_that_is_not_the_spaces_must_be_allowed(raw: tuple[ShardingConfig, list[str]]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -29,8 +32,10 @@ from tests.helpers_heads import (
     scanned,
 )
 from tests.scans import save_scan
+from tests.test_pipeline_writing import descendants
 from tests.test_shards import contents
 
+FAULT_SECTION = "Writing a shard set"
 RUN, T1 = "sub-01_task-rest_bold", "sub-01_t1"
 SMALL = [
     "space=mni12",
@@ -109,6 +114,32 @@ def test_raw_scans_are_registered_by_the_command_and_stored_transforms_write_the
     regions = page.partition("Regions covered worst")[2].partition("Balance of the splits")[0]
     assert "<table>" in regions
     assert ("Affine registration only: a preview" in regions) == (kind == "affine")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", ["driver", "registration"])
+def test_a_kill_while_scans_are_registered_loses_none_of_them_and_leaves_no_process(
+    victim: str, raw: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    out = tmp_path / "set"
+    arguments = [f"source.root={raw}", "dataset=bids", "registration=affine", *SMALL, "cluster=inline", f"out={out}"]
+    with subprocess.Popen([sys.executable, "-m", "data_sharding", *arguments], stdout=subprocess.DEVNULL) as driver:
+        while not (below := [pid for pid, text in descendants(driver.pid).items() if "alignment" in text]):
+            assert driver.poll() is None
+            time.sleep(0.05)
+        time.sleep(3)
+        os.kill(driver.pid if victim == "driver" else below[0], signal.SIGKILL)
+        killed = time.monotonic()
+    deadline = time.monotonic() + 60  # a process that still imports ends behind its imports
+    while any(Path(f"/proc/{process}").exists() for process in below):
+        assert time.monotonic() < deadline, "the registration outlived its driver"
+        time.sleep(0.05)
+    assert command("data_sharding", *arguments).returncode == 0
+    record_property("fault", f"SIGKILL of the {victim}, one process")
+    record_property("when", "3 s into the registration")
+    record_property("recovery_s", time.monotonic() - killed)
+    assert verify(str(out)) == []
+    assert {path.name for path in (out / schema.TRANSFORMS).iterdir()} == {f"{RUN}.npz", f"{T1}.npz"}
 
 
 @pytest.mark.faults
