@@ -91,7 +91,7 @@ class Stem(nn.Module):
 
     def by_token(self, values: Float[Tensor, "batch time voxel"]) -> Float[Tensor, "batch token feature"]:
         """Returns packed values gathered by token, frames-major inside a token; 0 outside the brain."""
-        places = values[:, :, self.gather] * self.is_valid
+        places = values[:, :, self.gather].mul_(self.is_valid)
         return rearrange(
             places,
             "batch (tubelet frame) patch place -> batch (tubelet patch) (frame place)",

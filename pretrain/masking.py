@@ -51,14 +51,18 @@ def hidden_patches(hidden_share: float, num_patches: int) -> int:
     return round(hidden_share * num_patches)
 
 
-def random_bits(sample_seed: Int64[Tensor, "batch"], count: int, *, stream: int) -> Int64[Tensor, "batch count"]:
+def stream_offsets(count: int, *, stream: int) -> Int64[Tensor, "count"]:
+    """What `random_bits` adds to a seed at each position. Made once: compilers work such products out with numbers that
+    do not wrap, and fail."""
+    return (torch.arange(1, count + 1) + (stream << 40)) * -7046029254386353131
+
+
+def random_bits(sample_seed: Int64[Tensor, "batch"], offsets: Int64[Tensor, "count"]) -> Int64[Tensor, "batch count"]:
     """Uniform integers in [0, 2^31), a hash of (seed, stream, position): no state, so no sample depends on another.
 
     SplitMix64 (Steele, Lea, Flood 2014) in wrapping int64: the same numbers on CPU and GPU, without a host round trip.
     """
-    position = torch.arange(count, device=sample_seed.device) + (stream << 40)
-    start = _mix(sample_seed)
-    return _mix(rearrange(start, "batch -> batch 1") + (position + 1) * -7046029254386353131) & 0x7FFFFFFF
+    return _mix(rearrange(_mix(sample_seed), "batch -> batch 1") + offsets) & 0x7FFFFFFF
 
 
 def _mix(state: Int64[Tensor, "*any"]) -> Int64[Tensor, "*any"]:
@@ -167,6 +171,8 @@ class Masker(nn.Module):
 
     regions: Int64[Tensor, "patch choice"]
     eligible: Bool[Tensor, "patch"]
+    key_offsets: Int64[Tensor, "key"]
+    region_offsets: Int64[Tensor, "region"]
 
     def __init__(
         self,
@@ -186,6 +192,10 @@ class Masker(nn.Module):
         self.num_hidden = hidden_patches(config.hidden_share, self.num_patches) * num_tubelets
         self.register_buffer("regions", regions_of_patches(membership, config.rule, columns.allowed), persistent=False)
         self.register_buffer("eligible", eligible_patches(membership, config, columns), persistent=False)
+        self.by_patch = self.kind in ("tube", "region")
+        num_keys = self.num_patches if self.by_patch else self.num_tokens
+        self.register_buffer("key_offsets", stream_offsets(num_keys, stream=0), persistent=False)
+        self.register_buffer("region_offsets", stream_offsets(self.num_regions, stream=1), persistent=False)
 
     @property
     def num_tokens(self) -> int:
@@ -194,7 +204,7 @@ class Masker(nn.Module):
     def choose(self, sample_seed: Int64[Tensor, "batch"]) -> TokenChoice:
         """Each sample's hidden and visible tokens, a function of its own seed only."""
         order = self.sort_keys(sample_seed).argsort(dim=1, stable=True)
-        if self.kind in ("tube", "region"):
+        if self.by_patch:
             first_token = torch.arange(self.num_tubelets, device=order.device) * self.num_patches
             order = rearrange(order, "batch patch -> batch patch 1") + first_token
             order = rearrange(order, "batch patch tubelet -> batch (patch tubelet)")
@@ -206,22 +216,20 @@ class Masker(nn.Module):
 
         The low 31 bits are random and break ties, so what crosses the budget is trimmed at random.
         """
-        by_patch = self.kind in ("tube", "region")
-        num_keys = self.num_patches if by_patch else self.num_tokens
-        keys = random_bits(sample_seed, num_keys, stream=0)
+        keys = random_bits(sample_seed, self.key_offsets)
         if self.kind == "region":
             keys = keys + (self._region_numbers(sample_seed) << 31)
         elif self.kind == "future":
             tubelets_left = torch.arange(self.num_tubelets - 1, -1, -1, device=keys.device)
             keys = keys + (repeat(tubelets_left, "tubelet -> (tubelet patch)", patch=self.num_patches) << 31)
         eligible = self.eligible
-        if not by_patch:
+        if not self.by_patch:
             eligible = repeat(eligible, "patch -> (tubelet patch)", tubelet=self.num_tubelets)
         return torch.where(eligible, keys, _NEVER)
 
     def _region_numbers(self, sample_seed: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch patch"]:
         """The number a patch inherits: the lowest among its regions; unreachable patches get one above all."""
-        numbers = random_bits(sample_seed, self.num_regions, stream=1)
+        numbers = random_bits(sample_seed, self.region_offsets)
         above_all = torch.full_like(numbers[:, :1], 1 << 31)
         numbers = torch.cat([numbers, above_all], dim=1)
         return numbers[:, self.regions].amin(dim=2)

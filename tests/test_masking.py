@@ -14,6 +14,7 @@ from pretrain.masking import (
     random_bits,
     reachable,
     regions_of_patches,
+    stream_offsets,
 )
 from pretrain.reach import reach_of_groups
 from tests.phantom_spaces import AAL3_LABELS, aal3_like, aal3_like_sizes
@@ -87,8 +88,8 @@ def test_random_bits_are_the_published_splitmix64_and_uniform() -> None:
     gamma = 0x9E3779B97F4A7C15
     for seed in (-5, 0, 2**62 + 12345):
         expected = [mix((mix(seed % 2**64) + (place + 1) * gamma) % 2**64) & 0x7FFFFFFF for place in range(5)]
-        assert random_bits(torch.tensor([seed]), 5, stream=0)[0].tolist() == expected
-    numbers = random_bits(SEEDS, 50, stream=1).double() / 2**31
+        assert random_bits(torch.tensor([seed]), stream_offsets(5, stream=0))[0].tolist() == expected
+    numbers = random_bits(SEEDS, stream_offsets(50, stream=1)).double() / 2**31
     assert abs(float(numbers.mean()) - 0.5) < 0.01
     assert abs(float(numbers.var()) - 1 / 12) < 0.003
 
