@@ -17,6 +17,7 @@ from ray.train.backend import BackendConfig
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 
@@ -71,9 +72,10 @@ class BoundTorchConfig(TorchConfig):
 
 
 class BoundTorchTrainer(TorchTrainer):
-    """TorchTrainer without the actor that frees workers of a controller that died: it costs one more import of torch,
-    asks a dashboard that an embedded Ray has not, complains every second, and the end of the job frees them anyway."""
+    """TorchTrainer without two helpers that cost seconds at every start: the actor that frees workers of a controller
+    that died (one more import of torch; it asks a dashboard that an embedded Ray has not, complains every second, and
+    the end of the job frees them anyway), and the one that hands out Ray Data sets, of which there are none."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # TorchTrainer is V1 or V2, by environment
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback | DatasetsCallback)]
