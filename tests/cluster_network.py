@@ -28,7 +28,7 @@ S3_ADDRESS, MLFLOW_ADDRESS = f"{SUBNET}.240", f"{SUBNET}.241"
 MLFLOW_USER, MLFLOW_PASSWORD = "admin", "plantedPassword/71c0d2"
 OBJECT_STORE_BYTES = 80_000_000
 TAG = "callosumtest"
-STARTS_WITHIN_S = 120.0
+STARTS_WITHIN_S = 240.0
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 
 
@@ -252,8 +252,9 @@ class Network:
         host = self.hosts.get(name) or self.add_host(name, f"{SUBNET}.{number}")
         command = ["ray", "start", "--block", f"--node-ip-address={host.address}", f"--num-cpus={num_cpus}"]
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+        command += [f"--temp-dir={self.ray_folder}/{name}"]  # each has a disk of its own
         if is_head:
-            command += ["--head", f"--port={GCS_PORT}", "--dashboard-host=127.0.0.1", f"--temp-dir={self.ray_folder}"]
+            command += ["--head", f"--port={GCS_PORT}", "--dashboard-host=127.0.0.1"]
         else:
             command += [f"--address={self.hosts['head'].address}:{GCS_PORT}"]
         log = self.folder / f"{name}.log"
@@ -302,7 +303,7 @@ class Network:
         log.unlink(missing_ok=True)
         (self.folder / "job").mkdir(exist_ok=True)
         submit = ("ray", "job", "submit", "--submission-id", name, "--working-dir", "job", "--")
-        return Job(name, self.hosts["head"].popen(*submit, *command, log=log), log, self.ray_folder)
+        return Job(name, self.hosts["head"].popen(*submit, *command, log=log), log, self.ray_folder / "head")
 
 
 @dataclass
@@ -312,7 +313,7 @@ class Job:
     name: str
     process: subprocess.Popen[bytes]
     log: Path  # of that process
-    ray_folder: Path
+    ray_folder: Path  # of the head
 
     @property
     def text(self) -> str:
@@ -321,17 +322,17 @@ class Job:
         log = found[-1] if found else self.log
         return re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
 
-    def wait(self, timeout_s: float = 240) -> int:
+    def wait(self, timeout_s: float = 500) -> int:
         """The job's exit status."""
         return self.process.wait(timeout_s)
 
-    def succeeded(self, timeout_s: float = 240) -> str:
+    def succeeded(self, timeout_s: float = 500) -> str:
         """Its log, after it ended well."""
         status = self.wait(timeout_s)
         assert status == 0, f"{self.name} ended with {status}:\n{self.text[-6000:]}"
         return self.text
 
-    def wait_for(self, pattern: str, timeout_s: float = 240) -> float:
+    def wait_for(self, pattern: str, timeout_s: float = 500) -> float:
         """When (time.monotonic) the log first matched the pattern, to a tenth of a second."""
         deadline = time.monotonic() + timeout_s
         while not re.search(pattern, self.text, flags=re.MULTILINE):
