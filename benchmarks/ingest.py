@@ -10,7 +10,6 @@ configs/data_sharding.yaml, standardising, quality, checksums and the tar. The s
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -252,7 +251,9 @@ def pack_once(path: Path, spacing_mm: float) -> None:
     started, started_cpu = time.perf_counter(), time.process_time()
     pack(path, context)
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: a process starts with the peak of the one that started it.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak_bytes = int(status["VmHWM"].split()[0]) * 1024
     print(json.dumps({"wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak_bytes}))
 
 
