@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -332,15 +332,14 @@ class Job:
         assert status == 0, f"{self.name} ended with {status}:\n{self.text[-6000:]}"
         return self.text
 
-    def wait_for(self, pattern: str, timeout_s: float = 500) -> float:
-        """When (time.monotonic) the log first matched the pattern, to a tenth of a second."""
+    def wait_until(self, is_reached: Callable[[], bool], what: str, timeout_s: float = 500) -> None:
+        """Returns, within a tenth of a second, when something is there that the running job makes."""
         deadline = time.monotonic() + timeout_s
-        while not re.search(pattern, self.text, flags=re.MULTILINE):
+        while not is_reached():
             ended = self.process.poll()
-            assert ended is None, f"{self.name} ended with {ended} before {pattern!r}:\n{self.text[-6000:]}"
-            assert time.monotonic() < deadline, f"{self.name}: no {pattern!r}:\n{self.text[-6000:]}"
+            assert ended is None, f"{self.name} ended with {ended} before {what}:\n{self.text[-6000:]}"
+            assert time.monotonic() < deadline, f"{self.name}: no {what}:\n{self.text[-6000:]}"
             time.sleep(0.1)
-        return time.monotonic()
 
 
 @contextlib.contextmanager
