@@ -19,7 +19,8 @@ NUM_SLICES = 7
 PIXELS_A_VOXEL = 4  # outlines are a pixel wide, so voxels are drawn larger
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
+    """How every figure of a report looks, the same bytes every time."""
     return matplotlib.rc_context(
         {
             "svg.hashsalt": "callosum",  # otherwise element ids are random and no two reports are equal
@@ -33,7 +34,7 @@ def _style() -> AbstractContextManager[None]:
 
 def distribution(groups: Mapping[str, np.ndarray], *, label: str, limit: float | None) -> str:
     """Stacked counts of a number by group, as SVG; a dotted line where an acceptance rule would refuse."""
-    with _style():
+    with style():
         figure = Figure(figsize=(3.6, 2.2))
         axes = figure.add_subplot()
         known = {name: values for name, values in groups.items() if len(values)}
@@ -50,7 +51,7 @@ def distribution(groups: Mapping[str, np.ndarray], *, label: str, limit: float |
             axes.legend(frameon=False, fontsize=7)
         axes.set_xlabel(label)
         axes.set_ylabel("scans")
-        return _as_svg(figure)
+        return as_svg(figure)
 
 
 def slices(
@@ -61,7 +62,7 @@ def slices(
     labels = None if outlines is None else _on_grid(outlines, space, outside=0)
     heights = np.flatnonzero(_on_grid(np.ones(space.num_voxels), space, outside=0).any(axis=(0, 1)))
     chosen = heights[(np.linspace(0.12, 0.9, NUM_SLICES) * (len(heights) - 1)).astype(int)]
-    with _style():
+    with style():
         figure = Figure(figsize=(9.0, 1.75), facecolor="black")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, NUM_SLICES)
@@ -98,9 +99,11 @@ def _edges(labels: np.ndarray) -> np.ndarray:
     return edges
 
 
-def _as_svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """The figure as an <svg> element."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    with style():
+        figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 

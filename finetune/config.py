@@ -9,6 +9,7 @@ from cluster.config import ClusterConfig
 from data_sharding.reader import DataConfig
 from finetune.baselines import LogisticConfig
 from finetune.evaluation import BootstrapConfig
+from finetune.paired import Metric
 from finetune.tasks.adhd_classification import AdhdConfig
 from training.config import RunConfig, TrainConfig
 
@@ -49,3 +50,24 @@ class PredictConfig:
     brain_masks: bool  # look for a desc-brain_mask beside each scan
     uri: str
     out: str
+
+
+@dataclass
+class ModeConfig:
+    """How far an encoder is adapted: task.unfreezing's keys of the same names, which it replaces."""
+
+    first_block_opens_at_step: int  # train.steps: never
+    steps_per_block: int
+
+
+@dataclass
+class CompareConfig(FinetuneConfig):
+    """One run of `python -m finetune.compare`: its own keys, and fine-tuning's for every cell.
+
+    `encoder` is the arm that the others are compared with, by name; 'first' for the first.
+    """
+
+    encoders: list[str] | dict[str, list[str]]  # one an arm, or by arm: one a pretraining seed, in the same order
+    seeds: list[int]  # of fine-tuning: order, folds and drop-out
+    modes: dict[str, ModeConfig]
+    metric: Metric

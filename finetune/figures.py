@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-
-import matplotlib
-
-matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data_sharding.report_figures import COLOURS, as_svg, style
 from finetune.evaluation import Scores, auroc, roc_curve
 
 Curve = Sequence[tuple[int, float]]
 
-COLOURS = ("#1f4e79", "#c0504d", "#7f9a48", "#8064a2", "#d9962b", "#4bacc6")
-
-
-def _style() -> AbstractContextManager[None]:
-    return matplotlib.rc_context(
-        {
-            "svg.hashsalt": "callosum",  # otherwise element ids are random and no two reports are equal
-            "svg.fonttype": "none",
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
-
-
-def _as_svg(figure: Figure) -> str:
-    with _style():
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
-
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    with _style():
+    with style():
         figure = Figure(figsize=(width, height))
         return figure, figure.add_subplot()
 
@@ -62,7 +35,7 @@ def curves(lines: Mapping[str, Curve], *, label: str, marks: Mapping[str, int]) 
     axes.set_ylabel(label)
     if lines:
         axes.legend(frameon=False, fontsize=8)
-    return _as_svg(figure)
+    return as_svg(figure)
 
 
 def roc(classifiers: Mapping[str, Scores]) -> str:
@@ -76,7 +49,7 @@ def roc(classifiers: Mapping[str, Scores]) -> str:
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
     axes.legend(frameon=False, fontsize=7, loc="lower right")
-    return _as_svg(figure)
+    return as_svg(figure)
 
 
 def scores_by_site(scores: Scores, *, threshold: float) -> str:
@@ -93,4 +66,4 @@ def scores_by_site(scores: Scores, *, threshold: float) -> str:
     axes.set_xticks(range(len(sites)), sites)
     axes.set_ylabel("score (logit)")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _as_svg(figure)
+    return as_svg(figure)

@@ -13,7 +13,7 @@ from configs.parse import ConfigError, parse
 from data_sharding.config import ShardingConfig
 from data_sharding.phantom.config import PhantomConfig
 from data_sharding.source_phantoms.__main__ import SourcePhantomConfig
-from finetune.config import FinetuneConfig, PredictConfig
+from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from pretrain.config import PretrainConfig
 
 
@@ -74,6 +74,7 @@ PARTS = {
     "source_phantoms": (SourcePhantomConfig, ["out=a"]),
     "pretrain": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
     "finetune": (FinetuneConfig, ["shards=a", "encoder=models:/a@candidate", "run.folder=b"]),
+    "finetune.compare": (CompareConfig, ["shards=a", "encoders=[a@x,b@x]", "run.folder=b"]),
     "finetune.predict": (PredictConfig, ["classifier=models:/a@candidate", "scans=[a]", "out=b.csv"]),
 }
 # Which commands a group's files belong to; an experiment says it itself, by the command in its header.

@@ -20,7 +20,8 @@ from data_sharding.build import build
 from data_sharding.config import ShardingConfig
 from data_sharding.phantom import PhantomConfig, write_phantom
 from data_sharding.reader import ShardSet, open_set
-from finetune.config import FinetuneConfig, PredictConfig
+from finetune import compare
+from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from finetune.connectomes import read_connectomes
 from finetune.errors import FinetuneError
 from finetune.evaluation import BootstrapConfig, Scores, evaluate
@@ -34,6 +35,7 @@ from training.errors import TrainingError
 from training.seen_subjects import hash_subject, overlap, read_seen, write_seen
 
 NUM_SUBJECTS = 32
+TWINS = "{one:[models:/tiny@candidate],other:[models:/twin@candidate]}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ class Place:
             "bootstrap.num_resamples=100",
         ]
         return parse(compose("finetune", fixed + list(overrides)), FinetuneConfig)
+
+    def comparison(self, *overrides: str, encoders: str = TWINS) -> CompareConfig:
+        fixed = [f"shards={self.shards}", f"run.folder={self.folder}/compare", f"run.scratch={self.folder}/scratch"]
+        fixed += [f"train.tracking.uri={self.uri}", "engine=plain", "cluster=inline", "bootstrap.num_resamples=100"]
+        fixed += ["train.steps=2", "train.schedule.warmup_steps=1", "train.checkpoint.every_steps=2"]
+        fixed += ["train.evaluation.every_steps=2"]
+        fixed += ["data.batch_size=4", "data.num_workers=0", "task.head.num_channels=2", "task.num_windows=8"]
+        fixed += [f"encoders={encoders}", "seeds=[0,1]"]
+        return parse(compose("finetune.compare", fixed + list(overrides)), CompareConfig)
 
 
 def write_backbone(folder: Path, shard_set: ShardSet) -> Path:
@@ -239,3 +250,90 @@ def test_scans_are_found_in_folders_and_patterns_and_nothing_found_is_an_error(p
     assert table["brain_mask"][0].endswith("_desc-brain_mask.nii.gz")
     with pytest.raises(FinetuneError, match=r"nothing matches .*/nobody; give files"):
         find_scans([f"{place.scans}/nobody"])
+
+
+@pytest.fixture(scope="module")
+def compared(place: Place) -> CompareConfig:
+    """A comparison of one encoder under two names, made."""
+    backbone, tags = place.folder / "backbone", {"callosum.masking": "region 0.5"}
+    registry.register(
+        backbone, name="twin", tags=tags, alias="candidate", uri=place.uri, run_id=None, experiment="test"
+    )
+    config = place.comparison()
+    assert compare.validate(config) == []
+    compare.run(config)
+    return config
+
+
+def test_one_encoder_under_two_names_shows_no_difference_in_any_mode(place: Place, compared: CompareConfig) -> None:
+    folder = place.folder / "compare"
+    rows = list(csv.DictReader((folder / "comparison.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(row["kind"], row["mode"], row["arm"]) for row in rows] == [
+        ("arm", "probe", "one"),
+        ("arm", "probe", "other"),
+        ("arm", "full", "one"),
+        ("arm", "full", "other"),
+        ("arm", "baseline", "connectivity + logistic"),
+        ("arm", "baseline", "site alone"),
+        ("difference", "probe", "other"),
+        ("difference", "full", "other"),
+    ]
+    for row in rows[-2:]:
+        assert [float(row[end]) for end in ("value", "low", "high", "p_corrected")] == [0, 0, 0, 1]
+        assert row["verdict"].startswith("no difference shown")
+    page = (folder / "comparison.md").read_text(encoding="utf-8")
+    assert "One pretraining seed an arm" in page
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_cell_is_scored_on_the_test_split_once_with_its_own_seed_and_mode(
+    place: Place, compared: CompareConfig
+) -> None:
+    cells = (place.folder / "compare/cells.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert len(cells) == 2 * 2 * 2
+    for mode, opens_at_step in (("probe", 2), ("full", 0)):
+        for seed in (0, 1):
+            record = json.loads((place.folder / f"compare/cells/one-0-{mode}-seed{seed}/run.json").read_text())[
+                "config"
+            ]
+            assert record["task.unfreezing.first_block_opens_at_step"] == opens_at_step
+            assert record["task.probe.seed"] == record["data.seed"] == record["train.seed"] == seed
+            assert record["encoder"] == "models:/tiny/1"
+
+
+def test_a_comparison_goes_on_with_the_cells_that_are_missing(
+    place: Place, compared: CompareConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = place.folder / "compare"
+    before = (folder / "cells.csv").read_bytes()
+    (folder / "cells/other-0-full-seed1/scores.csv").unlink()
+    assert "8: 2 arms x 1 encoders x 2 modes x 2 seeds; 7 done" in compare.plan(compared)
+    compare.run(compared)
+    printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("cell ")]
+    assert printed == ["done"] * 7 + ["runs"]
+    assert (folder / "cells.csv").read_bytes() == before
+
+
+def test_an_encoder_that_saw_test_subjects_is_refused(place: Place, tmp_path: Path) -> None:
+    shard_set = open_set(str(place.shards))
+    write_backbone(tmp_path / "seen", shard_set)
+    write_seen(tmp_path / "seen", set(shard_set.runs("bold", ["test"])["subject"]))
+    problems = compare.validate(place.comparison(encoders=f"[models:/tiny@candidate,{tmp_path}/seen]"))
+    assert len(problems) == 1
+    assert "was pretrained on 10 of 10 test subjects" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("encoders", "overrides", "message"),
+    [
+        ("[models:/tiny@candidate]", [], "encoders: 1 arm; give at least two"),
+        ("[a@x,a@x]", [], "a@x is there twice; name arms"),
+        ("{one:[a@x,b@x],two:[c@x]}", [], "one 2, two 1; give every arm equally many"),
+        (TWINS, ["encoder=three"], "three is none of the arms one, other"),
+        (TWINS, ["seeds=[1,1]"], "seeds: [1, 1]; give at least one, each once"),
+    ],
+)
+def test_what_is_no_comparison_is_refused_with_what_to_do(
+    place: Place, encoders: str, overrides: list[str], message: str
+) -> None:
+    assert message in "\n".join(compare.validate(place.comparison(*overrides, encoders=encoders)))

@@ -167,7 +167,10 @@ def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_stat
     assert "failed" in failing.stderr
 
 
-@pytest.mark.parametrize("part", ["data_sharding", "data_sharding.phantom", "pretrain", "finetune", "finetune.predict"])
+@pytest.mark.parametrize(
+    "part",
+    ["data_sharding", "data_sharding.phantom", "pretrain", "finetune", "finetune.compare", "finetune.predict"],
+)
 def test_the_first_screen_of_help_says_purpose_example_and_required_overrides(part: str, folder: Path) -> None:
     page = run(f"python -m {part} --help", folder)
     first_screen = "\n".join(page.splitlines()[:24])

@@ -1,0 +1,114 @@
+"""Cells become readings, readings become tables: without training anything."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs.entry import compose
+from configs.parse import parse
+from finetune.cells import Answer, Cell, arms_of, cell_config, cells_of, readings
+from finetune.comparison import Comparison, as_markdown, compare
+from finetune.comparison_figure import draw
+from finetune.config import CompareConfig
+from finetune.errors import FinetuneError
+from finetune.evaluation import Scores, within_site_auroc
+from finetune.report import MODEL
+
+NUM_SUBJECTS = 48
+TWO_SEEDS = "{random:[r0@x,r1@x],region:[g0@x,g1@x],tube:[t0@x,t1@x]}"
+
+
+def make_config(*overrides: str, encoders: str = TWO_SEEDS) -> CompareConfig:
+    fixed = ["shards=a", f"encoders={encoders}", "run.folder=b", "seeds=[3,4,5]", "bootstrap.num_resamples=200"]
+    return parse(compose("finetune.compare", [*fixed, *overrides]), CompareConfig)
+
+
+def make_answer(cell: Cell, strength: float) -> Answer:
+    generator = np.random.default_rng([len(cell.arm), cell.number, cell.seed])
+    is_case = np.arange(NUM_SUBJECTS) // 3 % 2 == 0
+    names = tuple(f"s{index:02d}" for index in range(NUM_SUBJECTS))
+    sites = np.tile(["a", "b", "c"], NUM_SUBJECTS // 3)
+    values = strength * is_case + np.random.default_rng(0).normal(size=NUM_SUBJECTS)
+    scores = Scores(names, values + 0.2 * generator.normal(size=NUM_SUBJECTS), is_case, sites)
+    return Answer({MODEL: scores, "site alone": Scores(names, np.zeros(NUM_SUBJECTS), is_case, sites)}, 0)
+
+
+def make_answers(config: CompareConfig, strengths: dict[str, float]) -> dict[Cell, Answer]:
+    return {cell: make_answer(cell, strengths[cell.arm]) for cell in cells_of(config)}
+
+
+@pytest.fixture(scope="module")
+def found() -> Comparison:
+    config = make_config()
+    answers = make_answers(config, {"random": 0.5, "region": 2.0, "tube": 0.5})
+    unknown = next(cell for cell in answers if cell.arm == "tube")
+    return compare(config, answers | {unknown: dataclasses.replace(answers[unknown], num_seen=None)})
+
+
+def test_units_are_encoders_where_an_arm_has_several_and_seeds_where_it_has_one() -> None:
+    several = make_config()
+    answers = make_answers(several, dict.fromkeys(arms_of(several), 1.0))
+    table = readings(answers, "full").values["region"]
+    assert table.shape == (2, 3, NUM_SUBJECTS)
+    expected = answers[Cell("region", 1, "g1@x", "full", 5)].scores[MODEL].values
+    np.testing.assert_array_equal(table[1, 2], expected)
+    one = make_config(encoders="[a@x,b@x]")
+    table = readings(make_answers(one, dict.fromkeys(arms_of(one), 1.0)), "probe").values["b@x"]
+    assert table.shape == (3, 1, NUM_SUBJECTS)
+
+
+def test_a_cell_differs_from_another_only_by_encoder_seed_mode_and_place() -> None:
+    config = make_config("encoder=region")
+    cells = cells_of(config)
+    assert len({cell.folder for cell in cells}) == len(cells) == 3 * 2 * 2 * 3
+    assert cells[0].arm == "region"  # the reference is first
+    run = cell_config(config, cells[-1])
+    assert (run.encoder, run.train.seed, run.data.seed, run.task.probe and run.task.probe.seed) == ("t1@x", 5, 5, 5)
+    assert run.train.run.folder == run.run.folder == "b/cells/tube-1-full-seed5"
+    assert run.task.unfreezing.first_block_opens_at_step == 0
+    probe = cell_config(config, next(cell for cell in cells if cell.mode == "probe"))
+    assert probe.task.unfreezing.first_block_opens_at_step == config.train.steps
+
+
+def test_a_better_arm_is_called_better_and_an_equal_one_is_not(found: Comparison) -> None:
+    verdicts = {(row.mode, row.arm): row.verdict for row in found.rows if row.kind == "difference"}
+    assert verdicts["probe", "region"].startswith("better by")
+    assert verdicts["full", "region"].startswith("better by")
+    assert verdicts["full", "tube"].startswith("no difference shown")
+    assert len(verdicts) == 4
+
+
+def test_a_row_is_the_mean_of_its_cells_and_baselines_stand_beside(found: Comparison) -> None:
+    row = next(row for row in found.rows if (row.kind, row.mode, row.arm) == ("arm", "full", "region"))
+    of_cells = [value for mode, arm, _, _, value in found.cells if (mode, arm) == ("full", "region")]
+    assert row.value == pytest.approx(np.mean(of_cells))
+    scores = make_answer(Cell("region", 0, "g0@x", "full", 3), 2.0).scores[MODEL]
+    assert of_cells[0] == pytest.approx(within_site_auroc(scores.values, scores.is_case, scores.sites))
+    site = next(row for row in found.rows if row.arm == "site alone")
+    assert (site.mode, site.value) == ("baseline", 0.5)
+
+
+def test_an_encoder_that_does_not_say_whom_it_saw_is_marked_in_its_row(found: Comparison) -> None:
+    marks = {(row.mode, row.arm): row.verdict for row in found.rows if row.kind == "arm"}
+    assert marks["probe", "tube"] == "NOT KNOWN whether its encoder saw test subjects"
+    assert marks["probe", "random"] == ""
+    assert "| probe | tube |" in as_markdown(found)
+
+
+def test_the_figure_is_a_picture_and_the_same_bytes_every_time(found: Comparison) -> None:
+    first = draw(found)
+    assert first.startswith(b"\x89PNG")
+    assert first == draw(found)
+
+
+def test_cells_scored_on_different_subjects_are_refused() -> None:
+    config = make_config()
+    answers = make_answers(config, dict.fromkeys(arms_of(config), 1.0))
+    last = [*answers][-1]
+    scores = answers[last].scores[MODEL]
+    other = Scores(("x", *scores.subjects[1:]), scores.values, scores.is_case, scores.sites)
+    with pytest.raises(FinetuneError, match="scored on other subjects than the first cell"):
+        readings(answers | {last: Answer({MODEL: other}, 0)}, last.mode)
