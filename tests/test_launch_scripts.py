@@ -1,0 +1,95 @@
+"""The launch scripts do what a reader would type: checked by bash, composed, and once run on a small phantom."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/launch/*.sh"))
+INLINE = "engine=plain cluster=inline cluster.num_workers=1 data.num_workers=0"
+
+
+def bash(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=3600
+    )
+
+
+def passed(command: str, **variables: str) -> str:
+    done = bash(command, **variables)
+    assert done.returncode == 0, f"$ {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_launch_script_is_valid_bash_and_asks_for_its_shards(script: str) -> None:
+    passed(f"bash -n {script}")
+    without = bash(f"bash {script}", SHARDS="")
+    assert without.returncode != 0
+    assert "a shard set" in without.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("pretrain/launch/backbone.sh", "model=small", "  names:\n    bold: mine"),
+        ("finetune/launch/adhd.sh", "train.steps=7", "encoder: models:/callosum-bold@candidate"),
+    ],
+)
+def test_a_stage_passes_its_variables_and_arguments_on(script: str, arguments: str, expected: str) -> None:
+    shown = passed(f"bash {script} {arguments} --show", SHARDS="/somewhere", NAME="mine", OUT="/runs/one")
+    assert expected in shown
+    assert "folder: /runs/one" in shown
+    assert "name: mine" in shown
+
+
+@pytest.mark.faults  # minutes: every stage is a process of its own
+def test_the_masking_experiment_and_both_stages_run_on_a_small_phantom_and_go_on_where_they_stopped(
+    tmp_path: Path,
+) -> None:
+    scans, shards = tmp_path / "bids", tmp_path / "shards"
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    passed(f"python -m data_sharding.phantom out={scans} num_subjects=40 num_frames=48 spacing_mm=12 t1_spacing_mm=12")
+    passed(
+        f"python -m data_sharding source.root={scans} out={shards} space=mni12 dataset=phantom_small cluster=inline "
+        "acceptance.min_coverage=0.2"
+    )
+    pretrain = (
+        f"experiment=quick_bold {INLINE} windows.bold.patch_voxels=2 train.steps=4 run.scratch={tmp_path}/scratch"
+    )
+    finetune = f"experiment=quick_adhd {INLINE} bootstrap.num_resamples=100 run.scratch={tmp_path}/scratch"
+    variables = {"SHARDS": str(shards), "TRACKING": tracking}
+    stages = {
+        **variables,
+        "OUT": f"{tmp_path}/masks",
+        "ARMS": "random region",
+        "SEEDS": "0 1",
+        "FINETUNE_SEEDS": "0",
+        "PRETRAIN": f"{pretrain} train.checkpoint.every_steps=4 train.evaluation.every_steps=4",
+        "FINETUNE": finetune,
+    }
+    first = passed("bash pretrain/launch/region_vs_random.sh", **stages)
+    table = (tmp_path / "masks/compare/comparison.md").read_text()
+    assert table in first
+    assert table.count("| region - random |") == 2
+    again = passed("bash pretrain/launch/region_vs_random.sh", **stages)
+    assert "step " not in again  # nothing is trained a second time
+    assert again.count(" is done") == 8
+    assert table in again
+
+    passed(f"bash finetune/launch/adhd.sh {finetune}", **variables, OUT=f"{tmp_path}/adhd", NAME="a",
+           ENCODER="models:/masks-region-1@candidate")  # fmt: skip
+    assert (tmp_path / "adhd/report.html").exists()
+    passed(f"bash pretrain/launch/backbone.sh {pretrain}", **variables, OUT=f"{tmp_path}/bold")
+    assert (tmp_path / "bold/bundle/model.yaml").exists()
