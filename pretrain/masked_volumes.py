@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from einops import reduce, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -41,6 +42,17 @@ class DecoderConfig:
 class ModelConfig:
     encoder: EncoderConfig
     decoder: DecoderConfig
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What was hidden of a batch, and how well it was guessed, voxel by voxel; 0 where not scored."""
+
+    encoded: Float[Tensor, "batch visible width"]
+    is_hidden: Bool[Tensor, "batch tubelet patch"]
+    is_scored: Bool[Tensor, "batch time voxel"]
+    truth: Float[Tensor, "batch time voxel"]  # about the training mean
+    squared: Float[Tensor, "batch time voxel"]
 
 
 class MaskedVolumes(Task):
@@ -115,6 +127,27 @@ class MaskedVolumes(Task):
         about the training mean, and the number of values they are summed over; per sample, the loss's weighted error,
         where there are sentinels the mean encoded token and a few single ones.
         """
+        part, found = self.set_named(batch.set_name), self.reconstruct(batch)
+        truth, is_scored = found.truth, found.is_scored
+        sums = {
+            "error": part.by_region(found.squared),
+            "total": part.by_region(truth.square() * is_scored),
+            "count": part.by_region(is_scored.float()),
+        }
+        if part.references is not None:
+            guesses = part.references.guess(batch.values.cpu(), batch.is_measured.cpu(), found.is_hidden.cpu())
+            for name, values in guesses.items():
+                sums[f"error_{name}"] = part.by_region((values.to(truth.device) - truth).square() * is_scored)
+        padding = self.num_columns - part.regions.num_columns
+        sums = {name: nn.functional.pad(values, (0, padding)) for name, values in sums.items()}
+        of_set = torch.full((len(truth),), self.names.index(part.name), device=truth.device)
+        sums |= {"weighted": (found.squared * part.voxel_weight).sum(dim=(1, 2)), "set": of_set}
+        if self.sentinels is not None:
+            sums |= sampled(found.encoded, self.sentinels.config.tokens_per_sample)
+        return sums
+
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """What is hidden of each sample, and how well each of its voxels is guessed."""
         part = self.set_named(batch.set_name)
         stem = self.encoder.stem(part.stem_name)
         choice = part.masker.choose(batch.sample_seed)
@@ -125,22 +158,27 @@ class MaskedVolumes(Task):
         is_scored = is_scored & batch.is_measured[:, None]
         truth = centre(batch.values, batch.is_measured, stem.voxel_offset)
         squared = (part.by_voxel(stem, guess, choice) * stem.voxel_scale - truth).square() * is_scored
-        sums = {
-            "error": part.by_region(squared),
-            "total": part.by_region(truth.square() * is_scored),
-            "count": part.by_region(is_scored.float()),
-        }
-        if part.references is not None:
-            guesses = part.references.guess(batch.values.cpu(), batch.is_measured.cpu(), is_hidden.cpu())
-            for name, values in guesses.items():
-                sums[f"error_{name}"] = part.by_region((values.to(truth.device) - truth).square() * is_scored)
-        padding = self.num_columns - part.regions.num_columns
-        sums = {name: nn.functional.pad(values, (0, padding)) for name, values in sums.items()}
-        of_set = torch.full((len(truth),), self.names.index(part.name), device=truth.device)
-        sums |= {"weighted": (squared * part.voxel_weight).sum(dim=(1, 2)), "set": of_set}
-        if self.sentinels is not None:
-            sums |= sampled(encoded, self.sentinels.config.tokens_per_sample)
-        return sums
+        return Reconstruction(encoded, is_hidden, is_scored, truth, squared)
+
+    def patch_errors(
+        self, batch: Batch, hidden: Bool[Tensor, "patch"]
+    ) -> tuple[Float[Tensor, "batch patch"], Float[Tensor, "batch patch"]]:
+        """With these patches hidden in all frames: squared error summed over each, 0 where visible; and the total
+        about the training mean, of all."""
+        part = self.set_named(batch.set_name)
+        stem = self.encoder.stem(part.stem_name)
+        choice = hiding(hidden, part.masker.num_tubelets, len(batch.weight))
+        features = self._features(batch)
+        scale = stem.by_token(stem.voxel_scale.expand(1, stem.tubelet_frames, -1)) * stem.measured(batch.is_measured)
+        by_patch = "batch (tubelet patch) feature -> batch patch"
+        patches = part.masker.num_patches
+        residual = self._guess(features, batch, choice).float() - at(features, choice.hidden)
+        error = (residual * at(scale, choice.hidden % patches)).square()
+        truth = features * scale.repeat(1, part.masker.num_tubelets, 1)
+        total = reduce(truth.square(), by_patch, "sum", patch=patches)
+        errors = torch.zeros_like(total)
+        errors[:, hidden] = reduce(error, by_patch, "sum", patch=int(hidden.sum()))
+        return errors, total
 
     def encode_visible(self, batch: Batch) -> Float[Tensor, "batch visible width"]:
         """The encoded tokens that `predict` guesses from."""
@@ -287,6 +325,12 @@ class MaskedVolumes(Task):
 def is_by_region(name: str) -> bool:
     """True for the predictions that have a column a region."""
     return name in ("error", "total", "count") or name.startswith("error_")
+
+
+def hiding(hidden: Bool[Tensor, "patch"], num_tubelets: int, num_samples: int) -> TokenChoice:
+    """These patches hidden in all tubelets of every sample."""
+    tokens = repeat(hidden, "patch -> (tubelet patch)", tubelet=num_tubelets)
+    return TokenChoice(*(torch.nonzero(one)[:, 0].expand(num_samples, -1) for one in (tokens, ~tokens)))
 
 
 def stem_names(sets: Mapping[str, SetSpec]) -> dict[str, StemName]:

@@ -16,11 +16,12 @@ import torch
 from brain_models import bundle
 from brain_models.bundle import Bundle, StemSpec
 from cluster.storage import store_for
+from pretrain.analysis.examined import WEIGHTS, save_weights
 from pretrain.config import PretrainConfig
 from pretrain.masked_volumes import MaskedVolumes
 from pretrain.references import fit_references, voxel_statistics
 from pretrain.sets import OpenedSet, open_sets, open_source, training_subset
-from pretrain.tables import Table, as_csv, as_report, reconstruction_table
+from pretrain.tables import Table, as_report, reconstruction_table
 from pretrain.untrained import open_sentinels
 from training import registry
 from training.collectives import place
@@ -46,8 +47,8 @@ def train(config: PretrainConfig) -> dict[str, object]:
     }
     summary = summarise(task, config, result, tables)
     if result.is_main:
+        summary["report"] = exporter.report(result, tables)
         exporter.publish(result, summary, tags)
-        exporter.store.put("report/reconstruction.csv", as_csv(tables).encode())
     return summary
 
 
@@ -137,6 +138,7 @@ class Exporter:
         self.sets = sets
         self.store = store_for(config.run.folder)
         self.folder = Path(config.run.scratch) / f"{config.run.name}-bundle-{time.time_ns()}"
+        self.weights = self.folder.with_suffix(".safetensors")  # of the whole task
 
     def export(self, task: Task) -> None:
         """Write the encoder as a bundle, locally and into the run folder."""
@@ -154,9 +156,18 @@ class Exporter:
                 made_by={"part": "pretrain", "run": self.config.run.name, "set": fingerprints},
             ),
         )
+        save_weights(task, self.weights)
+        self.store.put(WEIGHTS, self.weights)
         write_seen(self.folder, {subject for each in self.sets.values() for subject in each.training_subjects})
         for path in sorted(self.folder.iterdir()):
             self.store.put(f"bundle/{path.name}", path)
+
+    def report(self, result: FitResult, tables: Mapping[str, Table]) -> dict[str, object]:
+        """What the run says about itself: numbers for metrics.json, files in the run folder and in MLflow."""
+        from pretrain.analysis.runs import report_run  # needs matplotlib, scikit-learn and nibabel
+
+        run_id = result.mlflow_run_id
+        return report_run(self.config, self.sets, weights=self.weights, tables=tables, mlflow_run_id=run_id)
 
     def publish(self, result: FitResult, summary: dict[str, object], tags: Mapping[str, str]) -> None:
         """Register the bundle with its lineage and write metrics.json, last."""

@@ -79,6 +79,7 @@ def config_of(places: dict[str, str], folder: Path, *overrides: str, sets: str |
         "train.evaluation.subset=4",
         "train.tracking.every_steps=1",
         "train.tracking.uri=null",
+        "report.maps.num_samples=0",
     ]
     return parse(compose("pretrain", [*small, *overrides]), PretrainConfig)
 

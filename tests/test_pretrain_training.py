@@ -1,9 +1,11 @@
+import csv
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from brain_models import bundle
 from configs.entry import compose
@@ -54,6 +56,7 @@ def config_of(shards: str, folder: Path, *overrides: str, kind: str = "bold") ->
         "train.schedule.warmup_steps=5",
         "train.evaluation.every_steps=10",
         "train.tracking.uri=null",
+        "report.maps.num_samples=0",
     ]
     return parse(compose("pretrain", [*small, *overrides]), PretrainConfig)
 
@@ -87,6 +90,9 @@ def test_a_short_run_lowers_the_validation_loss_below_the_mean_and_its_bundle_lo
     assert report["mean"] == 0
     assert {"neighbour", "ridge", "groups", "regions"} <= report.keys()
     loaded = bundle.load(tmp_path / "run" / "bundle")
+    assert {"low", "high", "global_drift", "gain"} <= report.keys()
+    lines = list(csv.DictReader((tmp_path / "run" / "report" / "reconstruction.csv").read_text().splitlines()))
+    assert float(lines[0]["r2"]) == pytest.approx(report["r2"], abs=1e-6)
     stem = loaded.encoder.stem(config.kind)
     assert float(stem.voxel_offset.abs().max()) > 0
     assert loaded.stems[config.kind].window_frames == config.window_of(kind).window_frames
@@ -97,6 +103,8 @@ def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: 
     overrides = ["train.steps=6", f"train.tracking.uri={uri}", "train.evaluation.subset=4"]
     summary = train(config_of(shards, tmp_path, *overrides))
     assert summary["registered"] == "callosum-bold@candidate"
+    logged = MlflowClient(tracking_uri=uri).list_artifacts(str(summary["mlflow_run_id"]), "report")
+    assert [file.path for file in logged] == ["report/reconstruction.csv"]
     encoder = bundle.load(registry.pull("callosum-bold@candidate", tmp_path / "pulled", uri=uri)).encoder
     tags = registry.version_tags("callosum-bold@candidate", uri=uri)
     assert tags["callosum.set_fingerprint"] == open_set(shards).fingerprint

@@ -7,8 +7,40 @@ from pretrain.scores import IntervalConfig
 
 
 @dataclass
+class MapConfig:
+    """Maps of how well each voxel is guessed."""
+
+    num_samples: int | None  # windows of each final split, a fixed hashed subset; 0: no maps, null: the whole split
+
+
+@dataclass
+class ContributionConfig:
+    """What each region's visibility adds to the guess of the others."""
+
+    num_samples: int  # windows of the first final split; 0: left out
+    num_contexts: int  # fixed hidden parts, in complementary pairs: each region is visible in half of them
+    num_null_sets: int  # places of a region's size that it is compared with
+    num_permutations: int  # of the signs of subjects' differences; no p-value is below 1 / (this + 1)
+    false_discovery_rate: float
+    seed: int
+
+
+@dataclass
+class ProbeConfig:
+    """How much of site and repetition time the frozen pooled embedding gives away."""
+
+    num_samples: int  # windows of each of the splits train and validation; 0: left out
+    num_folds: int
+    num_permutations: int  # of the labels over subjects
+    seed: int
+
+
+@dataclass
 class ReportConfig:
-    """How much a finished run looks at itself."""
+    """How closely a finished run looks at itself."""
 
     intervals: IntervalConfig
     sentinels: SentinelConfig
+    maps: MapConfig
+    contribution: ContributionConfig
+    probes: ProbeConfig
