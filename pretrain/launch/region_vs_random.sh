@@ -14,6 +14,7 @@
 #       bash pretrain/launch/region_vs_random.sh
 #
 # Running it again goes on where it stopped: a finished backbone is not trained again, nor a finished cell scored again.
+# So other overrides need another OUT and NAME. Several at once, each with some of ARMS and SEEDS, share the pretraining.
 # shellcheck disable=SC2086  # PRETRAIN, FINETUNE and LAUNCH are several words each
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
