@@ -29,6 +29,8 @@ from data_sharding.verify import main as verify_main
 from data_sharding.verify import verify
 from tests.helpers_scans import sharding_config, write_bold, write_study
 
+FAULT_SECTION = "Writing a shard set"
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
