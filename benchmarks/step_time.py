@@ -40,7 +40,6 @@ from training.task import Cost
 VARIANTS = ("plain", "compiled", "recomputed", "compiled+recomputed", "dense")
 GIB = 2**30
 COMPARED = ("tokens a sample", "GFLOP a sample", "s a step", "peak GiB")
-NUM_WARMUP = 3  # steps that are not timed: compilation, caches
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Job:
     engine: str
     precision: str
     num_steps: int
+    num_warmup: int
     num_micro_batches: int
 
 
@@ -81,12 +81,20 @@ def main() -> None:
             hidden_share=arguments.hidden_share,
         )
         for variant in arguments.variants:
-            job = Job(load, variant, arguments.engine, arguments.precision, arguments.steps, arguments.micro_batches)
+            job = Job(
+                load=load,
+                variant=variant,
+                engine=arguments.engine,
+                precision=arguments.precision,
+                num_steps=arguments.steps,
+                num_warmup=arguments.warmup,
+                num_micro_batches=arguments.micro_batches,
+            )
             rows.append(row_of(job, timing_of(job)))
             print(rows[-1], file=sys.stderr, flush=True)
     tables = {"Steps": rows, "Gain over the dense grid": gains(rows)}
     what = ", ".join(f"{key} {value}" for key, value in asdict(load).items() if key != "model")
-    print(f"# Step time\n\n{about()}, load {os.getloadavg()[0]:.1f}.\n{what}, {arguments.micro_batches} micro-batches.")
+    print(f"# Step time\n\n{about()}.\n{what}, {arguments.micro_batches} micro-batches.")
     for name, table in tables.items():
         print(f"\n## {name}\n\n{markdown(table)}")
     if arguments.json is not None:
@@ -109,7 +117,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--engine", choices=["plain", "zero0", "zero1", "zero2", "zero3"], default="plain")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--steps", type=int, default=5, help="timed, after three that are not")
+    parser.add_argument("--steps", type=int, default=5, help="timed")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them: compilation, caches")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not on_gpu:
         parser.error("--device cuda, but torch sees no GPU")
@@ -144,8 +153,8 @@ def timed(job: Job) -> Timing:
     is_gpu = engine.device.type == "cuda"
     ahead = prefetched(stored_batches(job.load, geometry.space.num_voxels, pinned=is_gpu))
     seconds, waited, begun = [], 0.0, 0.0
-    for step in range(job.num_steps + NUM_WARMUP):
-        if step == NUM_WARMUP:
+    for step in range(job.num_steps + job.num_warmup):
+        if step == job.num_warmup:
             waited, begun = 0.0, time.perf_counter()
         started = clock(is_gpu)
         engine.begin(step)
@@ -163,7 +172,7 @@ def timed(job: Job) -> Timing:
     cost = Cost(one.tokens * job.num_micro_batches, one.flops * job.num_micro_batches)
     parameters = sum(parameter.numel() for parameter in task.parameters())
     engine.close()
-    return Timing(seconds[NUM_WARMUP:], waited, cost, parameters, peak_bytes(is_gpu), device_name(is_gpu), loss)
+    return Timing(seconds[job.num_warmup :], waited, cost, parameters, peak_bytes(is_gpu), device_name(is_gpu), loss)
 
 
 def prefetched(batches: Iterator[StoredBatch]) -> Iterator[StoredBatch]:
