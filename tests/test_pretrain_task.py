@@ -266,6 +266,41 @@ def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) ->
     assert metrics["r2"] < 0.5
 
 
+def test_a_ridge_that_needs_too_much_memory_is_left_out_and_said(
+    geometry: Geometry, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, batch = make_task(geometry), make_batch(geometry)
+    references = fit_references(
+        lambda: [batch],
+        BaselineConfig(
+            num_neighbours=3,
+            drift_degree=1,
+            ridge_max_gib=1e-6,
+            ridge_penalties=[1.0],
+            fit_samples=4,
+            choice_share=0.5,
+        ),
+        offset=torch.zeros(geometry.space.num_voxels),
+        patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
+        centres_mm=torch.from_numpy(geometry.layout.centres_mm),
+        hidden_patches=task.hidden_patches,
+    )
+    guesses = references.guess(batch.values, batch.is_measured, task.hidden_patches(batch))
+    assert guesses.keys() == {"neighbour", "global_drift"}
+    assert "the ridge baseline is left out" in caplog.text
+
+
+def test_errors_of_chosen_patches_are_those_of_the_mask_that_hides_them(geometry: Geometry) -> None:
+    task, batch = make_task(geometry), rows(make_batch(geometry), slice(0, 1))
+    hidden = task.hidden_patches(batch)[0, 0]
+    with torch.no_grad():
+        sums = task.predict(batch)
+        errors, total = task.patch_errors(batch, hidden)
+    assert float(errors.sum()) == pytest.approx(float(sums["error"].sum()), rel=1e-4)
+    assert float(total[:, hidden].sum()) == pytest.approx(float(sums["total"].sum()), rel=1e-4)
+    assert not errors[:, ~hidden].any()
+
+
 def test_rows_set_aside_are_whole_subjects() -> None:
     subjects = [f"s{number}" for number in (3, 1, 2, 3, 0, 4, 4)]
     assert rows_set_aside(subjects, 0.4).tolist() == [True, False, False, True, False, True, True]

@@ -9,6 +9,7 @@ from pretrain.baselines import (
     neighbour_means,
     patch_means,
 )
+from pretrain.global_drift import GlobalDrift, polynomial_smoother
 
 
 @pytest.fixture
@@ -75,3 +76,41 @@ def test_voxel_statistics_are_those_of_the_measured_frames(generator: torch.Gene
     assert statistics.deviation(floor).min() == pytest.approx(
         floor * float(statistics.deviation(0.0).median()), rel=0.1
     )
+
+
+def test_the_drift_is_the_polynomial_of_the_shown_frames_and_goes_on_where_nothing_is_shown() -> None:
+    time = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    is_shown = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    line = 2 + 3 * time
+    smooth = polynomial_smoother(is_shown, degree=1)
+    assert torch.allclose(smooth @ line, line.expand(2, -1))
+    other = line + torch.tensor([0.0, 0, 0, 0, 9, 9])
+    assert torch.allclose((smooth @ other)[1], line)  # what is not shown is not looked at
+    alternating = torch.tensor([1.0, -1, 1, -1, 1, -1], dtype=torch.float64)
+    expected = np.polyval(np.polyfit(time, alternating, 1), time)
+    assert np.allclose(smooth[0] @ alternating, expected)
+
+
+def test_global_signal_and_drift_are_found_and_hidden_values_are_not_looked_at(generator: torch.Generator) -> None:
+    """Two voxels a patch: they follow the whole brain and their neighbourhood's drift by weights of their own."""
+    owner = torch.arange(8).repeat_interleave(2)
+    weights = torch.tensor([[0.5, 1.0], [2.0, 0.0]]).repeat(8, 1).T
+    is_visible = torch.zeros(40, 2, 8, dtype=torch.bool)
+    is_visible[:, :, ::2] = True
+    means = torch.randn(40, 6, 8, generator=generator)
+    neighbours = means.roll(-1, dims=2)
+    oracle = GlobalDrift(16, degree=1)
+    counts = torch.full((40, 8), 2.0)
+    signal, slow = oracle.regressors(means, neighbours, num_measured=counts, is_visible=is_visible)
+    assert torch.allclose(signal, means[:, :, ::2].mean(dim=2), atol=1e-6)
+    changed = means + 100 * ~is_visible[:, :1]
+    again = oracle.regressors(changed, neighbours, num_measured=counts, is_visible=is_visible)
+    assert torch.equal(again[0], signal)
+    assert torch.equal(again[1], slow)
+    drift = slow[:, :, owner]
+    truth = signal[:, :, None] * weights[0] + drift * weights[1]
+    is_scored = (~is_visible[:, :1, owner]).expand_as(truth)
+    oracle.add(signal, drift, centred=truth, is_scored=is_scored)
+    guess = oracle.predict(signal, drift)
+    assert torch.allclose(guess[is_scored], truth[is_scored], atol=0.02)
+    assert not oracle.weights()[owner % 2 == 0].any()  # never hidden: nothing is learnt

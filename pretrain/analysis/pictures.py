@@ -96,7 +96,7 @@ def draw_contributions(rows: Sequence[Contribution], *, title: str, path: Path) 
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("what hiding the region takes off R² of the hidden rest (patches in brackets)")
-        axes.set_title(f"{title}\n{LEGEND}", fontsize=8, loc="left")
+        figure.suptitle(f"{title}\n{LEGEND}", x=0.01, ha="left", fontsize=8)
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
