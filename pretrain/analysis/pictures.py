@@ -63,7 +63,9 @@ def _draw_row(
     box = tuple(slice(places.min(), places.max() + 1) for places in filled[:2])
     volume, regions = _volume(values, space, np.nan)[box], _volume(labels, space, 0)[box]
     enlarge = max(1, PIXELS_A_SLICE // max(volume.shape[:2]))
-    ramp = matplotlib.colormaps[colours].with_extremes(under=WORSE)
+    ramp = matplotlib.colormaps[colours]
+    if ends[0] == 0:  # r2
+        ramp = ramp.with_extremes(under=WORSE)
     for place, height in zip(row, heights, strict=True):
         plane = np.ma.masked_invalid(_enlarged(volume[:, :, height], enlarge))
         shown = place.imshow(
