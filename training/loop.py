@@ -40,6 +40,7 @@ from training.progress import Progress
 from training.spikes import FILE as SPIKES
 from training.spikes import Spikes
 from training.step import Ahead, not_finite, scans_of_all_ranks, seed_of, share
+from training.system_metrics import Nodes
 from training.task import Batch, Source, State, Task
 from training.tracing import Tracing
 from training.tracking import Ending, RunLabel, Sender, Spool, Tracker, last_step
@@ -86,6 +87,7 @@ class Run:
     spikes: Spikes
     tracing: Tracing
     progress: Progress
+    nodes: Nodes
 
 
 def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> FitResult:
@@ -175,6 +177,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
                 spikes=spikes,
                 tracing=tracing,
                 progress=progress,
+                nodes=Nodes(config.run.scratch, engine.device),
             )
         ending = Ending.FINISHED
     except StoppedError:
@@ -229,7 +232,7 @@ def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_pa
 def track(run: Run, done: int, values: dict[str, float]) -> None:
     """Record and show an interval: the last step's losses, and where the time went."""
     values = {f"train/{name}": value for name, value in (values | run.meter.report()).items()}
-    run.tracker.record(done, values)
+    run.tracker.record(done, values | run.nodes.report())
     run.progress.show(done, values)
 
 
