@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,12 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
         registry.pull("toy-encoder@champion", tmp_path / "none", uri=uri)
     with pytest.raises(RegistryError, match="no registry is configured"):
         registry.pull("toy-encoder@candidate", tmp_path / "none", uri=None)
+
+
+def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """An error of ours: the workers of a run that is done are not started again."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(RegistryError, match=rf"{uri} did not take the model toy .* run the same command again"):
+            registry.register(tmp_path, name="toy", tags={}, alias="x", uri=uri, run_id=None, experiment="toys")

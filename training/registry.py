@@ -5,11 +5,12 @@ A registered model carries the code of `brain_models` and loads with mlflow.pyfu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import brain_models
@@ -56,30 +57,45 @@ def register(
     scans, files = dict.fromkeys(("bold", "t1w"), AnyType()), dict.fromkeys(SERVED_FILES, DataType.string)
     columns: dict[str, AnyType | DataType] = {**scans, **files, "repetition_time_s": DataType.double}
     inputs = Schema([ColSpec(kind, column, required=False) for column, kind in columns.items()])
-    tags = {**tags, **source_tags()}
-    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-    same = (CHECKPOINT_HASH_TAG, CODE_HASH_TAG)
-    for known in client.search_model_versions(f"name='{name}'"):
-        if CHECKPOINT_HASH_TAG in tags and all(known.tags.get(tag) == tags[tag] for tag in same):
-            is_current = str(client.get_registered_model(name).aliases.get(alias)) == str(known.version)
-            return f"{name}@{alias}" if is_current else f"{name}/{known.version}"
-    mlflow.set_experiment(experiment_id=experiment_id(client, experiment, uri))
-    with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
-        warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature is given
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(CODE_FOLDER / "served.py"),
-            artifacts={"bundle": str(bundle)},
-            code_paths=[str(CODE_FOLDER)],
-            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVED_PACKAGES],
-            registered_model_name=name,
-            signature=ModelSignature(inputs=inputs),
-        )
-    version = str(logged.registered_model_version)
-    for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, value)
-    client.set_registered_model_alias(name, alias, version)
-    return f"{name}@{alias}"
+    with refusals_named(name, uri):
+        tags = {**tags, **source_tags()}
+        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        same = (CHECKPOINT_HASH_TAG, CODE_HASH_TAG)
+        for known in client.search_model_versions(f"name='{name}'"):
+            if CHECKPOINT_HASH_TAG in tags and all(known.tags.get(tag) == tags[tag] for tag in same):
+                is_current = str(client.get_registered_model(name).aliases.get(alias)) == str(known.version)
+                return f"{name}@{alias}" if is_current else f"{name}/{known.version}"
+        mlflow.set_experiment(experiment_id=experiment_id(client, experiment, uri))
+        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
+            warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature is given
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(CODE_FOLDER / "served.py"),
+                artifacts={"bundle": str(bundle)},
+                code_paths=[str(CODE_FOLDER)],
+                pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVED_PACKAGES],
+                registered_model_name=name,
+                signature=ModelSignature(inputs=inputs),
+            )
+        version = str(logged.registered_model_version)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, version, key, value)
+        client.set_registered_model_alias(name, alias, version)
+        return f"{name}@{alias}"
+
+
+@contextlib.contextmanager
+def refusals_named(name: str, uri: str) -> Iterator[None]:
+    """RegistryError when the server fails: the run is done and saved, and starting its workers again would not help."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise RegistryError(
+            f"{uri} did not take the model {name} ({error}); all else is done and saved: run the same command again "
+            "to register it"
+        ) from error
 
 
 def pull(model: str, folder: Path, *, uri: str | None) -> Path:
