@@ -117,7 +117,7 @@ def test_the_cluster_is_closed_and_its_workers_have_what_a_run_asks_for() -> Non
 
 def commands(text: str) -> Iterator[list[str]]:
     """The part and the overrides of every submit, preflight and checked.sh in a text."""
-    command = re.compile(r"(?:python -m cluster\.(?:submit|preflight)|bash cluster/checked\.sh) ([a-z_]+ .*)")
+    command = re.compile(r"(?:python -m cluster\.(?:submit|preflight)|bash \S*cluster/checked\.sh) ([a-z_]+ .*)")
     for line in text.replace("\\\n", " ").splitlines():
         if found := command.search(line):
             yield shlex.split(found.group(1), comments=True)
