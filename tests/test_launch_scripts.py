@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from configs.entry import compose
+from configs.parse import parse
+from finetune.cells import arms_of
+from finetune.config import CompareConfig
+from pretrain.config import PretrainConfig
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/launch/*.sh"))
 INLINE = "engine=plain cluster=inline cluster.num_workers=1 data.num_workers=0"
@@ -38,6 +44,37 @@ def test_every_launch_script_is_valid_bash_and_asks_for_its_shards(script: str) 
     without = bash(f"bash {script}", SHARDS="")
     assert without.returncode != 0
     assert "a shard set" in without.stderr
+
+
+def test_the_masking_experiment_pretrains_every_arm_and_seed_alike_and_compares_them_with_the_first(
+    tmp_path: Path,
+) -> None:
+    """The commands it shows compose, each with its own arm and seed; one whose backbone is there is left out."""
+    (tmp_path / "pretrain/tube-1").mkdir(parents=True)
+    (tmp_path / "pretrain/tube-1/metrics.json").write_text("{}")
+    shown = passed(
+        "bash pretrain/launch/region_vs_random.sh",
+        LAUNCH="echo",
+        SHARDS="/brains",
+        OUT=str(tmp_path),
+        ARMS="random tube",
+        SEEDS="0 1",
+        PRETRAIN="model=small",
+    )
+    *pretrain, comparison = [line.split() for line in shown.splitlines()]
+    found = [parse(compose(part, overrides), PretrainConfig) for part, *overrides in pretrain]
+    assert [(each.masking.kind, each.train.seed, each.data.seed) for each in found] == [
+        ("random", 0, 0),
+        ("random", 1, 1),
+        ("tube", 0, 0),
+    ]
+    assert len({(each.train.steps, each.masking.hidden_share, each.shards) for each in found}) == 1
+    assert comparison[0] == "finetune.compare"
+    config = parse(compose("finetune.compare", comparison[1:]), CompareConfig)
+    assert config.seeds == [0, 1, 2]
+    assert arms_of(config) == {
+        arm: [f"models:/masks-{arm}-{seed}@candidate" for seed in (0, 1)] for arm in ("random", "tube")
+    }
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ ENCODER=${ENCODER:-models:/callosum-bold@candidate}
 OUT=${OUT:-out/adhd}                             # checkpoints, report.html, metrics.json and the bundle
 TRACKING=${TRACKING:-sqlite:///out/mlflow.db}    # runs and registry
 NAME=${NAME:-callosum-adhd}                      # registered as models:/$NAME@candidate
-LAUNCH=${SUBMIT:+bash cluster/submit.sh}         # a Ray job that is checked, followed, and taken up again
-LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS
+LAUNCH=${LAUNCH:-${SUBMIT:+bash cluster/submit.sh}}  # a Ray job that is checked, followed, and taken up again
+LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS; echo: only show commands
 
 $LAUNCH finetune task=adhd_classification shards="$SHARDS" encoder="$ENCODER" run.name="$NAME" run.folder="$OUT" \
     register.name="$NAME" train.tracking.uri="$TRACKING" "$@"

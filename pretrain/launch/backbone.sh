@@ -18,8 +18,8 @@ KIND=${KIND:-bold}
 OUT=${OUT:-out/backbone-$KIND}                   # checkpoints, metrics.json and the bundle
 TRACKING=${TRACKING:-sqlite:///out/mlflow.db}    # runs and registry
 NAME=${NAME:-callosum-$KIND}                     # registered as models:/$NAME@candidate
-LAUNCH=${SUBMIT:+bash cluster/submit.sh}         # a Ray job that is checked, followed, and taken up again
-LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS
+LAUNCH=${LAUNCH:-${SUBMIT:+bash cluster/submit.sh}}  # a Ray job that is checked, followed, and taken up again
+LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS; echo: only show commands
 
 $LAUNCH pretrain kind="$KIND" shards="$SHARDS" run.name="$NAME" run.folder="$OUT" register.names."$KIND"="$NAME" \
     train.tracking.uri="$TRACKING" "$@"

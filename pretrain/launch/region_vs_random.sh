@@ -29,8 +29,8 @@ FINETUNE_SEEDS=${FINETUNE_SEEDS:-0 1 2}          # averaged for every backbone
 HIDDEN=${HIDDEN:-0.5}                            # share of all tokens: random reaches any, region what the atlas covers
 PRETRAIN=${PRETRAIN:-}                           # more overrides of python -m pretrain, e.g. experiment=demo_bold
 FINETUNE=${FINETUNE:-}                           # and of python -m finetune.compare, e.g. experiment=demo_adhd
-LAUNCH=${SUBMIT:+bash cluster/submit.sh}         # a Ray job that is checked, followed, and taken up again
-LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS
+LAUNCH=${LAUNCH:-${SUBMIT:+bash cluster/submit.sh}}  # a Ray job that is checked, followed, and taken up again
+LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS; echo: only show commands
 
 # A finished backbone has written metrics.json, wherever it lives; training it again would register a new version.
 is_finished() {
