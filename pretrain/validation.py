@@ -9,6 +9,7 @@ from cluster.config import validate_cluster
 from cluster.errors import StorageError
 from data_sharding.errors import ShardError
 from data_sharding.joint import split_conflicts
+from pretrain.analysis.config import report_problems
 from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
 from pretrain.masking import masking_problems
@@ -118,6 +119,7 @@ def number_problems(config: PretrainConfig) -> list[str]:
         problems.append(f"baselines.choice_share: {baselines.choice_share}; give a share between 0 and 1")
     if not 0 < config.loss.smallest_region <= 1:
         problems.append(f"loss.smallest_region: {config.loss.smallest_region}; must lie above 0 and up to 1")
+    problems += report_problems(config.report)
     if config.weight_decay < 0:
         problems.append(f"weight_decay: {config.weight_decay}; must not be negative")
     return problems

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from brain_models.atlas import Atlas
-from pretrain.analysis.config import ContributionConfig, ProbeConfig
+from configs.entry import compose
+from configs.parse import parse
+from pretrain.analysis.config import ContributionConfig, ProbeConfig, report_problems
 from pretrain.analysis.contribution import Contribution, Experiment, contexts, contributions, false_discoveries
 from pretrain.analysis.maps import VoxelMaps, write_nifti
 from pretrain.analysis.pictures import draw_contributions, draw_maps
 from pretrain.analysis.probes import by_subject, probe, same_question
 from pretrain.baselines import RidgeOracle
+from pretrain.config import PretrainConfig
 from pretrain.embeddings import SentinelConfig, Sentinels, collapses, effective_rank, variance
 from pretrain.scores import Interval, IntervalConfig, Regions, score_rows
 from pretrain.tables import as_csv
@@ -213,6 +216,15 @@ def test_maps_are_written_in_the_sets_space_and_drawn(tmp_path: Path) -> None:
     draw_contributions([row], title="a ball", path=tmp_path / "bars.png")
     for name in ("maps.png", "bars.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_that_cannot_be_meant_are_refused_by_key() -> None:
+    overrides = ["kind=bold", "shards=a", "run.folder=b", "report.probes.num_folds=1", "report.intervals.confidence=95"]
+    config = parse(compose("pretrain", overrides), PretrainConfig)
+    assert report_problems(config.report) == [
+        "report.probes.num_folds: 1; give at least 3",
+        "report.intervals.confidence: 95.0; give a share between 0 and 1",
+    ]
 
 
 def test_a_tracking_server_that_fails_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

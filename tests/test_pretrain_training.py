@@ -15,7 +15,9 @@ from data_sharding.config import ShardingConfig
 from data_sharding.phantom.config import PhantomConfig
 from data_sharding.phantom.write import write_phantom
 from data_sharding.reader import BatchSource, open_set
+from pretrain.analysis.runs import analyse_again
 from pretrain.config import PretrainConfig
+from pretrain.errors import PretrainError
 from pretrain.masking import Masker
 from pretrain.planning import plan
 from pretrain.sets import open_sets, reader_config
@@ -96,6 +98,27 @@ def test_a_short_run_lowers_the_validation_loss_below_the_mean_and_its_bundle_lo
     stem = loaded.encoder.stem(config.kind)
     assert float(stem.voxel_offset.abs().max()) > 0
     assert loaded.stems[config.kind].window_frames == config.window_of(kind).window_frames
+
+
+def test_a_finished_run_is_looked_at_again_from_its_weights(shards: str, tmp_path: Path) -> None:
+    few = ["report.probes.num_samples=24", "report.probes.num_folds=3", "report.probes.num_permutations=3"]
+    few += ["report.contribution.num_samples=3", "report.contribution.num_contexts=2"]
+    few += ["report.contribution.num_null_sets=2", "report.contribution.num_permutations=19"]
+    config = config_of(shards, tmp_path, "train.steps=2", "train.evaluation.every_steps=2", *few)
+    with pytest.raises(PretrainError, match=r"holds no metrics.json: not a finished run"):
+        analyse_again(config)
+    plain = config_of(shards, tmp_path, "train.steps=2", "train.evaluation.every_steps=2")
+    assert set(train(plain)["report"]["bold"]) == {"seconds"}  # type: ignore[index]
+    maps = config_of(shards, tmp_path, "train.steps=2", *few, "report.maps.num_samples=4")
+    analyse_again(maps)
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())["report"]["bold"]
+    assert found["maps"]["validation"]["windows"] == 4
+    assert found["contribution"]["windows"] == 3
+    assert found["probes"]["trained"].keys() == {"site", "repetition_time"}
+    assert found["probes"]["same_question"]  # of the phantom's sites, each has its own repetition time
+    names = {path.name for path in (tmp_path / "run" / "report").iterdir()}
+    assert {"reconstruction.csv", "bold_validation_r2.nii.gz", "bold_validation_maps.png"} <= names
+    assert {"bold_contribution.csv", "bold_contribution.png"} <= names
 
 
 def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: str, tmp_path: Path) -> None:

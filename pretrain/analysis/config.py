@@ -44,3 +44,28 @@ class ReportConfig:
     maps: MapConfig
     contribution: ContributionConfig
     probes: ProbeConfig
+
+
+def report_problems(config: ReportConfig) -> list[str]:
+    """Numbers that cannot be meant."""
+    intervals, sentinels = config.intervals, config.sentinels
+    contribution, probes, maps = config.contribution, config.probes, config.maps
+    lowest = {
+        "intervals.num_resamples": (intervals.num_resamples, 1),
+        "sentinels.tokens_per_sample": (sentinels.tokens_per_sample, 1),
+        "maps.num_samples": (0 if maps.num_samples is None else maps.num_samples, 0),
+        "contribution.num_samples": (contribution.num_samples, 0),
+        "contribution.num_contexts": (contribution.num_contexts, 2),
+        "contribution.num_null_sets": (contribution.num_null_sets, 1),
+        "contribution.num_permutations": (contribution.num_permutations, 1),
+        "probes.num_samples": (probes.num_samples, 0),
+        "probes.num_folds": (probes.num_folds, 3),
+        "probes.num_permutations": (probes.num_permutations, 1),
+    }
+    shares = {
+        "intervals.confidence": intervals.confidence,
+        "contribution.false_discovery_rate": contribution.false_discovery_rate,
+    }
+    return [
+        f"report.{key}: {value}; give at least {least}" for key, (value, least) in lowest.items() if value < least
+    ] + [f"report.{key}: {value}; give a share between 0 and 1" for key, value in shares.items() if not 0 < value < 1]
