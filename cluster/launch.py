@@ -5,7 +5,6 @@ Knows nothing about what the function does. The only module that asks where Ray 
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import socket
@@ -13,8 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +20,8 @@ import psutil
 
 from cluster.config import ClusterConfig
 from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, Seat, stacks_of
-from cluster.stopping import REQUEST, StopRequest, listening
+from cluster.outcome import Outcome, StartStamps, relayed
+from cluster.stopping import REQUEST, listening
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -111,84 +110,6 @@ def is_our_error(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in OUR_PACKAGES
 
 
-@dataclass
-class Outcome:
-    """Kept in one small actor: what rank 0 returned, or the first of our errors any worker raised."""
-
-    results: list[object] = field(default_factory=list)
-    errors: list[BaseException] = field(default_factory=list)
-    texts: list[tuple[bool, str]] = field(default_factory=list)  # is it stderr?, what rank 0 printed
-    stop: StopRequest = field(default_factory=StopRequest)
-    seats: dict[int, Seat] = field(default_factory=dict)  # of the ranks that run now, or ran last
-    silence: str | None = None  # the first rank's of this attempt that came to no step, until it is taken
-    has_silence: bool = False
-
-    def add_result(self, result: object) -> None:
-        self.results.append(result)
-
-    def add_error(self, error: BaseException) -> None:
-        self.errors.append(error)
-
-    def first_error(self) -> BaseException | None:
-        return self.errors[0] if self.errors else None
-
-    def last_result(self) -> object:
-        return self.results[-1]
-
-    def ask_to_stop(self, reason: str) -> None:
-        self.stop.ask(reason)
-
-    def stop_reason(self) -> str | None:
-        return self.stop.reason
-
-    def add_seat(self, seat: Seat) -> None:
-        self.seats = {rank: other for rank, other in self.seats.items() if other.world_size == seat.world_size}
-        self.seats[seat.rank] = seat
-        self.silence, self.has_silence = None, False
-
-    def taken_seats(self) -> list[Seat]:
-        return [self.seats[rank] for rank in sorted(self.seats)]
-
-    def add_silence(self, silence: str) -> None:
-        if not self.has_silence:
-            self.silence, self.has_silence = silence, True
-
-    def take_silence(self) -> str | None:
-        taken, self.silence = self.silence, None
-        return taken
-
-    def add_text(self, is_error: bool, text: str) -> None:
-        self.texts.append((is_error, text))
-
-    def take_texts(self) -> list[tuple[bool, str]]:
-        taken, self.texts = self.texts, []
-        return taken
-
-
-class Relay(io.TextIOBase):
-    """A text stream of rank 0 whose lines come out at the driver, which may be another machine."""
-
-    def __init__(self, outcome: Any, *, is_error: bool, is_terminal: bool) -> None:
-        self.outcome = outcome
-        self.is_error = is_error
-        self.is_terminal = is_terminal
-        self.parts: list[str] = []
-
-    def write(self, text: str) -> int:
-        self.parts.append(text)
-        if "\n" in text:
-            self.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        if self.parts:
-            self.outcome.add_text.remote(self.is_error, "".join(self.parts))
-            self.parts = []
-
-    def isatty(self) -> bool:
-        return self.is_terminal
-
-
 @contextmanager
 def _repeating(action: Callable[[], None], name: str, *, every_s: float) -> Iterator[None]:
     """Call `action` from a thread for the length of the block, and once more at its end."""
@@ -255,11 +176,12 @@ def _on_node(node: str) -> dict[str, str]:
 def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: ClusterConfig, name: str) -> Result:
     import ray
 
-    launched_at = time.time()
+    launched_at, limit = time.time(), cluster.max_failures
     for variable, value in RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
     import ray.train
+    from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
     from cluster.ray_backend import BoundTorchConfig, BoundTorchTrainer
 
@@ -280,15 +202,16 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
             "launched_at": launched_at,
         },
         torch_config=BoundTorchConfig(timeout_s=int(cluster.collective_timeout_s)),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=_worker_counts(cluster),
+        scaling_config=ScalingConfig(
+            num_workers=(cluster.min_workers, cluster.num_workers) if cluster.min_workers else cluster.num_workers,
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
             name=f"{name}-{time.time_ns()}",  # a name that was used before would silently resume that run
             storage_path=str(Path(cluster.scratch).absolute()),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            # By default Ray would wait for missing nodes again and again, for ever.
+            failure_config=FailureConfig(max_failures=limit, controller_failure_limit=limit),
         ),
     )
     try:
@@ -309,11 +232,6 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
     if error is not None:
         raise error
     return ray.get(outcome.last_result.remote())
-
-
-def _worker_counts(cluster: ClusterConfig) -> Any:
-    """How many workers, or the fewest and the most, which the type of Ray Train's older version does not know."""
-    return cluster.num_workers if cluster.min_workers is None else (cluster.min_workers, cluster.num_workers)
 
 
 def _on_worker(job: dict[str, Any]) -> None:
@@ -343,7 +261,7 @@ def _on_worker(job: dict[str, Any]) -> None:
     try:
         with (
             _repeating(hear, "hear", every_s=RELAY_INTERVAL_S),
-            _relayed(outcome, is_terminal=job["is_terminal"]) if is_main else nullcontext(),
+            relayed(outcome, is_terminal=job["is_terminal"]) if is_main else nullcontext(),
         ):
             result = job["function"](job["config"])
     except ValueError as error:
@@ -363,37 +281,3 @@ def _own_seat() -> Seat:
     context = ray.train.get_context()
     node = ray.get_runtime_context().get_node_id()
     return Seat(context.get_world_rank(), context.get_world_size(), node, socket.gethostname(), os.getpid())
-
-
-@dataclass
-class StartStamps:
-    """Where the time from a command to its first step goes; seconds since 1970, of two nodes' clocks."""
-
-    started_at: float  # the command
-    launched_at: float  # it was composed and checked
-    entered_at: float  # a worker runs our code
-    is_told: bool = False
-
-    def tell(self, first_step_at: float) -> None:
-        """Print one line, once."""
-        if self.is_told:
-            return
-        self.is_told = True
-        print(
-            f"first step {first_step_at - self.started_at:.1f} s after the command: checking "
-            f"{self.launched_at - self.started_at:.1f}, workers {self.entered_at - self.launched_at:.1f}, "
-            f"data, model and first evaluation {first_step_at - self.entered_at:.1f}",
-            flush=True,
-        )
-
-
-@contextmanager
-def _relayed(outcome: Any, *, is_terminal: bool) -> Iterator[None]:
-    output = Relay(outcome, is_error=False, is_terminal=is_terminal)
-    errors = Relay(outcome, is_error=True, is_terminal=False)
-    with redirect_stdout(output), redirect_stderr(errors):
-        try:
-            yield
-        finally:
-            output.flush()
-            errors.flush()
