@@ -143,6 +143,9 @@ class Exporter:
     def export(self, task: Task) -> None:
         """Write the encoder as a bundle, locally and into the run folder."""
         assert isinstance(task, MaskedVolumes)
+        # First: the bundle's golden output is a forward pass, after which ZeRO 3 takes whole weights away again.
+        save_weights(task, self.weights)
+        self.store.put(WEIGHTS, self.weights)
         first_of = {task.set_named(name).stem_name: each for name, each in reversed([*self.sets.items()])}
         fingerprints = ", ".join(each.shard_set.fingerprint for each in self.sets.values())
         bundle.save(
@@ -156,8 +159,6 @@ class Exporter:
                 made_by={"part": "pretrain", "run": self.config.run.name, "set": fingerprints},
             ),
         )
-        save_weights(task, self.weights)
-        self.store.put(WEIGHTS, self.weights)
         write_seen(self.folder, {subject for each in self.sets.values() for subject in each.training_subjects})
         for path in sorted(self.folder.iterdir()):
             self.store.put(f"bundle/{path.name}", path)
