@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_training_engines import exported, largest_difference, losses, report, run_jobs
+from test_training_engines import exported, largest_difference, losses, report, run_launches
 from training_toys import ToySource, ToyTask, toy_config
 
 from cluster.storage import LocalStore
@@ -56,12 +56,15 @@ def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(
     job = {"steps": STEPS, "checkpoint_every": 2, "opens_at": 4}
     whole = [{**job, "engine": engine, "folder": str(tmp_path / f"{engine}-whole")} for engine in engines]
     killed = [{**job, "engine": engine, "folder": str(tmp_path / f"{engine}-killed")} for engine in engines]
-    assert run_jobs(tmp_path, [*whole, {**killed[0], "kill_at": 5}], num_ranks=num_ranks) == [9] * num_ranks
-    for other in killed[1:]:
-        assert run_jobs(tmp_path, [{**other, "kill_at": 5}], num_ranks=num_ranks) == [9] * num_ranks
+    launches = [(whole, num_ranks), *(([{**job, "kill_at": 5}], num_ranks) for job in killed)]
+    codes = run_launches(tmp_path, launches, timeout_s=200)
+    assert codes == [[0] * num_ranks, *([[9] * num_ranks] * len(killed))]
+    copy = {**killed[0], "folder": str(tmp_path / "on-one-rank"), "keep_last": 99}
+    shutil.copytree(killed[0]["folder"], copy["folder"])
+    launches = [(killed, num_ranks), ([copy], 1)]
+    assert run_launches(tmp_path, launches, timeout_s=200) == [[0] * num_ranks, [0]]
     if num_ranks == 2:
-        check_one_rank_goes_on(tmp_path, killed[0], uninterrupted=whole[0])
-    assert run_jobs(tmp_path, killed, num_ranks=num_ranks) == [0] * num_ranks
+        check_one_rank_went_on(Path(copy["folder"]), uninterrupted=Path(whole[0]["folder"]))
 
     for engine in engines:
         rerun, uninterrupted = tmp_path / f"{engine}-killed", tmp_path / f"{engine}-whole"
@@ -72,14 +75,12 @@ def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(
         assert report(rerun)["metrics"] == report(uninterrupted)["metrics"]
 
 
-def check_one_rank_goes_on(folder: Path, killed: dict, *, uninterrupted: dict) -> None:
-    """A copy of what two killed ranks left, on one rank: the same losses up to rounding, and damage is named."""
-    copy, damaged = folder / "on-one-rank", folder / "on-one-rank-damaged"
-    shutil.copytree(killed["folder"], copy)
-    assert run_jobs(folder, [{**killed, "folder": str(copy), "keep_last": 99}], num_ranks=1) == [0]
+def check_one_rank_went_on(copy: Path, *, uninterrupted: Path) -> None:
+    """What two killed ranks left, gone on with on one rank: the same losses up to rounding; and damage is named."""
+    damaged = copy.with_name("damaged")
     assert report(copy)["start"] == "own"
-    assert losses(copy) == pytest.approx(losses(Path(uninterrupted["folder"])), abs=1e-5)
-    assert largest_difference(exported(copy), exported(Path(uninterrupted["folder"]))) < 1e-5
+    assert losses(copy) == pytest.approx(losses(uninterrupted), abs=1e-5)
+    assert largest_difference(exported(copy), exported(uninterrupted)) < 1e-5
 
     (start,) = (copy / "run").glob(f"checkpoints/*/whole/{COMMIT}")
     shutil.copytree(copy, damaged)

@@ -40,6 +40,18 @@ def run_jobs(folder: Path, jobs: list[dict], *, num_ranks: int, timeout_s: float
     return [process.wait(timeout=timeout_s) for process in processes]
 
 
+def run_launches(folder: Path, launches: list[tuple[list[dict], int]], *, timeout_s: float) -> list[list[int]]:
+    """Exit codes of every launch's ranks; launches are (jobs, number of ranks), run one after the other."""
+    for jobs, _ in launches:
+        for job in jobs:
+            Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+    path = folder / f"launches-{len(list(folder.glob('launches-*.json')))}.json"
+    path.write_text(json.dumps([{"jobs": jobs, "num_ranks": num_ranks} for jobs, num_ranks in launches]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, str(WORKER), str(path)], env=environment, check=True, timeout=timeout_s)
+    return json.loads(path.with_suffix(".codes").read_text())
+
+
 def exported(folder: Path) -> dict[str, Tensor]:
     return torch.load(folder / "exported.pt", weights_only=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training_engines import exported, largest_difference, losses, report, run_jobs
+from test_training_engines import exported, largest_difference, losses, report, run_launches
 
 FAULT_SECTION = "Training: two ranks killed at random moments"
 NUM_KILLS = 20
@@ -32,15 +32,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list
     """A folder with 'whole', the uninterrupted run, and a run for each seed, killed and run again; and the commits each
     had left behind."""
     folder = tmp_path_factory.mktemp("kills")
-    left = {}
-    for seed in range(NUM_KILLS):
-        job = {**JOB, "folder": str(folder / str(seed)), "kill_after_s": kill_times(seed)[1]}
-        codes = run_jobs(folder, [job], num_ranks=2, timeout_s=TIMEOUT_S)
+    seeds = range(NUM_KILLS)
+    killed = [[{**JOB, "folder": str(folder / str(seed)), "kill_after_s": kill_times(seed)[1]}] for seed in seeds]
+    for codes in run_launches(folder, [(jobs, 2) for jobs in killed], timeout_s=TIMEOUT_S):
         assert set(codes) <= {-signal.SIGKILL, -signal.SIGABRT, 0, 1}  # 1 and SIGABRT: it saw that the other had gone
-        commits = sorted((folder / str(seed) / "run").glob("checkpoints/*/COMMIT.json"))
-        left[seed] = [path.parent.name.rpartition("-")[0] for path in commits]
-    again = [{**JOB, "folder": str(folder / name)} for name in ("whole", *map(str, range(NUM_KILLS)))]
-    assert run_jobs(folder, again, num_ranks=2, timeout_s=TIMEOUT_S) == [0, 0]
+    left = {
+        seed: [
+            path.parent.name.rpartition("-")[0]
+            for path in sorted((folder / str(seed) / "run").glob("checkpoints/*/COMMIT.json"))
+        ]
+        for seed in seeds
+    }
+    again = [{**JOB, "folder": str(folder / name)} for name in ("whole", *map(str, seeds))]
+    assert run_launches(folder, [(again, 2)], timeout_s=TIMEOUT_S) == [[0, 0]]
     return folder, left
 
 

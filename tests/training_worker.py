@@ -1,6 +1,7 @@
-"""Trains toys as one rank of a gloo group and writes what came out: `training_worker.py <jobs.json> <rank> <size>`.
+"""Trains toys as one rank of a gloo group and writes what came out: `training_worker.py <jobs.json> <rank> <size>`; or
+`training_worker.py <launches.json>`: launches {jobs, num_ranks} one after the other, their exit codes in a file beside.
 
-A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, stop_at, stop_rank,
+A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, break_at, stop_at, stop_rank,
 poisoned_scan}. When the source is asked for step `kill_at` the process ends without any clean-up; for step `stop_at`,
 rank `stop_rank` gets SIGTERM. `kill_after_s`: by rank, when SIGKILL comes, counted from the first step; `slow_s`: how
 long a step and an upload take at least. A job with `measure` makes one update and reports the optimiser's bytes.
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,10 @@ from training.collectives import place
 from training.errors import TrainingError
 from training.loop import Services, fit
 from training.task import State, Task
+
+
+class BrokenSourceError(Exception):
+    """What a job asked for: its run ends in the middle, the process goes on to the next job."""
 
 
 class DyingSource(ToySource):
@@ -45,6 +51,8 @@ class DyingSource(ToySource):
             step = int(str(after["samples_consumed"])) // GLOBAL_BATCH - 1
             if step == self.job.get("kill_at"):
                 os._exit(9)
+            if step == self.job.get("break_at"):
+                raise BrokenSourceError
             if step == self.job.get("stop_at") and place().rank == self.job["stop_rank"]:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(self.job.get("slow_s", 0))
@@ -111,19 +119,52 @@ def train(job: dict) -> dict:
             "checkpoint": result.checkpoint,
             "seconds": result.seconds,
         }
-    except TrainingError as error:
+    except (TrainingError, BrokenSourceError) as error:
         return {"error": str(error)}
+
+
+def run_rank(jobs: list[dict], rank: int, size: int, *, meeting_point: str) -> None:
+    """All jobs in turn, as one rank of a group."""
+    if size > 1:
+        os.environ["LOCAL_RANK"] = str(rank)
+        store = torch.distributed.FileStore(meeting_point, size)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    for job in jobs:
+        run_job(job)
+
+
+def fork_ranks(jobs: list[dict], size: int, *, meeting_point: str) -> list[int]:
+    """Exit codes of ranks forked from this process, which has paid for the imports; it must have run nothing yet."""
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                run_rank(jobs, rank, size, meeting_point=meeting_point)
+                code = 0
+            except Exception:  # noqa: BLE001 - a forked child must not go on as its parent
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def main() -> None:
     loop.store_for = SlowStore  # type: ignore[attr-defined]
-    jobs, rank, size = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3])
-    if size > 1:
-        os.environ["LOCAL_RANK"] = str(rank)
-        store = torch.distributed.FileStore(f"{sys.argv[1]}.store", size)
-        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    for job in jobs:
-        run_job(job)
+    path = Path(sys.argv[1])
+    content = json.loads(path.read_text())
+    if len(sys.argv) > 2:
+        run_rank(content, int(sys.argv[2]), int(sys.argv[3]), meeting_point=f"{path}.store")
+        return
+    import deepspeed  # noqa: F401 - once, for all that are forked
+
+    codes = [
+        fork_ranks(launch["jobs"], launch["num_ranks"], meeting_point=f"{path}.store-{number}")
+        for number, launch in enumerate(content)
+    ]
+    path.with_suffix(".codes").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":
