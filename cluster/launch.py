@@ -30,6 +30,7 @@ OUR_PACKAGES = ("brain_models", "data_sharding", "training", "pretrain", "finetu
 
 RELAY_INTERVAL_S = 0.2
 WATCH_INTERVAL_S = 2.0
+ELASTIC_START_TIMEOUT_S = 60.0
 
 # Ray Train polls its workers every 2 s by default: a run would end up to 2 s late.
 RAY_TRAIN_ENVIRONMENT = {
@@ -179,7 +180,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
     launched_at, limit = time.time(), cluster.max_failures
     for variable, value in RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(cluster.start_timeout_s))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_timeout_s(cluster)))
     import ray.train
     from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
@@ -232,6 +233,14 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
     if error is not None:
         raise error
     return ray.get(outcome.last_result.remote())
+
+
+def _start_timeout_s(cluster: ClusterConfig) -> float:
+    """How long a group of workers may wait for its places. With `min_workers` Ray Train counts the places there are
+    before it asks for them, and again when they did not come: it may have counted a node that is lost already."""
+    if cluster.min_workers is None:
+        return cluster.start_timeout_s
+    return min(cluster.start_timeout_s, ELASTIC_START_TIMEOUT_S)
 
 
 def _on_worker(job: dict[str, Any]) -> None:
