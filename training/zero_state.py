@@ -63,7 +63,8 @@ def _fill(
         for piece in pieces:
             whole = rearrange(read(f"{key}/{piece.name}"), "... -> (...)")
             target[piece.at : piece.at + piece.size].copy_(whole[piece.start : piece.start + piece.size])
-    optimizer.state[flat] = {STEP: read(f"{STEP}/{members[0]}"), **moments}
+    counts_on = flat.device if optimizer.defaults.get("fused") else torch.device("cpu")  # where AdamW itself keeps it
+    optimizer.state[flat] = {STEP: read(f"{STEP}/{members[0]}").to(counts_on), **moments}
 
 
 def _groups_of_stage_1_2(zero: Any, names: dict[int, str]) -> Iterator[tuple[Tensor, list[str], list[Piece]]]:
