@@ -33,6 +33,7 @@ pytestmark = [
 ]
 
 STEPS, INTERVAL = 36, 12  # a commit is there some steps after its own: an interval is longer than that
+SMALL_DISK_MB = 64
 TRACKING = f"http://{MLFLOW_ADDRESS}:5000"
 Rows = dict[tuple[str, int], float]
 
@@ -135,7 +136,8 @@ def cluster() -> Iterator[Cluster]:
     """Two nodes of one CPU each, both servers, and a phantom study."""
     folder = Path(tempfile.mkdtemp(prefix="cluster-"))
     try:
-        with network(folder) as net:
+        # Before the nodes: each sees the mounts there were at its start.
+        with small_disk(folder / "small", SMALL_DISK_MB), network(folder) as net:
             net.start_s3()
             net.start_mlflow()
             net.start_node("head")
@@ -315,16 +317,17 @@ def test_a_full_checkpoint_disk_is_named_and_the_run_goes_on_once_there_is_room(
 ) -> None:
     record_property("fault", "the disk of run.scratch fills up, is emptied, the same command again")
     scratch = cluster.net.folder / "small"
-    with small_disk(scratch, 64):
-        job = cluster.pretrain("full", f"run.scratch={scratch}", "cluster.max_failures=1")
-        after_a_commit(cluster, job)
-        fill(scratch / "filler")
-        assert job.wait() != 0
-        assert re.search(rf"{scratch}\S* .*(full|space)", job.text), job.text[-4000:]
-        (scratch / "filler").unlink()
-        freed_at = time.monotonic()
-        cluster.pretrain("full", f"run.scratch={scratch}", attempt=2).succeeded()
-        record_property("recovery_s", time.monotonic() - freed_at)
+    job = cluster.pretrain("full", f"run.scratch={scratch}", "cluster.max_failures=1")
+    after_a_commit(cluster, job)
+    fill(scratch / "filler")
+    assert job.wait() != 0
+    assert re.search(rf"CheckpointError: .*{scratch}\S* cannot be written: its disk is full", job.text), job.text[
+        -4000:
+    ]
+    (scratch / "filler").unlink()
+    freed_at = time.monotonic()
+    cluster.pretrain("full", f"run.scratch={scratch}", attempt=2).succeeded()
+    record_property("recovery_s", time.monotonic() - freed_at)
     assert_equal(cluster, "full", undisturbed)
 
 
