@@ -1,6 +1,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def config_of(shards: str, folder: Path, *overrides: str, kind: str = "bold") -> PretrainConfig:
     """A tiny model for a 12 mm set, in this process."""
-    small = [
+    return parse(compose("pretrain", [*overrides_of(shards, folder, kind), *overrides]), PretrainConfig)
+
+
+def overrides_of(shards: str, folder: Path, kind: str) -> list[str]:
+    return [
         f"experiment=demo_{kind}",
         f"shards={shards}",
         f"run.folder={folder / 'run'}",
@@ -60,7 +66,6 @@ def config_of(shards: str, folder: Path, *overrides: str, kind: str = "bold") ->
         "train.tracking.uri=null",
         "report.maps.num_samples=0",
     ]
-    return parse(compose("pretrain", [*small, *overrides]), PretrainConfig)
 
 
 def validation_losses(folder: Path) -> list[float]:
@@ -136,6 +141,19 @@ def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: 
     task.load_registered(tmp_path / "run" / "bundle")
     theirs = encoder.state_dict()
     assert all(torch.equal(values, theirs[name]) for name, values in task.encoder.state_dict().items())
+
+
+def test_a_zero_3_run_exports_the_weights_of_a_plain_one(shards: str, tmp_path: Path) -> None:
+    """A process of its own, because DeepSpeed sets up torch.distributed for the whole of one."""
+    train(config_of(shards, tmp_path / "plain", "train.steps=2", "train.schedule.warmup_steps=1"))
+    zero = [*overrides_of(shards, tmp_path / "zero", "bold"), "train.steps=2", "train.schedule.warmup_steps=1"]
+    subprocess.run([sys.executable, "-m", "pretrain", *zero, "engine=zero3"], check=True, timeout=240)
+    plain, divided = (
+        bundle.load(tmp_path / engine / "run" / "bundle").encoder.state_dict() for engine in ("plain", "zero")
+    )
+    assert plain.keys() == divided.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(divided[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_every_arm_trains_on_the_same_number_of_hidden_tokens(shards: str, tmp_path: Path) -> None:
