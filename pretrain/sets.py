@@ -29,6 +29,12 @@ class OpenedSet:
         return SetSpec(self.kind, self.geometry, self.weight)
 
     @property
+    def alignment(self) -> str:
+        """How its scans came into the space, as tables of regions say it."""
+        alignment = str(self.shard_set.manifest.preprocessing["alignment"])
+        return f"{alignment} (preview: regions are off by millimetres)" if alignment == "affine" else alignment
+
+    @property
     def training_subjects(self) -> set[str]:
         return set(self.shard_set.runs(self.kind, ["train"])["subject"])
 

@@ -36,10 +36,10 @@ def as_report(task: MaskedVolumes, found: Evaluation, table: Table) -> dict[str,
     return dict(reports) if len(task.names) > 1 else reports[task.names[0]]
 
 
-def as_csv(tables: Mapping[str, Table]) -> str:
+def as_csv(tables: Mapping[str, Table], alignments: Mapping[str, str]) -> str:
     """One line a split, set and part of the brain: r2 of the model and each baseline, and what the model gains."""
     lines = [
-        {"split": split, "set": name} | line_of(row)
+        {"split": split, "set": name, "alignment": alignments[name]} | line_of(row)
         for split, table in tables.items()
         for name, rows in table.items()
         for row in rows

@@ -45,7 +45,7 @@ def train(config: PretrainConfig) -> dict[str, object]:
         split: reconstruction_table(task, found, split, sets=sets, config=config.report.intervals)
         for split, found in result.evaluations.items()
     }
-    summary = summarise(task, config, result, tables)
+    summary = summarise(task, config, result, tables=tables, sets=sets)
     if result.is_main:
         summary["report"] = exporter.report(result, tables)
         exporter.publish(result, summary, tags)
@@ -110,13 +110,21 @@ def lineage(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> dict[str, 
 
 
 def summarise(
-    task: MaskedVolumes, config: PretrainConfig, result: FitResult, tables: Mapping[str, Table]
+    task: MaskedVolumes,
+    config: PretrainConfig,
+    result: FitResult,
+    *,
+    tables: Mapping[str, Table],
+    sets: Mapping[str, OpenedSet],
 ) -> dict[str, object]:
     """metrics.json: r2 on each final split beside the baselines, by group and region, and where it came from."""
     reconstruction = {split: as_report(task, found, tables[split]) for split, found in result.evaluations.items()}
     return {
         "kind": config.label,
-        "sets": {name: dataclasses.asdict(each) for name, each in config.named_sets.items()},
+        "sets": {
+            name: dataclasses.asdict(each) | {"alignment": sets[name].alignment}
+            for name, each in config.named_sets.items()
+        },
         "masking": dataclasses.asdict(config.masking),
         "reconstruction": reconstruction,
         "steps": result.steps,

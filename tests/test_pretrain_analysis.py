@@ -192,9 +192,10 @@ def test_intervals_are_over_subjects_and_gains_are_paired() -> None:
     assert (gain.value, gain.low, gain.high) == pytest.approx((0.1, 0.1, 0.1))  # the same for every subject
     alone = score_rows(sums, regions, subjects=["one"] * 60, config=INTERVALS)[0].r2["model"]
     assert (alone.low, alone.high) == (None, None)
-    lines = list(csv.DictReader(io.StringIO(as_csv({"test": {"rest": [whole, region]}}))))
+    lines = list(csv.DictReader(io.StringIO(as_csv({"test": {"rest": [whole, region]}}, {"rest": "affine (preview)"}))))
     assert float(lines[1]["gain_over_ridge"]) == pytest.approx(0.1, abs=1e-6)
     assert [line["scope"] for line in lines] == ["all", "region"]
+    assert {line["alignment"] for line in lines} == {"affine (preview)"}
 
 
 def test_maps_are_written_in_the_sets_space_and_drawn(tmp_path: Path) -> None:

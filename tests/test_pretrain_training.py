@@ -100,6 +100,7 @@ def test_a_short_run_lowers_the_validation_loss_below_the_mean_and_its_bundle_lo
     assert {"low", "high", "global_drift", "gain"} <= report.keys()
     lines = list(csv.DictReader((tmp_path / "run" / "report" / "reconstruction.csv").read_text().splitlines()))
     assert float(lines[0]["r2"]) == pytest.approx(report["r2"], abs=1e-6)
+    assert {line["alignment"] for line in lines} == {"given"}
     stem = loaded.encoder.stem(config.kind)
     assert float(stem.voxel_offset.abs().max()) > 0
     assert loaded.stems[config.kind].window_frames == config.window_of(kind).window_frames

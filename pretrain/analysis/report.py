@@ -89,7 +89,7 @@ def make_contributions(examined: Examined, name: str, folder: Path) -> dict[str,
         config=config,
         intervals=examined.config.report.intervals,
     )
-    write_contributions(rows, folder / f"{name}_contribution.csv")
+    write_contributions(rows, folder / f"{name}_contribution.csv", alignment=opened.alignment)
     title = f"{name}: region contribution, {len(total)} windows of split {split}"
     draw_contributions(rows, title=title, path=folder / f"{name}_contribution.png")
     significant = sorted((row for row in rows if row.is_significant), key=lambda row: -(row.contribution.value or 0))
@@ -116,12 +116,13 @@ def patches_by_region(opened: OpenedSet) -> tuple[list[np.ndarray], dict[str, np
     return [patches for patches in every if len(patches)], named
 
 
-def write_contributions(rows: list[Contribution], path: Path) -> None:
+def write_contributions(rows: list[Contribution], path: Path, *, alignment: str) -> None:
     """One line a region."""
     lines = []
     for row in rows:
         line = dataclasses.asdict(row)
         line |= {"low": row.contribution.low, "high": row.contribution.high, "contribution": row.contribution.value}
+        line |= {"alignment": alignment}
         lines.append(line)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")

@@ -34,7 +34,8 @@ def report_run(
         folder = Path(scratch)
         numbers = analyse(examined, folder)
         if tables:
-            (folder / RECONSTRUCTION).write_text(as_csv(tables))
+            alignments = {name: opened.alignment for name, opened in sets.items()}
+            (folder / RECONSTRUCTION).write_text(as_csv(tables, alignments))
         put(store_for(config.run.folder), folder)
         log_folder(folder, name=FOLDER, run_id=mlflow_run_id, config=config.train.tracking)
     return numbers
