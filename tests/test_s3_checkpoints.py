@@ -16,6 +16,8 @@ from cluster.storage import Store, store_for
 from training.checkpoint import COMMIT, SPOOL, committed_folders, read_commit
 from training.config import TrainConfig
 
+FAULT_SECTION = "Training: checkpoints on S3"
+
 
 @pytest.fixture
 def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
