@@ -59,6 +59,7 @@ def attempt(command: str, folder: Path, **extra: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.timeout(900)  # seven commands, two of them trainings: minutes on a busy machine
 def test_every_command_of_the_readme_runs_in_order_from_an_empty_folder(folder: Path) -> None:
     commands = readme_commands("The commands, one by one")
     assert commands[0] == "source .venv/bin/activate"
