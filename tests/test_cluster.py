@@ -28,6 +28,7 @@ FAULT_SECTION = "A cluster of several nodes"
 REASON = why_not()
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.faults,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.timeout(1500),
 ]
@@ -201,7 +202,6 @@ def assert_equal(cluster: Cluster, run: str, undisturbed: list[float]) -> None:
     assert_whole(cluster, run)
 
 
-@pytest.mark.faults
 def test_a_submitted_fine_tuning_of_the_submitted_backbone_is_registered(
     cluster: Cluster, undisturbed: list[float]
 ) -> None:
@@ -215,7 +215,6 @@ def test_a_submitted_fine_tuning_of_the_submitted_backbone_is_registered(
     assert {"quick-bold", "quick-adhd"} <= names
 
 
-@pytest.mark.faults
 def test_a_lost_node_is_waited_for_and_its_successor_takes_its_place(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
@@ -231,7 +230,6 @@ def test_a_lost_node_is_waited_for_and_its_successor_takes_its_place(
     assert num_repeated(text) <= INTERVAL
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("loss", ["killed", "cut off"])
 def test_where_fewer_workers_are_allowed_a_run_goes_on_without_a_lost_node(
     cluster: Cluster, undisturbed: list[float], record_property: Record, loss: str
@@ -259,7 +257,6 @@ def test_where_fewer_workers_are_allowed_a_run_goes_on_without_a_lost_node(
     assert cluster.losses(run)[1:] != pytest.approx(undisturbed[:-1], rel=1e-2)
 
 
-@pytest.mark.faults
 def test_a_cut_of_the_network_of_20_s_changes_nothing(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
@@ -275,7 +272,6 @@ def test_a_cut_of_the_network_of_20_s_changes_nothing(
     assert num_repeated(text) <= INTERVAL
 
 
-@pytest.mark.faults
 def test_a_store_that_is_away_for_30_s_is_waited_for(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
@@ -291,7 +287,6 @@ def test_a_store_that_is_away_for_30_s_is_waited_for(
     assert num_repeated(text) <= INTERVAL
 
 
-@pytest.mark.faults
 def test_a_tracking_server_that_is_away_stops_no_step_and_gets_every_row_once_later(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
@@ -311,7 +306,6 @@ def test_a_tracking_server_that_is_away_stops_no_step_and_gets_every_row_once_la
     assert_equal(cluster, "tracking", undisturbed)
 
 
-@pytest.mark.faults
 def test_a_full_checkpoint_disk_is_named_and_the_run_goes_on_once_there_is_room(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
@@ -338,7 +332,6 @@ def fill(path: Path) -> None:
             file.write(bytes(1 << 16))
 
 
-@pytest.mark.faults
 def test_a_driver_that_gets_sigterm_has_saved_and_the_same_command_goes_on(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
@@ -357,7 +350,6 @@ def test_a_driver_that_gets_sigterm_has_saved_and_the_same_command_goes_on(
     assert num_repeated(job.text + again) == 0  # it saved where it stopped
 
 
-@pytest.mark.faults
 def test_a_lost_head_loses_the_job_and_the_same_command_on_a_new_one_goes_on(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
@@ -377,7 +369,6 @@ def test_a_lost_head_loses_the_job_and_the_same_command_on_a_new_one_goes_on(
     assert num_repeated(job.text + again) <= INTERVAL
 
 
-@pytest.mark.faults
 def test_two_jobs_at_once_do_not_touch_each_others_files(cluster: Cluster, record_property: Record) -> None:
     record_property("fault", "two runs at once, a third in the folder of the first with another seed")
     both = [cluster.pretrain(run, f"train.seed={seed}", num_workers="1") for seed, run in enumerate(("one", "two"))]
@@ -395,7 +386,6 @@ def test_two_jobs_at_once_do_not_touch_each_others_files(cluster: Cluster, recor
         assert_whole(cluster, run)
 
 
-@pytest.mark.faults
 def test_a_stopped_rank_fails_the_job_in_time_and_the_log_shows_where_every_rank_was(
     cluster: Cluster, record_property: Record
 ) -> None:
