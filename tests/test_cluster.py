@@ -33,7 +33,8 @@ pytestmark = [
     pytest.mark.timeout(1500),
 ]
 
-STEPS, INTERVAL = 36, 12  # a commit is there some steps after its own: an interval is longer than that
+STEPS, INTERVAL = 36, 12
+SAVES = range(INTERVAL // 2, STEPS + 1, INTERVAL // 2)
 SMALL_DISK_MB = 64
 TRACKING = f"http://{MLFLOW_ADDRESS}:5000"
 Rows = dict[tuple[str, int], float]
@@ -58,7 +59,7 @@ class Cluster:
         return self.net.submit(f"shard-{name}", "python", "-m", "data_sharding", *overrides)
 
     def pretrain(self, run: str, *overrides: str, attempt: int = 1, num_workers: str = "2") -> Job:
-        """A pretraining of 36 steps that commits every 12 and tracks every step."""
+        """A pretraining of 36 steps that repeats at most 12 and tracks every step."""
         short = ["experiment=quick_bold", f"shards=s3://{BUCKET}/shards", f"run.folder=s3://{BUCKET}/runs/{run}"]
         short += [f"run.name={run}", f"run.scratch={self.net.folder}/scratch", "windows.bold.patch_voxels=3"]
         short += ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=1", "model.decoder.depth=1"]
@@ -117,8 +118,8 @@ def num_repeated(text: str) -> int:
 def after_a_commit(cluster: Cluster, job: Job) -> float:
     """The time, once the run has its first commit and works on the next interval."""
     run = job.name.rpartition("-")[0]
-    pattern = f"checkpoints/step-{INTERVAL:08d}-*/COMMIT.json"
-    job.wait_until(lambda: any(cluster.run_folder(run).glob(pattern)), f"commit of step {INTERVAL}")
+    pattern = f"checkpoints/step-{SAVES[1]:08d}-*/COMMIT.json"
+    job.wait_until(lambda: any(cluster.run_folder(run).glob(pattern)), f"commit of step {SAVES[1]}")
     return time.monotonic()
 
 
@@ -129,7 +130,7 @@ def assert_whole(cluster: Cluster, run: str) -> None:
     assert set(tracked.values()) == {1}
     assert tracked.keys() == cluster.rows(run).keys()
     steps = cluster.committed_steps(run)
-    assert sorted(set(steps)) == list(range(INTERVAL, STEPS + 1, INTERVAL))
+    assert sorted(set(steps)) == list(SAVES)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +398,7 @@ def test_a_stopped_rank_fails_the_job_in_time_and_the_log_shows_where_every_rank
     assert job.wait(120) != 0
     took_s = time.monotonic() - stopped_at
     record_property("recovery_s", took_s)
-    assert took_s < 30 + 20  # 10 where the machine is not busy: several processes end one after the other
+    assert took_s < 30 + 10
     shown = re.findall(r"^--- rank (\d) of 2 \(\S+, process (\d+)\): (\w+)\n(.*?)(?=^---|\Z)", job.text, re.M | re.S)
     assert sorted(rank for rank, *_ in shown) == ["0", "1"]
     assert [state for _, pid, state, _ in shown if int(pid) == worker.pid] == ["stopped"]

@@ -6,11 +6,13 @@ import dataclasses
 import errno
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from test_training_engines import exported, largest_difference, losses, report, run_launches
-from training_toys import ToySource, ToyTask, toy_config
+from torch import Tensor
+from training_toys import ToyBatch, ToySource, ToyTask, toy_config
 
 from cluster.storage import LocalStore
 from training.checkpoint import (
@@ -39,7 +41,7 @@ def run(config: TrainConfig) -> FitResult:
 @pytest.fixture
 def trained(tmp_path: Path) -> TrainConfig:
     """A finished run with commits at steps 2, 4 and 6, of which the last two are kept."""
-    config = toy_config(tmp_path, steps=6, checkpoint_every=2)
+    config = toy_config(tmp_path, steps=6, checkpoint_every=4)
     run(config)
     return config
 
@@ -91,6 +93,30 @@ def check_one_rank_went_on(copy: Path, *, uninterrupted: Path) -> None:
     point.commit = read_commit(point.store, point.folder)
     with pytest.raises(CheckpointError, match=r"whole\.safetensors is damaged: sha256"):
         fetch_state(point, damaged / "fetched")
+
+
+def test_however_long_an_upload_takes_no_more_than_an_interval_lies_between_a_step_and_the_newest_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill would repeat, at every forward pass, while an upload takes as long as many steps."""
+    config = toy_config(tmp_path, steps=30, checkpoint_every=7)
+    at_risk: list[int] = []
+    put, forward = LocalStore.put, ToyTask.forward
+
+    def slow_put(store: LocalStore, name: str, source: bytes | Path) -> None:
+        time.sleep(0.03)
+        put(store, name, source)
+
+    def watched_forward(task: ToyTask, batch: ToyBatch) -> dict[str, Tensor]:
+        committed = [read_commit(store, folder).step for folder in committed_folders(store)]
+        at_risk.append(len(at_risk) // ToySource().num_micro_batches - max(committed, default=0))
+        return forward(task, batch)
+
+    store = LocalStore(config.run.folder)
+    monkeypatch.setattr(LocalStore, "put", slow_put)
+    monkeypatch.setattr(ToyTask, "forward", watched_forward)
+    run(config)
+    assert 4 < max(at_risk) <= 7  # above 4: an upload was under way, for as long as the run waits for none
 
 
 def test_a_conversion_that_has_no_room_on_scratch_says_how_much_it_needs(

@@ -14,7 +14,7 @@ FAULT_SECTION = "Training: two ranks killed at random moments"
 NUM_KILLS = 20
 STEPS = 40
 SLOW_S = 0.03  # of a step and of each upload: a commit takes about five steps
-JOB = {"engine": "zero2", "steps": STEPS, "checkpoint_every": 3, "keep_last": 99, "opens_at": 9, "slow_s": SLOW_S}
+JOB = {"engine": "zero2", "steps": STEPS, "checkpoint_every": 6, "keep_last": 99, "opens_at": 9, "slow_s": SLOW_S}
 LONGEST_S = STEPS * SLOW_S * 1.5  # some kills come after the last step, while the last commit is made
 TIMEOUT_S = 3000
 

@@ -51,11 +51,16 @@ class EngineConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int
+    every_steps: int  # at most so many are ever repeated (2 or more)
     keep_last: int
     keep_every_steps: int | None  # also keep every commit whose step is a multiple of this
     best_metric: str | None  # also keep the commit with the best value of this metric, e.g. validation/loss
     best_is: Literal["lowest", "highest"]
+
+    def is_due(self, done: int) -> bool:
+        """True twice an interval: between two saves the newest commit may still be the one before the last, because
+        that one's upload is waited for by the next save only."""
+        return done % self.every_steps in (0, self.every_steps // 2)
 
 
 @dataclass

@@ -127,7 +127,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
             if done % config.evaluation.every_steps == 0 or is_last:
                 metrics = evaluate_now(run, done)
             # After evaluating, so that a commit knows its score and nothing tracked is lost when resuming from it.
-            if done % config.checkpoint.every_steps == 0 or is_last or is_stopping:
+            if config.checkpoint.is_due(done) or is_last or is_stopping:
                 save_checkpoint(run, done, state, metrics)
             if is_stopping and not is_last:
                 raise stopped(run, done)
