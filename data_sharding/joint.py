@@ -80,7 +80,8 @@ class JointSource:
                 f"the saved position is one of the sets {sorted(state.get('sets', {})) or 'of another kind of run'}, "
                 f"this run reads {sorted(self.sources)}; resume with the same sets, or start a new run"
             )
-        states = dict(state["sets"])
+        # own_part: a set that no step is of until the next commit must add up, too
+        states = {name: source.own_part(state["sets"][name]) for name, source in self.sources.items()}
         with contextlib.ExitStack() as stack:
             streams = {
                 name: stack.enter_context(contextlib.closing(source.steps(states[name])))  # type: ignore[type-var]

@@ -18,6 +18,7 @@ import torch
 
 from data_sharding.addresses import AddressBook
 from data_sharding.batch import Batch, StoredBatch
+from data_sharding.digest import NOTHING_TAKEN, added, digest_of
 from data_sharding.errors import ShardError
 from data_sharding.fetch import Fetched, Fetcher, FetchSettings, WindowRead
 from data_sharding.loading import fetched_in_order
@@ -77,6 +78,7 @@ class DataState:
     fingerprint: str
     seed: int
     samples_consumed: int
+    samples_digest: str  # of what was read for them, 64 bits in hexadecimal; the ranks' add up to the run's
     quarantine: list[str]  # damaged samples met so far, as scan_id:first_frame
 
     def to_dict(self) -> dict[str, object]:
@@ -84,6 +86,11 @@ class DataState:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> DataState:
+        if "samples_digest" not in raw:
+            raise ShardError(
+                "the saved position has no samples_digest: older code wrote it; finish that run with the code that "
+                "began it, or start a new run from its registered weights (train.start.registered)"
+            )
         return cls(**raw)
 
 
@@ -139,11 +146,11 @@ class BatchSource:
         return self.book(self.config.split).runs.num_samples
 
     def initial_state(self) -> dict[str, object]:
-        return DataState(self.fingerprint, self.config.seed, 0, []).to_dict()
+        return DataState(self.fingerprint, self.config.seed, 0, NOTHING_TAKEN, []).to_dict()
 
     def steps(self, state: Mapping[str, object]) -> Iterator[tuple[list[Batch], dict[str, object]]]:
         """Endless: this rank's batches of one global step, and the state to go on from after it."""
-        start = self._checked(state)
+        start = self._checked(self.own_part(state))
         book = self.book(self.config.split)
         order = SampleOrder(
             book.runs,
@@ -153,11 +160,13 @@ class BatchSource:
         )
         parts = self._training_parts(order, start.samples_consumed)
         batches = self._batches(book, parts, num_workers=self.config.num_workers)
-        consumed = start.samples_consumed
+        consumed, digest = start.samples_consumed, start.samples_digest
         while True:
             step = [next(batches) for _ in range(self.num_micro_batches)]
+            digest = added([digest, digest_of(step, position=consumed)])
             consumed += self.config.batch_size
-            yield step, DataState(self.fingerprint, self.config.seed, consumed, sorted(self.quarantine)).to_dict()
+            after = DataState(self.fingerprint, self.config.seed, consumed, digest, sorted(self.quarantine))
+            yield step, after.to_dict()
 
     def evaluation(self, split: str, *, limit: int | None) -> Iterator[Batch]:
         """This rank's share of a split, tiled without phase; `limit` keeps a fixed hashed subset of that size.
@@ -177,7 +186,13 @@ class BatchSource:
         parts = [DataState.from_dict(state) for state in states]
         assert len({part.samples_consumed for part in parts}) == 1, "states of different steps"
         merged = sorted({sample for part in parts for sample in part.quarantine})
-        return dataclasses.replace(parts[0], quarantine=merged).to_dict()
+        digest = added([part.samples_digest for part in parts])
+        return dataclasses.replace(parts[0], samples_digest=digest, quarantine=merged).to_dict()
+
+    def own_part(self, state: Mapping[str, object]) -> dict[str, object]:
+        """A stored state as this rank goes on from it: rank 0 alone keeps the digest, so that the ranks' add up."""
+        whole = DataState.from_dict(state)
+        return (whole if self.rank == 0 else dataclasses.replace(whole, samples_digest=NOTHING_TAKEN)).to_dict()
 
     def close(self) -> None:
         self._substitutes.close()

@@ -121,7 +121,7 @@ def test_resumed_anywhere_on_other_ranks_a_joint_run_sees_the_samples_of_the_uni
     sets = open_sets(config)
     one = open_source(config, sets, Place(0, 1))
     assert isinstance(one, JointSource)
-    whole, _ = samples_of(one, one.initial_state(), 9)
+    whole, end = samples_of(one, one.initial_state(), 9)
     assert {name for name, _ in whole} == {"rest", "fine", "anat"}
     ranks = [open_source(config, sets, Place(rank, 3)) for rank in range(3)]
     firsts, states = zip(*(samples_of(rank, rank.initial_state(), 4) for rank in ranks), strict=True)
@@ -129,8 +129,14 @@ def test_resumed_anywhere_on_other_ranks_a_joint_run_sees_the_samples_of_the_uni
         joined = [row for first in firsts for row in first[step][1]]
         assert (firsts[0][step][0], joined) == whole[step]
     state = json.loads(json.dumps(ranks[0].merge_states(list(states))))
+    assert state == samples_of(one, one.initial_state(), 4)[1]
     rest, _ = samples_of(open_source(config, sets, Place(0, 1)), state, 5)
     assert rest == whole[4:]
+    pair = [open_source(config, sets, Place(rank, 2)) for rank in range(2)]
+    for num_steps in (1, 5):  # after one step, two of the sets are where the stop was
+        reached = pair[0].merge_states([samples_of(rank, state, num_steps)[1] for rank in pair])
+        assert reached == samples_of(one, state, num_steps)[1]
+    assert reached == end
 
 
 def test_two_resolutions_share_the_trunk_and_every_stem_has_a_gradient_in_every_step(

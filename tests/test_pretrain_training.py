@@ -1,8 +1,11 @@
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -232,3 +235,28 @@ def test_model_sizes_are_what_their_headers_say(shards: str, tmp_path: Path, mod
     with torch.device("meta"):
         encoder = bundle.BrainEncoder(config.model.encoder, {"bold": (geometry.layout, 4)})
     assert sum(parameter.numel() for parameter in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
+
+
+@pytest.mark.faults
+def test_a_killed_pretraining_commits_the_digests_of_an_undisturbed_one(shards: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pretrain"]
+    steps = ["train.steps=12", "train.schedule.warmup_steps=1", "train.checkpoint.every_steps=2"]
+    steps += ["train.checkpoint.keep_last=99", "train.evaluation.every_steps=12"]
+    subprocess.run([*command, *overrides_of(shards, tmp_path / "whole", "bold"), *steps], check=True, timeout=240)
+    killed = [*command, *overrides_of(shards, tmp_path / "killed", "bold"), *steps]
+    process = subprocess.Popen(killed)
+    while not list((tmp_path / "killed").glob("run/checkpoints/*/COMMIT.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(killed, check=True, timeout=240)
+    whole, resumed = (committed(tmp_path / name / "run") for name in ("whole", "killed"))
+    assert len(whole) > 3
+    assert resumed == whole
+
+
+def committed(folder: Path) -> dict[int, str]:
+    """The digest of every commit, by step."""
+    commits = [json.loads(path.read_text()) for path in folder.glob("checkpoints/*/COMMIT.json")]
+    return {commit["step"]: commit["data_state"]["samples_digest"] for commit in commits}

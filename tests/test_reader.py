@@ -1,8 +1,10 @@
 """The reader gives the same samples on any number of ranks, after any resume, by either reader, and never a bad one."""
 
 import itertools
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from data_sharding import index_file, schema
 from data_sharding.batch import decode
 from data_sharding.build import build
 from data_sharding.errors import ShardError
+from data_sharding.order import SampleOrder, Samples
 from data_sharding.reader import Batch, BatchSource, ReaderConfig, open_set
 from tests.helpers_scans import sharding_config, write_study
 from tests.test_shards import copy_set, flip, npy
@@ -32,6 +35,7 @@ READER = ReaderConfig(
     reader="indexed",
     max_bad_fraction=0.0,
 )
+NUM_STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +246,75 @@ print(len(batches), state["samples_consumed"])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["3", "6"], done.stderr
+
+
+def stored_states(
+    location: str, world_size: int, state: dict[str, object] | None = None, **changes: object
+) -> Iterator[dict[str, object]]:
+    """What a commit after each step would hold, as it comes back from JSON."""
+    ranks = [source_of(location, rank, world_size, **changes) for rank in range(world_size)]
+    streams = [rank.steps(state or rank.initial_state()) for rank in ranks]
+    for steps in zip(*streams, strict=True):
+        yield json.loads(json.dumps(ranks[0].merge_states([after for _, after in steps])))
+
+
+def digests(states: Iterator[dict[str, object]], num_steps: int) -> list[str]:
+    return [str(state["samples_digest"]) for state in itertools.islice(states, num_steps)]
+
+
+def test_a_run_stopped_and_resumed_on_other_ranks_has_the_digests_of_the_whole_one(location: str) -> None:
+    whole = digests(stored_states(location, 1), NUM_STEPS)
+    assert len(set(whole)) == NUM_STEPS
+    assert digests(stored_states(location, 2), NUM_STEPS) == whole
+    for world_sizes in ((1, 2), (2, 1), (3, 2)):
+        *_, stopped = itertools.islice(stored_states(location, world_sizes[0]), 3)
+        assert stopped["samples_digest"] == whole[2]
+        assert digests(stored_states(location, world_sizes[1], stopped), NUM_STEPS - 3) == whole[3:]
+    *_, stopped = itertools.islice(stored_states(location, 2), 3)
+    assert digests(stored_states(location, 1, stopped | {"samples_consumed": 12}), 1) != whole[3:4]
+
+
+@pytest.mark.parametrize("wrong", ["skips one", "reads one twice", "swaps two steps", "draws other masks"])
+def test_a_source_that_takes_other_samples_has_another_digest(
+    location: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = digests(stored_states(location, 2), NUM_STEPS)
+    stretch = SampleOrder.stretch
+
+    def other(order: SampleOrder, first: int, last: int) -> Samples:
+        right = stretch(order, first, last)
+        if wrong == "skips one" and first >= 12:
+            return stretch(order, first + 1, last + 1)
+        if wrong == "reads one twice" and first == 12:
+            return right[[0, 0, 2, 3, 4, 5]]
+        if wrong == "swaps two steps" and first in (12, 18):
+            return stretch(order, 30 - first, 36 - first)
+        if wrong == "draws other masks" and first == 12:
+            return replace(right, seed=right.seed + 1)
+        return right
+
+    monkeypatch.setattr(SampleOrder, "stretch", other)
+    found = digests(stored_states(location, 2), NUM_STEPS)
+    assert found[:2] == whole[:2]
+    assert not set(found[2:]) & set(whole[2:])
+
+
+def test_the_digest_is_of_the_samples_read_not_of_those_planned(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged, _ = damaged_copy(location, tmp_path / "copy")
+    states = list(itertools.islice(stored_states(damaged, 1, max_bad_fraction=1.0), 10))
+    whole = digests(stored_states(location, 1), 10)
+    replaced = [bool(state["quarantine"]) for state in states]
+    assert [state["samples_digest"] != digest for state, digest in zip(states, whole, strict=True)] == replaced
+    assert any(replaced)
+    *_, shared = itertools.islice(stored_states(damaged, 3, max_bad_fraction=1.0), 10)
+    assert shared["samples_digest"] == states[-1]["samples_digest"]
+
+
+def test_a_position_without_the_record_is_refused_with_what_to_do(location: str) -> None:
+    source = source_of(location)
+    old = source.initial_state()
+    del old["samples_digest"]
+    with pytest.raises(ShardError, match=r"has no samples_digest: older code wrote it; finish that run with the code"):
+        next(source.steps(old))
