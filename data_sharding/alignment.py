@@ -22,7 +22,7 @@ from brain_models.transform import Transform
 from cluster.storage import Store, store_for
 from data_sharding import schema
 from data_sharding.config import LimitsConfig, ShardingConfig
-from data_sharding.dispatch import each_result
+from data_sharding.dispatch import anywhere, each_result
 from data_sharding.errors import ShardError
 from data_sharding.packing import PackRequest
 from data_sharding.plan import SetPlan
@@ -57,12 +57,14 @@ def refusal_name(name: str) -> str:
 
 def find_transforms(store: Store, plan: SetPlan, config: ShardingConfig) -> None:
     """Every raw scan of the plan then has its transform in the set, or the reason why not."""
+    if config.registration is None:  # then no raw scan came as far as the plan
+        return
     groups = _groups([request for shard in plan.shards for request in shard.requests if request.is_raw])
     there = {Path(name).stem for name in store.list(schema.TRANSFORMS)}
     missing = [group for group in groups if not set(group.names) <= there]
-    arguments = (config.registration, config.limits)
+    register = partial(register_group, out=anywhere(config.out), registration=config.registration, limits=config.limits)
     done = len(groups) - len(missing)
-    for _ in each_result(register_group, missing, arguments, config, label=lambda group: group.t1_name):
+    for _ in each_result(register, missing, config.cluster, label=lambda group: group.t1_name):
         done += 1
         print(f"registered {done}/{len(groups)} T1 images and the runs that go with them", flush=True)
 

@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cluster.config import ClusterConfig
 from cluster.launch import ray_session
 from cluster.storage import Store
 from configs.entry import is_for_users
 from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
-from data_sharding.plan import SetPlan, ShardPlan
+from data_sharding.plan import SetPlan, ShardPlan, absolute
 from data_sharding.writer import Receipt, close_helpers, finished_receipt, write_shard
 
 MAX_DEATHS = 5  # of one shard's tasks, before the shard itself is to blame
@@ -38,7 +40,8 @@ def write_shards(store: Store, plan: SetPlan, config: ShardingConfig) -> list[Re
     missing = [shard for shard in plan.shards if shard.number not in receipts]
     if receipts:
         print(f"{len(receipts)} of {len(plan.shards)} shards are written already", flush=True)
-    written = each_result(write_shard, missing, (config.limits,), config, label=_label)
+    write = partial(write_shard, out=anywhere(config.out), limits=config.limits)
+    written = each_result(write, missing, config.cluster, label=_label)
     try:
         with _progress(missing, num_shards=len(plan.shards), num_written=len(receipts)) as advance:
             for shard, receipt in written:
@@ -58,42 +61,37 @@ def _finished(store: Store, plan: SetPlan) -> dict[int, Receipt]:
     return {shard.number: receipt for shard, receipt in zip(candidates, found, strict=True) if receipt is not None}
 
 
+def anywhere(location: str) -> str:
+    """The location as a process in another folder knows it."""
+    return location if "://" in location else absolute(Path(location))
+
+
 def each_result(
-    function: Callable[..., Result],
-    items: list[Item],
-    arguments: tuple[object, ...],
-    config: ShardingConfig,
-    *,
-    label: Callable[[Item], str],
+    function: Callable[[Item], Result], items: list[Item], cluster: ClusterConfig, *, label: Callable[[Item], str]
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item, out, *arguments)) of every item, as they are done: here, or as Ray tasks."""
-    if config.cluster.kind == "inline":
+    """(item, function(item)) of every item, as they are done: here, or as Ray tasks."""
+    if cluster.kind == "inline":
         for item in items:
-            yield item, function(item, config.out, *arguments)
+            yield item, function(item)
     elif items:
-        with ray_session(config.cluster):
-            yield from _by_ray(function, items, arguments, config, label)
+        with ray_session(cluster):
+            yield from _by_ray(function, items, cluster, label=label)
 
 
 def _by_ray(
-    function: Callable[..., Result],
-    items: list[Item],
-    arguments: tuple[object, ...],
-    config: ShardingConfig,
-    label: Callable[[Item], str],
+    function: Callable[[Item], Result], items: list[Item], cluster: ClusterConfig, *, label: Callable[[Item], str]
 ) -> Iterator[tuple[Item, Result]]:
     """Tasks on Ray, at most `cluster.num_workers` in flight, so memory and scratch space stay bounded."""
     import ray
 
-    out = config.out if "://" in config.out else str(Path(config.out).absolute())
-    task: Any = ray.remote(num_cpus=config.cluster.cpus_per_worker, max_retries=0)(_call_quietly)
+    task: Any = ray.remote(num_cpus=cluster.cpus_per_worker, max_retries=0)(_call_quietly)
     deaths = Counter[str]()
     waiting = list(reversed(items))
     running: dict[object, Item] = {}
     while waiting or running:
-        while waiting and len(running) < config.cluster.num_workers:
+        while waiting and len(running) < cluster.num_workers:
             item = waiting.pop()
-            running[task.remote(function, item, out, arguments)] = item
+            running[task.remote(function, item)] = item
         (done,), _ = ray.wait(list(running), num_returns=1)
         item = running.pop(done)
         try:
@@ -109,7 +107,7 @@ def _by_ray(
             print(f"the worker of {label(item)} died ({type(error).__name__}); it is done again", flush=True)
             waiting.append(item)
             continue
-        if isinstance(result, Exception):
+        if isinstance(result, ValueError):
             raise result
         yield item, result
 
@@ -126,13 +124,11 @@ def _kept_dying(label: str, error: Exception) -> ShardError:
     )
 
 
-def _call_quietly(
-    function: Callable[..., Result], item: object, out: str, arguments: tuple[object, ...]
-) -> Result | Exception:
+def _call_quietly(function: Callable[[Item], Result], item: Item) -> Result | ValueError:
     """The result, or our error as a value: Ray would wrap a raised one in its own class and traceback."""
     try:
-        return function(item, out, *arguments)
-    except Exception as error:  # noqa: BLE001 - only to hand on our own; others are re-raised
+        return function(item)
+    except ValueError as error:  # as all of ours are
         if not is_for_users(error):
             raise
         return error
