@@ -3,6 +3,7 @@
 The only module that uses Hydra: its compose API, so that one command has the same flags everywhere and no run folder.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ FLAGS = {
     "--validate": "check everything that can be checked without starting, report all problems, exit 2 if any",
     "--plan": "print what would happen (samples, steps, bytes, memory) and do nothing",
     "--show": "print the composed configuration as YAML",
-    "--profile": "trace a few steps of training with the torch profiler, into <run.folder>/profile",
 }
+FLAGS_OF_TRAINING = {"--profile": "trace a few steps of training with the torch profiler, into <run.folder>/profile"}
 PROFILED = "train.profile.num_steps=3"
 
 
@@ -53,13 +54,14 @@ def main(
 ) -> None:
     """Runs one command line of `python -m <part>`; exits 2 with the message for an error the user can mend."""
     arguments = sys.argv[1:]
+    known = _flags_of(schema)
     if "--help" in arguments or "-h" in arguments:
-        print(_help_page(help_text))
+        print(_help_page(help_text, known))
         return
     flags = {argument for argument in arguments if argument.startswith("--")}
     with told_to_users():
-        if unknown := flags - FLAGS.keys():
-            raise ConfigError(f"unknown flag {', '.join(sorted(unknown))}; known: {', '.join(FLAGS)}")
+        if unknown := flags - known.keys():
+            raise ConfigError(f"unknown flag {', '.join(sorted(unknown))}; known: {', '.join(known)}")
         overrides = [argument for argument in arguments if argument not in flags]
         raw = compose(part, [*overrides, PROFILED] if "--profile" in flags else overrides)
         if "--show" in flags:
@@ -83,7 +85,7 @@ def told_to_users() -> Iterator[None]:
     its traceback."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - only to print our own errors without a traceback; others are re-raised
+    except ValueError as error:  # as all of ours are
         if not is_for_users(error):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -101,9 +103,15 @@ def is_for_users(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in OUR_PACKAGES
 
 
-def _help_page(help_text: str) -> str:
-    width = max(map(len, FLAGS))
-    flags = "\n".join(f"  {flag:<{width}}  {meaning}" for flag, meaning in FLAGS.items())
+def _flags_of(schema: type) -> dict[str, str]:
+    """What every command takes, and what only one that trains does: its schema has a section `train`."""
+    trains = any(field.name == "train" for field in dataclasses.fields(schema))
+    return FLAGS | FLAGS_OF_TRAINING if trains else FLAGS
+
+
+def _help_page(help_text: str, known: dict[str, str]) -> str:
+    width = max(map(len, known))
+    flags = "\n".join(f"  {flag:<{width}}  {meaning}" for flag, meaning in known.items())
     return (
         f"{help_text.strip()}\n\nFlags:\n{flags}\n\nEvery other argument is a Hydra override: key=value or group=name."
     )

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 import configs
-from configs.entry import compose
+from configs.entry import compose, main
 from configs.parse import ConfigError, parse
 from data_sharding.config import ShardingConfig
 from data_sharding.phantom.config import PhantomConfig
@@ -39,6 +39,23 @@ GOOD = {
     "optimizer": {"learning_rate": 1, "betas": [0.9, 0.95]},
     "note": None,
 }
+
+
+@pytest.mark.parametrize(("schema", "trains"), [(PretrainConfig, True), (FinetuneConfig, True), (PhantomConfig, False)])
+def test_a_command_that_trains_can_be_profiled_and_no_other(
+    schema: type, trains: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["command", *arguments])
+        main(part="phantom", schema=schema, help_text="", run=print, validate=lambda _: [], plan=str)
+
+    command("--help")
+    assert ("--profile" in capsys.readouterr().out) == trains
+    if not trains:
+        with pytest.raises(SystemExit, match="2"):
+            command("--profile", "out=unused")
+        told = capsys.readouterr().err
+        assert "unknown flag --profile; known: --help, --validate, --plan, --show\n" in told
 
 
 def test_a_good_mapping_becomes_dataclasses_and_an_int_serves_as_float() -> None:
