@@ -39,7 +39,6 @@ from training.task import Cost
 
 VARIANTS = ("plain", "compiled", "recomputed", "compiled+recomputed", "dense")
 GIB = 2**30
-COMPARED = ("tokens a sample", "GFLOP a sample", "s a step", "peak GiB")
 
 
 @dataclass(frozen=True)

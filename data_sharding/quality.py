@@ -5,8 +5,7 @@ A number that is not known is None, never 0.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
@@ -110,8 +109,3 @@ def why_refused(quality: ScanQuality, rules: AcceptanceConfig, *, is_run: bool) 
             relation = "less than" if name.startswith("min_") else "more than"
             return f"{words.format(value)}, {relation} acceptance.{name}={limit}"
     return None
-
-
-def as_row(quality: ScanQuality) -> dict[str, Any]:
-    """The quality as plain values, for receipts."""
-    return asdict(quality)

@@ -249,9 +249,6 @@ class MaskedVolumes(Task):
     def checkpoint_activations(self) -> None:
         self.encoder.recomputes_activations = self.decoder.recomputes_activations = True
 
-    def exported(self) -> nn.Module:
-        return self.encoder
-
     def load_registered(self, folder: Path) -> None:
         """Take over a registered encoder's trunk, and its stems where the token shape is known; a new shape's stem is
         one of theirs resampled, of the same kind if there is one. The decoder starts anew."""

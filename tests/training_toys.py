@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -144,9 +144,6 @@ class ToyTask(Task):
         matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
         return Cost(tokens=len(batch.features), flops=6.0 * len(batch.features) * matrices)
 
-    def exported(self) -> nn.Module:
-        return self.encoder
-
 
 ENGINES = {
     "plain": EngineConfig("plain", 0, "fp32", False, False),
@@ -177,7 +174,3 @@ def toy_config(
         profile=ProfileConfig(start_step=2, num_steps=0),
         peak_tflops={},
     )
-
-
-def with_engine(config: TrainConfig, engine: str) -> TrainConfig:
-    return replace(config, engine=ENGINES[engine])

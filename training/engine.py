@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import EngineConfig, TrainConfig
-from training.errors import CheckpointError, TrainingError
+from training.errors import CheckpointError
 from training.schedule import learning_rate_share
 from training.task import Batch, ParameterGroup, Task
 from training.unfreezing import checked_groups, is_open
@@ -157,8 +157,3 @@ class PlainEngine:
 
     def close(self) -> None:
         return
-
-
-def refuse_several_ranks(world_size: int) -> None:
-    if world_size > 1:
-        raise TrainingError(f"engine=plain runs in one process, this run has {world_size}; use engine=zero2")

@@ -100,10 +100,6 @@ class Task(nn.Module):
             f"{type(self).__name__} cannot checkpoint its activations; set train.engine.activation_checkpointing=false"
         )
 
-    def exported(self) -> nn.Module:
-        """The module a registered model keeps."""
-        raise TrainingError(f"{type(self).__name__} has no exported(); return the module to register")
-
     def load_registered(self, folder: Path) -> None:
         """Take over the weights of a registered bundle, before training."""
         raise TrainingError(

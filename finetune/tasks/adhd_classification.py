@@ -161,9 +161,6 @@ class AdhdClassification(Task):
     def checkpoint_activations(self) -> None:
         self.model.encoder.recomputes_activations = True
 
-    def exported(self) -> nn.Module:
-        return self.model
-
     @torch.compiler.disable  # names looked up in a dict: compiled, it would be compiled anew for every batch
     def _truth(self, batch: Batch) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         """1 for a case; 1 where the subject has a label."""
