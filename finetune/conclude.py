@@ -21,7 +21,7 @@ from finetune.probe import ProbeResult
 from finetune.promotion import promote, refusals
 from finetune.tasks.adhd_classification import AdhdClassification
 from training import registry
-from training.checkpoint import Commit, StartingPoint, committed_folders, read_commit
+from training.checkpoint import Commit, StartingPoint, commit_hash, committed_folders, read_commit
 from training.collectives import barrier, place
 from training.elastic import fetch_state
 from training.engine import make_engine
@@ -61,7 +61,8 @@ def conclude(
     numbers: dict[str, object] = {}
     with engine.whole_parameters():
         if place().is_main:
-            publisher = Publisher(setup, result, commit, scores, dict(tags))
+            chosen = {registry.CHECKPOINT_HASH_TAG: commit_hash(store, folder)}
+            publisher = Publisher(setup, result, commit, scores, {**tags, **chosen})
             numbers = publisher.publish(task, probe, {**seconds, "evaluation": time.monotonic() - started})
     barrier()
     engine.close()
@@ -147,7 +148,7 @@ class Publisher:
 
     def _write_bundle(self, task: AdhdClassification, threshold: float) -> None:
         setup = self.setup
-        backbone = bundle.load(setup.backbone.folder)
+        backbone = setup.backbone.load(setup.shard_set.space)
         stem: StemSpec = backbone.stems["bold"]
         stem.needs_brain_mask = setup.shard_set.needs_brain_mask("bold")
         stem.preprocessing = setup.shard_set.bold_preprocessing()
@@ -217,7 +218,10 @@ class Publisher:
             run_id=self.result.mlflow_run_id,
             experiment=config.train.tracking.experiment,
         )
-        return [registered] if reasons else [registered, promote(registered, uri=config.train.tracking.uri)]
+        is_passed_over = "@" not in registered  # registered before, and the alias has moved on to another version
+        if reasons or is_passed_over:
+            return [registered]
+        return [registered, promote(registered, uri=config.train.tracking.uri)]
 
     def _upload(self) -> None:
         store = store_for(self.setup.config.run.folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from brain_models import bundle
 from brain_models.errors import BundleError
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
@@ -37,7 +36,7 @@ def validate(config: FinetuneConfig) -> list[str]:
         return [*problems, str(error)]
     problems += split_problems(config, shard_set, labels)
     try:
-        backbone = bundle.load(fetch_backbone(config).folder)
+        backbone = fetch_backbone(config).load(shard_set.space)
     except (RegistryError, BundleError) as error:
         return [*problems, f"encoder={config.encoder}: {error}"]
     problems += fit_problems(config, shard_set, backbone)
@@ -130,7 +129,7 @@ def plan(config: FinetuneConfig) -> str:
     """What would happen: subjects, samples, steps, bytes, parameters by the step they open at, one line each."""
     shard_set = open_set(config.shards)
     labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
-    task = build_task(config, shard_set, labels, bundle.load(fetch_backbone(config).folder))
+    task = build_task(config, shard_set, labels, fetch_backbone(config).load(shard_set.space))
     runs = shard_set.runs("bold", ["train"])
     samples = run_table(shard_set, kind="bold", split="train", window_frames=task.num_frames).num_samples
     too_short = int((runs["num_frames"] < task.num_frames).sum())

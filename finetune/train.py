@@ -14,6 +14,7 @@ import torch
 
 from brain_models import bundle
 from brain_models.bundle import Bundle
+from brain_models.space import BrainSpace
 from cluster.storage import store_for
 from data_sharding.reader import BatchSource, ReaderConfig, ShardSet, open_set
 from finetune.conclude import conclude
@@ -38,6 +39,10 @@ class Backbone:
     tags: dict[str, str]
     seen: set[str] | None
 
+    def load(self, space: BrainSpace) -> Bundle:
+        """The bundle; of several BOLD stems, the one for `space` is named bold."""
+        return bundle.load(self.folder).in_space("bold", space)
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -50,7 +55,7 @@ class Setup:
 
     def task(self) -> AdhdClassification:
         """A fresh task: the backbone under an untrained head."""
-        return build_task(self.config, self.shard_set, self.labels, bundle.load(self.backbone.folder))
+        return build_task(self.config, self.shard_set, self.labels, self.backbone.load(self.shard_set.space))
 
     def source(self, task: AdhdClassification) -> BatchSource:
         """This rank's view of the runs, a sample being as many frames as the task decides from."""

@@ -32,6 +32,7 @@ from finetune.summary import show
 from finetune.train import fetch_backbone, train
 from training import registry
 from training.errors import TrainingError
+from training.runs import list_models
 from training.seen_subjects import hash_subject, overlap, read_seen, write_seen
 
 NUM_SUBJECTS = 32
@@ -148,6 +149,8 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
 def test_rerunning_a_finished_run_changes_nothing(place: Place, numbers: dict) -> None:
     again = train(place.config())
     assert again["classifiers"] == numbers["classifiers"]
+    assert again["registered"] == numbers["registered"]
+    assert [line.split()[0] for line in list_models(place.uri) if "adhd" in line] == ["finetune-adhd_classification/1"]
     with pytest.raises(TrainingError, match="belongs to another configuration"):
         train(place.config("train.optimizer.learning_rate=1.0"))
 
@@ -219,7 +222,9 @@ def test_a_configuration_that_cannot_work_is_refused_with_what_to_do(
     assert message in "\n".join(validate(place.config(*overrides)))
 
 
-def test_a_backbone_of_another_space_is_refused_with_both_spaces(place: Place, tmp_path: Path) -> None:
+def test_a_backbone_of_another_space_is_refused_with_both_spaces_and_of_several_the_right_one_is_taken(
+    place: Place, tmp_path: Path
+) -> None:
     shard_set = open_set(str(place.shards))
     space = shard_set.space
     other = type(space)(
@@ -234,6 +239,12 @@ def test_a_backbone_of_another_space_is_refused_with_both_spaces(place: Place, t
     stem = StemSpec(patch_voxels=3, tubelet_frames=4, window_frames=4, needs_brain_mask=True)
     encoder = make_encoder(EncoderConfig(16, 1, 2, 2.0, 4, "seconds"), {"bold": other}, {"bold": stem})
     bundle.save(tmp_path / "other", Bundle(encoder, {"bold": other}, {"bold": stem}, None, None, {}))
+    both, stems = {"bold": other, "bold_2": space}, {"bold": stem, "bold_2": stem}
+    encoder = make_encoder(encoder.config, both, stems)
+    bundle.save(tmp_path / "both", Bundle(encoder, both, stems, None, None, {}))
+    assert validate(place.config(f"encoder={tmp_path}/both")) == []
+    assert fetch_backbone(place.config(f"encoder={tmp_path}/both")).load(space).spaces["bold"].name == space.name
+
     problems = "\n".join(validate(place.config(f"encoder={tmp_path}/other")))
     assert "was trained on space elsewhere" in problems
     assert "shard the scans in the backbone's space, or pretrain on this one" in problems
