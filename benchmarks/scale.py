@@ -9,6 +9,7 @@ process, imports included.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -171,7 +172,9 @@ def write_set(folder: Path, num_rows: int) -> int:
     writer.close()
     subjects = pd.DataFrame({"subject_id": [subject(number) for number in range(num_runs)], "split": splits})
     subjects.to_parquet(folder / schema.SUBJECTS, index=False)
-    (folder / schema.MANIFEST).write_bytes(manifest(num_runs, space.fingerprint).to_json())
+    with (folder / schema.INDEX).open("rb") as index:
+        tables = {schema.INDEX: hashlib.file_digest(index, "sha256").hexdigest()}
+    (folder / schema.MANIFEST).write_bytes(manifest(num_runs, space.fingerprint, tables).to_json())
     return num_runs
 
 
@@ -227,7 +230,7 @@ def censored_frames(generator: np.random.Generator) -> str:
     return schema.frame_ranges(frames.tolist())
 
 
-def manifest(num_runs: int, space_fingerprint: str) -> schema.Manifest:
+def manifest(num_runs: int, space_fingerprint: str, tables: dict[str, str]) -> schema.Manifest:
     """As complete as a reader needs it."""
     num_shards = -(-num_runs // RUNS_A_SHARD)
     shards = [
@@ -240,7 +243,7 @@ def manifest(num_runs: int, space_fingerprint: str) -> schema.Manifest:
         name="generated",
         space={"fingerprint": space_fingerprint},
         atlases=[],
-        tables={},
+        tables=tables,
         shards=shards,
         counts={},
         refused=[],

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cluster.errors import StorageError, StoreUnavailableError
-from cluster.storage import RangeReader, store_for
+from cluster.storage import LocalRangeReader, RangeReader, store_for
 from data_sharding import schema
 from data_sharding.checksums import crc32_of_frames
 from data_sharding.errors import ShardError
-from data_sharding.shard_cache import CachedShard, CacheSettings, ShardCache
+from data_sharding.file_cache import CachedFile, CacheSettings, FileCache
 from data_sharding.stream import read_shard
 
 MAX_OPEN_SHARDS = 64
@@ -57,7 +57,7 @@ class FetchSettings:
     reader: Literal["indexed", "stream"]
     num_kept_shards: int  # for reader=stream: shards held in memory
     cache: CacheSettings | None = None
-    shards: Mapping[str, CachedShard] = field(default_factory=dict)  # for the cache: by name
+    shards: Mapping[str, CachedFile] = field(default_factory=dict)  # for the cache: by name
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Fetcher:
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
         self.frame_type = np.dtype(settings.frame_type)
-        self._cache: ShardCache | None = None  # made at the first read: in the process that reads
+        self._cache: FileCache | None = None  # made at the first read: in the process that reads
         self._open: OrderedDict[str, RangeReader] = OrderedDict()
         self._streamed: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
 
@@ -146,8 +146,8 @@ class Fetcher:
         store = store_for(self.settings.location)
         if self.settings.cache is None:
             return store.open_ranges(shard)
-        self._cache = self._cache or ShardCache(self.settings.cache)
-        return self._cache.open(store, self.settings.shards[shard])
+        self._cache = self._cache or FileCache(self.settings.cache)
+        return self._cache.open(store, self.settings.shards[shard], LocalRangeReader)
 
     def _streamed_shard(self, shard: str) -> dict[str, np.ndarray]:
         if shard not in self._streamed:

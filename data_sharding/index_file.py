@@ -5,9 +5,9 @@ Checksums of frames, most of an index, are read group by group when windows of t
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,16 +17,20 @@ import pyarrow.parquet as pq
 
 from cluster.storage import LocalStore, Store
 from data_sharding import schema
+from data_sharding.file_cache import CachedFile, CacheSettings, FileCache
 
 ROWS_AT_A_TIME = 1 << 18
 KEPT_GROUPS = 128  # 2 MB each as they are written; a shuffle block's shards lie in as many groups at most
 
+COPIES = "indexes"  # below a node's scratch
+MAX_COPIES_BYTES = 1 << 36  # some twenty sets of a million runs
+
 
 class IndexFile:
-    """An opened index.parquet. That of a remote store is fetched once, to local disk."""
+    """An opened index.parquet on local disk."""
 
-    def __init__(self, store: Store) -> None:
-        self._file = pq.ParquetFile(_local(store), read_dictionary=_text_columns())
+    def __init__(self, opened: pa.NativeFile) -> None:
+        self._file = pq.ParquetFile(opened, read_dictionary=_text_columns())
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._first_rows = np.cumsum([0, *sizes])
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
@@ -65,10 +69,13 @@ def _text_columns() -> list[str]:
     return [name for name, kind in schema.INDEX_COLUMNS.items() if kind == "string" and name not in unlike]
 
 
-def _local(store: Store) -> pa.NativeFile:
-    """The index as an open local file."""
+def opened_index(store: Store, *, sha256: str, scratch: str | None) -> pa.NativeFile:
+    """The index as an open local file. One that is far away is fetched once by all processes that share `scratch`, or
+    without it by each for itself."""
     if isinstance(store, LocalStore):
         return pa.OSFile(store.join(schema.INDEX))
-    with tempfile.TemporaryDirectory() as folder:
-        store.get_file(schema.INDEX, Path(folder) / schema.INDEX)
-        return pa.OSFile(str(Path(folder) / schema.INDEX))  # stays readable when its name is gone
+    with contextlib.ExitStack() as stack:
+        folder = f"{scratch}/{COPIES}" if scratch else stack.enter_context(tempfile.TemporaryDirectory())
+        index = CachedFile(schema.INDEX, store.size(schema.INDEX), sha256)
+        cache = FileCache(CacheSettings(folder, MAX_COPIES_BYTES))
+        return cache.open(store, index, lambda path: pa.OSFile(str(path)))  # readable also when its name is gone

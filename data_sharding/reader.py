@@ -21,9 +21,9 @@ from data_sharding.batch import Batch, StoredBatch
 from data_sharding.digest import NOTHING_TAKEN, added, digest_of
 from data_sharding.errors import ShardError
 from data_sharding.fetch import Fetched, Fetcher, FetchSettings, WindowRead
+from data_sharding.file_cache import CacheSettings
 from data_sharding.loading import fetched_in_order
 from data_sharding.order import SampleOrder, Samples, micro_batches, substitute, tiled
-from data_sharding.shard_cache import CacheSettings
 from data_sharding.shard_set import ShardSet, open_set
 
 __all__ = ["Batch", "BatchSource", "DataConfig", "DataState", "ReaderConfig", "ShardSet", "open_set"]

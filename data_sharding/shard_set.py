@@ -17,8 +17,8 @@ from cluster.errors import StorageError
 from cluster.storage import Store, store_for
 from data_sharding import schema
 from data_sharding.errors import ShardError
-from data_sharding.index_file import IndexFile
-from data_sharding.shard_cache import CachedShard
+from data_sharding.file_cache import CachedFile
+from data_sharding.index_file import IndexFile, opened_index
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,8 +41,11 @@ RUN_COLUMNS = [
 ]
 
 
-def open_set(location: str) -> ShardSet:
-    """The complete set at a location; ShardError when there is none, or one of another schema."""
+def open_set(location: str, *, scratch: str | None = None) -> ShardSet:
+    """The complete set at a location; ShardError when there is none, or one of another schema.
+
+    Below `scratch`, a folder of this node, its processes share one copy of the index of a set that is far away.
+    """
     store = store_for(location)
     try:
         manifest = schema.Manifest.from_json(store.read(schema.MANIFEST), location)
@@ -51,14 +54,15 @@ def open_set(location: str) -> ShardSet:
         if not store.list(schema.PLAN):
             hint = f"write one with 'python -m data_sharding source.root=<scans> out={location}'"
         raise ShardError(f"{location} holds no shard set (no {schema.MANIFEST}): {hint}") from error
-    return ShardSet(store, manifest)
+    return ShardSet(store, manifest, scratch=scratch)
 
 
 class ShardSet:
     """Manifest, space, subjects and index of one set; tables are read when first asked for."""
 
-    def __init__(self, store: Store, manifest: schema.Manifest) -> None:
+    def __init__(self, store: Store, manifest: schema.Manifest, *, scratch: str | None = None) -> None:
         self.store = store
+        self.scratch = scratch
         self.manifest = manifest
         self.location = store.location
         self.fingerprint = manifest.fingerprint
@@ -109,7 +113,8 @@ class ShardSet:
     @cached_property
     def index_file(self) -> IndexFile:
         """The index for those who need little of it."""
-        return IndexFile(self.store)
+        sha256 = self.manifest.tables[schema.INDEX]
+        return IndexFile(opened_index(self.store, sha256=sha256, scratch=self.scratch))
 
     @cached_property
     def quality(self) -> pd.DataFrame:
@@ -127,9 +132,9 @@ class ShardSet:
         return float(self.manifest.preprocessing["max_censored_fraction"])
 
     @cached_property
-    def cached_shards(self) -> dict[str, CachedShard]:
+    def cached_shards(self) -> dict[str, CachedFile]:
         """What a node's cache needs to know of every shard, by name."""
-        return {shard.name: CachedShard(shard.name, shard.bytes, shard.sha256) for shard in self.manifest.shards}
+        return {shard.name: CachedFile(shard.name, shard.bytes, shard.sha256) for shard in self.manifest.shards}
 
     def frame_type(self, kind: str) -> Literal["int8", "float16"]:
         """How a frame of this kind is stored."""

@@ -66,7 +66,7 @@ class Setup:
 def train(config: FinetuneConfig) -> dict[str, object]:
     """The numbers of <run.folder>/metrics.json; every rank calls it, rank 0 writes and registers."""
     started = time.monotonic()
-    shard_set = open_set(config.shards)
+    shard_set = open_set(config.shards, scratch=config.run.scratch)
     labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
     setup = Setup(config, shard_set, labels, fetch_backbone(config))
     task = setup.task()

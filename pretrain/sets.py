@@ -39,11 +39,11 @@ class OpenedSet:
         return set(self.shard_set.runs(self.kind, ["train"])["subject"])
 
 
-def open_sets(config: PretrainConfig) -> dict[str, OpenedSet]:
-    """Every set of the run, opened; PretrainError where one lacks the atlas."""
+def open_sets(config: PretrainConfig, *, scratch: str | None = None) -> dict[str, OpenedSet]:
+    """Every set of the run, opened; PretrainError where one lacks the atlas. Ranks give their node's `scratch`."""
     found = {}
     for name, each in config.named_sets.items():
-        shard_set = open_set(each.shards)
+        shard_set = open_set(each.shards, scratch=scratch)
         if config.atlas not in shard_set.atlases:
             raise PretrainError(
                 f"atlas={config.atlas}: {each.shards} holds {sorted(shard_set.atlases) or 'no atlas'}; choose one of "

@@ -32,7 +32,7 @@ from training.task import Task
 
 def train(config: PretrainConfig) -> dict[str, object]:
     """What the run led to, as in <run.folder>/metrics.json; every rank calls it and gets the same."""
-    sets = open_sets(config)
+    sets = open_sets(config, scratch=config.run.scratch)
     task = build_task(config, sets)
     fit_to_training_split(task, config, sets)
     task.sentinels = open_sentinels(task, config, sets)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.storage import LocalRangeReader, LocalStore, store_for
+from cluster.storage import LocalRangeReader, LocalStore, partial_file, store_for
 from data_sharding import schema
 from data_sharding.build import build
 from data_sharding.errors import ShardError
+from data_sharding.file_cache import CachedFile, CacheSettings, FileCache
 from data_sharding.reader import open_set
-from data_sharding.shard_cache import CachedShard, CacheSettings, ShardCache
 from tests.helpers_scans import sharding_config, write_study
 from tests.test_reader import rows_of, source_of, steps_of
 from tests.test_shards import copy_set, flip
@@ -70,7 +72,7 @@ def test_the_cache_changes_no_sample_and_reads_each_shard_once(
     cached = {"cache_folder": str(tmp_path / "cache"), "cache_bytes": 1 << 30}
     assert [rows_of(batches) for batches in steps_of(source_of(location, **cached), 12)] == reference
     shards = {shard.sha256 for shard in open_set(location).manifest.shards}
-    kept = {path.stem: path for path in (tmp_path / "cache").glob("*.tar")}
+    kept = {path.stem: path for path in (tmp_path / "cache").glob("*.whole")}
     assert set(kept) <= shards
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == name for name, path in kept.items())
     assert sorted(fetched) == sorted(set(fetched))
@@ -85,21 +87,21 @@ def test_a_cache_smaller_than_a_shuffle_block_is_not_used_and_that_is_said(locat
     assert source.settings.cache is None
 
 
-def shards_of(location: str) -> list[CachedShard]:
+def shards_of(location: str) -> list[CachedFile]:
     return list(open_set(location).cached_shards.values())
 
 
 def test_the_least_recently_used_shards_make_room(location: str, tmp_path: Path) -> None:
     first, second, third = shards_of(location)[:3]
     room = max(first.num_bytes, second.num_bytes, third.num_bytes) * 2
-    cache, store = ShardCache(CacheSettings(str(tmp_path), room)), store_for(location)
-    opened = cache.open(store, first)
-    cache.open(store, second).close()
-    cache.open(store, first).close()
-    cache.open(store, third).close()
-    assert {path.stem for path in tmp_path.glob("*.tar")} == {first.sha256, third.sha256}
-    cache.open(store, second).close()
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= room
+    cache, store = FileCache(CacheSettings(str(tmp_path), room)), store_for(location)
+    opened = cache.open(store, first, LocalRangeReader)
+    cache.open(store, second, LocalRangeReader).close()
+    cache.open(store, first, LocalRangeReader).close()
+    cache.open(store, third, LocalRangeReader).close()
+    assert {path.stem for path in tmp_path.glob("*.whole")} == {first.sha256, third.sha256}
+    cache.open(store, second, LocalRangeReader).close()
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.whole")) <= room
     buffer = bytearray(600)
     opened.read_into(0, memoryview(buffer))  # evicted, but still open
     opened.close()
@@ -110,17 +112,16 @@ def test_a_shard_with_wrong_bytes_never_enters_the_cache(location: str, tmp_path
     damaged = copy_set(Path(location), tmp_path / "copy")
     shard = shards_of(location)[0]
     flip(damaged / shard.name, 700)
-    cache = ShardCache(CacheSettings(str(tmp_path / "cache"), 1 << 30))
+    cache = FileCache(CacheSettings(str(tmp_path / "cache"), 1 << 30))
     with pytest.raises(ShardError, match=r"000000\.tar has SHA-256 .*, the manifest says .*; run 'python -m"):
-        cache.open(store_for(damaged), shard)
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix in (".tar", ".partial")]
-    (tmp_path / "cache" / f"{shard.sha256}.partial").write_bytes(b"left by a killed process")
-    cache.open(store_for(location), shard).close()
-    assert (tmp_path / "cache" / f"{shard.sha256}.tar").stat().st_size == shard.num_bytes
+        cache.open(store_for(damaged), shard, LocalRangeReader)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    cache.open(store_for(location), shard, LocalRangeReader).close()
+    assert (tmp_path / "cache" / f"{shard.sha256}.whole").stat().st_size == shard.num_bytes
 
 
 def _open(location: str, folder: str, counts: object) -> None:
-    cache = ShardCache(CacheSettings(folder, 1 << 30))
+    cache = FileCache(CacheSettings(folder, 1 << 30))
     store = store_for(location)
     original = store.get_file
 
@@ -131,7 +132,7 @@ def _open(location: str, folder: str, counts: object) -> None:
 
     store.get_file = counted  # type: ignore[method-assign]
     for shard in shards_of(location):
-        cache.open(store, shard).close()
+        cache.open(store, shard, LocalRangeReader).close()
 
 
 def test_processes_of_a_node_download_a_shard_once(location: str, tmp_path: Path) -> None:
@@ -144,3 +145,28 @@ def test_processes_of_a_node_download_a_shard_once(location: str, tmp_path: Path
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert counts.value == len(shards_of(location))
+
+
+def _die_while_fetching(location: str, folder: str) -> None:
+    store = store_for(location)
+
+    def half(name: str, local: Path) -> None:
+        with partial_file(local.parent) as partial:  # as every store's get_file begins
+            partial.write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store.get_file = half  # type: ignore[method-assign]
+    FileCache(CacheSettings(folder, 1 << 30)).open(store, shards_of(location)[0], LocalRangeReader)
+
+
+def test_a_process_killed_while_it_fetches_blocks_nobody_and_leaves_nothing(location: str, tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_die_while_fetching, args=(location, str(tmp_path)))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert any(path.is_file() for path in tmp_path.glob("*.partial/.partial-*"))
+    shard = shards_of(location)[0]
+    FileCache(CacheSettings(str(tmp_path), 1 << 30)).open(store_for(location), shard, LocalRangeReader).close()
+    left = [path for path in tmp_path.rglob("*") if path.suffix != ".lock"]
+    assert left == [tmp_path / f"{shard.sha256}.whole"]
+    assert hashlib.sha256(left[0].read_bytes()).hexdigest() == shard.sha256

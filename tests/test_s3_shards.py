@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from s3_servers import (  # noqa: F401  (running_ are fixtures)
     BUCKET,
@@ -29,9 +35,11 @@ from s3_servers import (  # noqa: F401  (running_ are fixtures)
 from cluster import s3_client, s3_create
 from cluster.errors import StoreUnavailableError
 from cluster.storage import store_for
+from data_sharding import schema
 from data_sharding.build import build
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
+from data_sharding.reader import open_set
 from data_sharding.verify import main as verify_main
 from data_sharding.verify import verify
 from tests.helpers_scans import sharding_config, write_study
@@ -110,6 +118,42 @@ def test_a_rerun_finishes_what_is_missing_and_another_set_is_refused(
     assert f"{config.out} is complete already; nothing to do" in capsys.readouterr().out
     with pytest.raises(ShardError, match=f"{config.out} already holds another set"):
         build(replace(config, seed=1))
+
+
+def _open_index(location: str, scratch: str | None) -> None:
+    assert len(open_set(location, scratch=scratch).scans("bold")) > 0
+
+
+@pytest.mark.parametrize("proxy", ["rclone"], indirect=True)
+def test_the_processes_of_a_node_fetch_an_index_once_and_never_read_that_of_another_set(
+    written: ShardingConfig, config: ShardingConfig, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    store, local = store_for(config.out), contents(Path(written.out))
+    for name in (schema.MANIFEST, schema.INDEX):
+        store.put(name, local[name])
+    scratch = str(tmp_path / "scratch")
+    proxy.faults = [Fault("slow", path=schema.INDEX)]
+    workers = [
+        multiprocessing.get_context("fork").Process(target=_open_index, args=(config.out, scratch)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    assert (
+        len([request for request in proxy.requests if request.startswith(f"GET /{BUCKET}/{tmp_path.name}/index")]) == 1
+    )
+    whole = open_set(config.out, scratch=scratch).scans("bold")
+    index = pq.read_table(io.BytesIO(local[schema.INDEX]))
+    other = io.BytesIO()
+    pq.write_table(index.filter(pc.not_equal(index["scan_id"], whole.scan_id[0])), other)
+    store.put(schema.INDEX, other.getvalue())
+    assert open_set(config.out, scratch=scratch).scans("bold").equals(whole)  # of the set as its manifest describes it
+    manifest = json.loads(local[schema.MANIFEST])
+    manifest["tables"][schema.INDEX] = hashlib.sha256(other.getvalue()).hexdigest()
+    store.put(schema.MANIFEST, json.dumps(manifest).encode())
+    assert open_set(config.out, scratch=scratch).scans("bold").scan_id.tolist() == whole.scan_id.tolist()[1:]
 
 
 @pytest.mark.faults
