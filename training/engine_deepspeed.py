@@ -24,6 +24,7 @@ from training.unfreezing import checked_groups
 from training.zero_state import WHOLE, load_whole
 
 TAG = "state"
+BUCKET_ELEMENTS = 50_000_000  # of gradients, float32: DeepSpeed's default sets aside 2 GB for a model of any size
 
 # DeepSpeed 0.19 calls collectives torch 2.13 has renamed, several times a step; the warning names torch's own module.
 RENAMED = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
@@ -60,7 +61,7 @@ def deepspeed_settings(config: TrainConfig, *, num_micro_batches: int) -> dict[s
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.optimizer.clip_norm if stage > 0 else 0.0,  # stage 0: clipped in `step`
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET_ELEMENTS},
         "torch_autocast": {"enabled": config.engine.precision == "bf16", "dtype": "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
