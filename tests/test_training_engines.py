@@ -26,20 +26,6 @@ STEPS = 6
 OPENS_AT = 3
 
 
-def run_jobs(folder: Path, jobs: list[dict], *, num_ranks: int, timeout_s: float = 120) -> list[int]:
-    """Exit codes of the ranks after running the jobs in turn."""
-    for job in jobs:
-        Path(job["folder"]).mkdir(parents=True, exist_ok=True)
-    path = folder / f"jobs-{len(list(folder.glob('jobs-*')))}.json"
-    path.write_text(json.dumps(jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(path), str(rank), str(num_ranks)], env=environment)
-        for rank in range(num_ranks)
-    ]
-    return [process.wait(timeout=timeout_s) for process in processes]
-
-
 def run_launches(folder: Path, launches: list[tuple[list[dict], int]], *, timeout_s: float) -> list[list[int]]:
     """Exit codes of every launch's ranks; launches are (jobs, number of ranks), run one after the other."""
     for jobs, _ in launches:
@@ -73,24 +59,28 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """plain and ZeRO 0-3 on one rank, all open, and again with an encoder that opens at step 3."""
-    folder = tmp_path_factory.mktemp("one")
-    jobs = [
-        {"engine": engine, "folder": str(folder / f"{engine}-{opens_at}"), "opens_at": opens_at, "steps": steps}
-        for engine in ("plain", *ZERO)
-        for opens_at, steps in ((0, STEPS), (OPENS_AT, STEPS), (STEPS, STEPS))
-    ]
-    jobs.append({"engine": "zero2", "folder": str(folder / "poisoned"), "poisoned_scan": "scan-0019"})
-    jobs.append({"engine": "zero2", "folder": str(folder / "bytes"), "measure": True})
-    assert run_jobs(folder, jobs, num_ranks=1) == [0]
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `one` and `two`: what these numbers of ranks made of the same jobs, forked from one process."""
+    folder = tmp_path_factory.mktemp("launched")
+    launches = [(jobs_of_one_rank(folder / "one"), 1), (jobs_of_two_ranks(folder / "two"), 2)]
+    assert run_launches(folder, launches, timeout_s=240) == [[0], [0, 0]]
     return folder
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    jobs = [
+def jobs_of_one_rank(folder: Path) -> list[dict]:
+    """plain and ZeRO 0-3, all open, and again with an encoder that opens at step 3, and with one that never does."""
+    jobs: list[dict] = [
+        {"engine": engine, "folder": str(folder / f"{engine}-{opens_at}"), "opens_at": opens_at}
+        for engine in ("plain", *ZERO)
+        for opens_at in (0, OPENS_AT, STEPS)
+    ]
+    jobs.append({"engine": "zero2", "folder": str(folder / "poisoned"), "poisoned_scan": "scan-0019"})
+    jobs.append({"engine": "zero2", "folder": str(folder / "bytes"), "measure": True})
+    return jobs
+
+
+def jobs_of_two_ranks(folder: Path) -> list[dict]:
+    jobs: list[dict] = [
         {"engine": engine, "folder": str(folder / f"{engine}-{opens_at}"), "opens_at": opens_at}
         for engine in ZERO
         for opens_at in (0, OPENS_AT)
@@ -99,8 +89,17 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = {"engine": "zero2", "folder": str(folder / "asked"), "stop_at": 3, "stop_rank": 1}
     jobs += [asked, {**asked, "report": "again", "stop_at": None}]
     jobs.append({"engine": "zero2", "folder": str(folder / "bytes"), "measure": True})
-    assert run_jobs(folder, jobs, num_ranks=2) == [0, 0]
-    return folder
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def one_rank(launched: Path) -> Path:
+    return launched / "one"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(launched: Path) -> Path:
+    return launched / "two"
 
 
 def test_plain_engine_equals_a_loop_written_out(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Trains toys as one rank of a gloo group and writes what came out: `training_worker.py <jobs.json> <rank> <size>`; or
-`training_worker.py <launches.json>`: launches {jobs, num_ranks} one after the other, their exit codes in a file beside.
+"""Trains toys as the ranks of gloo groups and writes what came out: `training_worker.py <launches.json>`: launches
+{jobs, num_ranks} one after the other, their exit codes in a file beside.
 
 A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, break_at, stop_at, stop_rank,
-poisoned_scan}. When the source is asked for step `kill_at` the process ends without any clean-up; for step `stop_at`,
-rank `stop_rank` gets SIGTERM. `kill_after_s`: by rank, when SIGKILL comes, counted from the first step; `slow_s`: how
-long a step and an upload take at least. A job with `measure` makes one update and reports the optimiser's bytes.
+poisoned_scan, copy_of}. When the source is asked for step `kill_at` the process ends without any clean-up; for step
+`stop_at`, rank `stop_rank` gets SIGTERM. `kill_after_s`: by rank, when SIGKILL comes, counted from the first step;
+`slow_s`: how long a step and an upload take at least. A job with `measure` makes one update and reports the optimiser's
+bytes. `copy_of`: the folder that a job on one rank begins with a copy of.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -88,6 +90,8 @@ def measure(job: dict) -> dict:
 
 
 def run_job(job: dict) -> None:
+    if job.get("copy_of"):
+        shutil.copytree(job["copy_of"], job["folder"], dirs_exist_ok=True)
     report = measure(job) if job.get("measure") else train(job)
     path = Path(job["folder"]) / f"{job.get('report', 'report')}-{place().rank}.json"
     path.write_text(json.dumps(report))
@@ -154,15 +158,11 @@ def fork_ranks(jobs: list[dict], size: int, *, meeting_point: str) -> list[int]:
 def main() -> None:
     loop.store_for = SlowStore  # type: ignore[attr-defined]
     path = Path(sys.argv[1])
-    content = json.loads(path.read_text())
-    if len(sys.argv) > 2:
-        run_rank(content, int(sys.argv[2]), int(sys.argv[3]), meeting_point=f"{path}.store")
-        return
-    import deepspeed  # noqa: F401 - once, for all that are forked
+    import torch._dynamo  # noqa: F401
 
     codes = [
         fork_ranks(launch["jobs"], launch["num_ranks"], meeting_point=f"{path}.store-{number}")
-        for number, launch in enumerate(content)
+        for number, launch in enumerate(json.loads(path.read_text()))
     ]
     path.with_suffix(".codes").write_text(json.dumps(codes))
 
