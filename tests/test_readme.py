@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import secrets
 import shutil
 import socket
@@ -172,8 +173,12 @@ def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_stat
     "part",
     ["data_sharding", "data_sharding.phantom", "pretrain", "finetune", "finetune.compare", "finetune.predict"],
 )
-def test_the_first_screen_of_help_says_purpose_example_and_required_overrides(part: str, folder: Path) -> None:
-    page = run(f"python -m {part} --help", folder)
+def test_the_first_screen_of_help_says_purpose_example_and_required_overrides(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [part, "--help"])
+    runpy.run_module(part, run_name="__main__", alter_sys=True)
+    page = capsys.readouterr().out
     first_screen = "\n".join(page.splitlines()[:24])
     assert f"python -m {part}" in first_screen
     assert "Required" in first_screen
