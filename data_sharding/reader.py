@@ -168,15 +168,20 @@ class BatchSource:
             after = DataState(self.fingerprint, self.config.seed, consumed, digest, sorted(self.quarantine))
             yield step, after.to_dict()
 
-    def evaluation(self, split: str, *, limit: int | None) -> Iterator[Batch]:
+    def evaluation(self, split: str, *, limit: int | None, is_dealt_out: bool = False) -> Iterator[Batch]:
         """This rank's share of a split, tiled without phase; `limit` keeps a fixed hashed subset of that size.
 
-        All ranks get equally many batches, padded with weight 0; a damaged sample has weight 0 too.
+        All ranks get equally many batches, padded with weight 0; a damaged sample has weight 0 too. Dealt out, every
+        rank sees some windows of every run.
         """
         book = self.book(split)
         samples = tiled(book.runs, fingerprint=self.fingerprint, limit=limit)
         parts = micro_batches(
-            samples, rank=self.rank, world_size=self.world_size, micro_batch_size=self.config.micro_batch_size
+            samples,
+            rank=self.rank,
+            world_size=self.world_size,
+            micro_batch_size=self.config.micro_batch_size,
+            is_dealt_out=is_dealt_out,
         )
         # In a thread: starting loader processes for each evaluation would take longer than most evaluations.
         yield from self._batches(book, iter(parts), num_workers=0)

@@ -1,11 +1,14 @@
 """The guesses a model is shown beside, fitted on the training split and scored where the model is scored.
 
-Knows masks and arrays; knows no model.
+Every rank learns from its share of the samples and the sums are added up: all have the same baselines. Knows masks and
+arrays; knows no model.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
@@ -24,6 +27,8 @@ from pretrain.baselines import (
 )
 from pretrain.errors import PretrainError
 from pretrain.global_drift import GlobalDrift
+from training.collectives import gather, place, sum_in_place
+from training.engine import own_device
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +36,11 @@ HiddenPatches = Callable[[Batch], Bool[Tensor, "batch tubelet patch"]]
 
 
 def voxel_statistics(batches: Iterable[Batch], num_voxels: int) -> VoxelStatistics:
-    """Mean and deviation of every voxel over the measured frames of `batches`."""
+    """Mean and deviation of every voxel over the measured frames of all ranks' `batches`."""
     statistics = VoxelStatistics.empty(num_voxels)
     for batch in batches:
         statistics.add(batch.values, batch.is_measured & (batch.weight > 0)[:, None])
+    sum_over_ranks(statistics.count, statistics.total, statistics.squares)
     if not bool(statistics.count.any()):
         raise PretrainError("no training sample to take voxel statistics from; check the set's train split and kind")
     return statistics
@@ -154,7 +160,7 @@ def fit_references(
 ) -> References:
     """Baselines fitted on training batches; the ridge's penalty is chosen on subjects it had not seen by then.
 
-    `batches()` gives the same batches each time; they are read again and never kept.
+    `batches()` gives this rank's share, the same each time; batches are read again and never kept.
     """
     num_patches, num_voxels = len(centres_mm), len(offset)
     references = References(
@@ -168,12 +174,16 @@ def fit_references(
     )
     subjects = []
     for batch in batches():
-        subjects += batch.subjects
         real = batch.weight > 0
-        centred = centre(batch.values[real], batch.is_measured[real], offset)
-        references.learn_drift(centred, batch.is_measured[real], hidden_patches(batch)[real])
+        subjects += list(itertools.compress(batch.subjects, real))
+        if bool(real.any()):
+            centred = centre(batch.values[real], batch.is_measured[real], offset)
+            references.learn_drift(centred, batch.is_measured[real], hidden_patches(batch)[real])
+    sum_over_ranks(references.global_drift.moments, references.global_drift.products)
     if has_ridge(config, num_patches, num_voxels):
-        fit_ridge(references, batches, ~rows_set_aside(subjects, config.choice_share), hidden_patches)
+        of_all = cast("list[list[str]]", gather(subjects))
+        is_kept = ~rows_set_aside_of_rank(of_all, config.choice_share, rank=place().rank)
+        fit_ridge(references, batches, is_kept, hidden_patches)
     return references
 
 
@@ -186,11 +196,11 @@ def fit_ridge(
     """Give the references a ridge of all rows, with the penalty that a ridge of the kept rows wants on the others."""
     num_patches, num_voxels = len(references.distance_mm), len(references.offset)
     ridge, set_aside = RidgeOracle(num_patches, num_voxels), RidgeOracle(num_patches, num_voxels)
-    for batch, rows in _with_rows(batches(), is_kept):
-        centred = centre(batch.values, batch.is_measured, references.offset) * (batch.weight > 0)[:, None, None]
-        means = references.means(centred, batch.is_measured)
-        ridge.add(means[rows], centred[rows])
-        set_aside.add(means[~rows], centred[~rows])
+    for oracle, chosen in ((ridge, is_kept), (set_aside, ~is_kept)):
+        for batch, rows in _with_rows(batches(), chosen):
+            centred = centre(batch.values[rows], batch.is_measured[rows], references.offset)
+            oracle.add(references.means(centred, batch.is_measured[rows]), centred)
+        sum_over_ranks(oracle.patch_moments, oracle.voxel_moments)
     references.penalty = _best_penalty(references, ridge, _with_rows(batches(), ~is_kept), hidden_patches)
     ridge.merge(set_aside)
     references.ridge = ridge
@@ -221,11 +231,29 @@ def rows_set_aside(subjects: list[str], share: float) -> Bool[Tensor, "row"]:
     return torch.tensor([subject in last for subject in subjects])
 
 
+def rows_set_aside_of_rank(subjects: list[list[str]], share: float, *, rank: int) -> Bool[Tensor, "row"]:
+    """`rows_set_aside` of all ranks' rows, given by rank as they were dealt out: those of this rank."""
+    dealt = sorted((row, dealt_to) for dealt_to, rows in enumerate(subjects) for row in range(len(rows)))
+    is_own = torch.tensor([dealt_to == rank for _, dealt_to in dealt])
+    return rows_set_aside([subjects[dealt_to][row] for row, dealt_to in dealt], share)[is_own]
+
+
+def sum_over_ranks(*sums: Tensor) -> None:
+    """Adds up what the ranks have learnt from their shares."""
+    for each in sums:
+        sum_in_place(each, own_device())
+
+
 def _with_rows(batches: Iterable[Batch], chosen: Bool[Tensor, "row"]) -> Iterator[tuple[Batch, Bool[Tensor, "batch"]]]:
+    """The batches that have chosen rows, and which; padding is no row."""
     start = 0
     for batch in batches:
-        yield batch, chosen[start : start + len(batch.subjects)]
-        start += len(batch.subjects)
+        rows = batch.weight > 0
+        num_rows = int(rows.sum())
+        rows[rows.clone()] = chosen[start : start + num_rows]
+        start += num_rows
+        if bool(rows.any()):
+            yield batch, rows
 
 
 def _best_penalty(
@@ -235,19 +263,18 @@ def _best_penalty(
     hidden_patches: HiddenPatches,
 ) -> float:
     """The candidate with the least squared error over the hidden, measured voxels of the chosen rows."""
-    errors = dict.fromkeys(references.config.ridge_penalties, 0.0)
+    penalties = references.config.ridge_penalties
+    errors = torch.zeros(len(penalties), dtype=torch.float64)
     for batch, rows in held_out:
-        rows = rows & (batch.weight > 0)
-        if not bool(rows.any()):
-            continue
         is_measured, is_hidden = batch.is_measured[rows], hidden_patches(batch)[rows]
         centred = centre(batch.values[rows], is_measured, references.offset)
         is_scored = hidden_voxels(is_hidden, references.patch_of_voxel, centred.shape[1]) & is_measured[:, None]
         means = references.means(centred, is_measured)
-        for penalty in errors:
+        for place_of, penalty in enumerate(penalties):
             guess = ridge_guess(ridge, means, ~is_hidden, penalty=penalty)
-            errors[penalty] += float((guess - centred).square()[is_scored].sum())
-    return min(errors, key=lambda penalty: errors[penalty])
+            errors[place_of] += float((guess - centred).square()[is_scored].sum())
+    sum_over_ranks(errors)
+    return penalties[int(errors.argmin())]
 
 
 def hidden_voxels(

@@ -65,10 +65,14 @@ def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], place: Pl
     return JointSource(sources, {name: each.weight for name, each in sets.items()}, seed=config.data.seed)
 
 
-def training_subset(config: PretrainConfig, opened: OpenedSet) -> Iterator[Batch]:
-    """The training samples that statistics and baselines are fitted on, the same every time and on every rank."""
-    source = BatchSource(opened.shard_set, reader_config(config, opened.name), rank=0, world_size=1)
-    for batch in source.evaluation("train", limit=config.baselines.fit_samples):
+def training_subset(config: PretrainConfig, opened: OpenedSet, place: Place) -> Iterator[Batch]:
+    """A rank's share of the training samples that statistics and baselines are fitted on, the same every time.
+
+    Dealt out, so that the last subjects, which the ridge's penalty is chosen on at length, are not all one rank's.
+    """
+    reader = reader_config(config, opened.name)
+    source = BatchSource(opened.shard_set, reader, rank=place.rank, world_size=place.world_size)
+    for batch in source.evaluation("train", limit=config.baselines.fit_samples, is_dealt_out=True):
         yield named(batch, opened.name)
     source.close()
 

@@ -68,19 +68,19 @@ def build_task(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> MaskedV
 def fit_to_training_split(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> None:
     """Give the task the training split's voxel statistics, a stem's from all its sets, and the baselines fitted on it.
 
-    Every rank reads the same fixed subset and computes the same numbers, so nothing has to be exchanged.
+    Every rank reads its share of the same fixed subset, and all have the same numbers.
     """
     for stem_name in task.encoder.stems:
         readers = [each for name, each in sets.items() if task.set_named(name).stem_name == stem_name]
         subjects = {subject for each in readers for subject in each.training_subjects}
         if len(subjects) >= config.min_mean_subjects:
-            batches = itertools.chain.from_iterable(training_subset(config, each) for each in readers)
+            batches = itertools.chain.from_iterable(training_subset(config, each, place()) for each in readers)
             statistics = voxel_statistics(batches, readers[0].geometry.space.num_voxels)
             task.set_voxel_statistics(stem_name, statistics.mean, statistics.deviation(config.deviation_floor))
     for name, each in sets.items():
         part, layout = task.set_named(name), each.geometry.layout
         part.references = fit_references(
-            partial(training_subset, config, each),
+            partial(training_subset, config, each, place()),
             config.baselines,
             offset=task.encoder.stem(part.stem_name).voxel_offset.clone(),
             patch_of_voxel=torch.from_numpy(layout.patch_of_voxel),

@@ -16,7 +16,7 @@ from pretrain.masked_volumes import (
     SetSpec,
 )
 from pretrain.masking import MaskingConfig
-from pretrain.references import fit_references, rows_set_aside, voxel_statistics
+from pretrain.references import fit_references, rows_set_aside, rows_set_aside_of_rank, voxel_statistics
 from pretrain.scores import IntervalConfig, Regions, metrics_of, report_of, score_rows
 from tests.phantom_spaces import ball
 
@@ -305,3 +305,12 @@ def test_rows_set_aside_are_whole_subjects() -> None:
     subjects = [f"s{number}" for number in (3, 1, 2, 3, 0, 4, 4)]
     assert rows_set_aside(subjects, 0.4).tolist() == [True, False, False, True, False, True, True]
     assert rows_set_aside(["one"] * 5, 0.2).tolist() == [False] * 4 + [True]
+
+
+def test_ranks_set_the_rows_aside_that_one_rank_would() -> None:
+    for subjects in ([f"s{number}" for number in (3, 1, 2, 3, 0, 4, 4)], ["one"] * 5):
+        alone = rows_set_aside(subjects, 0.4).tolist()
+        for world_size in (1, 2, 3, 9):
+            dealt = [subjects[rank::world_size] for rank in range(world_size)]
+            found = [rows_set_aside_of_rank(dealt, 0.4, rank=rank).tolist() for rank in range(world_size)]
+            assert found == [alone[rank::world_size] for rank in range(world_size)]

@@ -1,5 +1,6 @@
 import csv
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from configs.entry import compose
 from configs.parse import parse
 from data_sharding.build import build
 from data_sharding.config import ShardingConfig
+from data_sharding.fetch import Fetched, Fetcher, WindowRead
 from data_sharding.phantom.config import PhantomConfig
 from data_sharding.phantom.write import write_phantom
 from data_sharding.reader import BatchSource, open_set
@@ -84,6 +86,60 @@ def test_a_few_subjects_mean_is_not_taken_for_a_population_mean(shards: str, tmp
         task = build_task(config, sets)
         fit_to_training_split(task, config, sets)
         assert bool(task.encoder.stem("t1").voxel_offset.any()) == has_mean
+
+
+def fitted(config: PretrainConfig) -> dict[str, object]:
+    """What a rank's task knows of the training split, and how many windows the rank has read for it."""
+    num_read, fetch = [0], Fetcher.fetch
+
+    def counted(self: Fetcher, reads: list[WindowRead]) -> Fetched:
+        num_read[0] += len(reads)
+        return fetch(self, reads)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Fetcher, "fetch", counted)
+        sets = open_sets(config)
+        task = build_task(config, sets)
+        fit_to_training_split(task, config, sets)
+    stem, references = task.encoder.stem("bold"), task.set_named("bold").references
+    assert references is not None
+    assert references.ridge is not None
+    return {
+        "offset": stem.voxel_offset,
+        "scale": stem.voxel_scale,
+        "drift": references.global_drift.weights(),
+        "patches": references.ridge.patch_moments,
+        "voxels": references.ridge.voxel_moments,
+        "penalty": torch.tensor(references.penalty),
+        "num_read": num_read[0],
+    }
+
+
+def _fit_as_rank(config: PretrainConfig, rank: int, folder: Path) -> None:
+    store = torch.distributed.FileStore(str(folder / "meeting"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.save(fitted(config), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("num_samples", [48, 1])
+def test_two_ranks_fit_the_baselines_of_one_and_each_reads_only_its_share(
+    shards: str, tmp_path: Path, num_samples: int
+) -> None:
+    config = config_of(shards, tmp_path, f"baselines.fit_samples={num_samples}", "data.micro_batch_size=4")
+    alone = fitted(config)
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_fit_as_rank, args=(config, rank, tmp_path)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name in ("offset", "scale", "drift", "patches", "voxels", "penalty"):
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-5)
+    if num_samples == 48:
+        assert first["num_read"] == second["num_read"] == alone["num_read"] / 2
 
 
 @pytest.mark.parametrize("kind", ["bold", "t1"])

@@ -10,6 +10,8 @@ import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor
 
+PIECE = 1 << 24  # numbers exchanged at a time
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,6 +36,16 @@ def total(values: Tensor) -> Tensor:
     if place().world_size > 1:
         torch.distributed.all_reduce(values)
     return values
+
+
+def sum_in_place(values: Tensor, device: torch.device) -> None:
+    """Makes `values`, contiguous and anywhere, their sum over all ranks; `device` is where ranks exchange tensors."""
+    if place().world_size == 1:
+        return
+    for piece in values.view(-1).split(PIECE):  # of large sums no second copy is held
+        moved = piece.to(device)
+        torch.distributed.all_reduce(moved)
+        piece.copy_(moved)
 
 
 def gather(value: object) -> list[object]:
