@@ -11,6 +11,7 @@ bytes. `copy_of`: the folder that a job on one rank begins with a copy of.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -158,8 +159,8 @@ def fork_ranks(jobs: list[dict], size: int, *, meeting_point: str) -> list[int]:
 def main() -> None:
     loop.store_for = SlowStore  # type: ignore[attr-defined]
     path = Path(sys.argv[1])
-    import torch._dynamo  # noqa: F401
-
+    for late in ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"):  # once, for all that are forked
+        importlib.import_module(late)
     codes = [
         fork_ranks(launch["jobs"], launch["num_ranks"], meeting_point=f"{path}.store-{number}")
         for number, launch in enumerate(json.loads(path.read_text()))
