@@ -88,7 +88,7 @@ class RidgeOracle:
     def add(self, means: Float[Tensor, "batch time patch"], values: Float[Tensor, "batch time voxel"]) -> None:
         frames = rearrange(means, "batch time patch -> (batch time) patch")
         self.patch_moments += frames.double().T @ frames.double()
-        self.voxel_moments += frames.T @ rearrange(values, "batch time voxel -> (batch time) voxel")
+        self.voxel_moments.addmm_(frames.T, rearrange(values, "batch time voxel -> (batch time) voxel"))
 
     def merge(self, other: "RidgeOracle") -> None:
         self.patch_moments += other.patch_moments
@@ -98,13 +98,24 @@ class RidgeOracle:
         self, means: Float[Tensor, "time patch"], is_visible: Bool[Tensor, "patch"], *, penalty: float
     ) -> Float[Tensor, "time voxel"]:
         """Every voxel's guess from the visible patches; 0 when none is visible. `penalty` is relative (see config)."""
+        return self.weights(means, is_visible, penalty=penalty) @ self.voxel_moments
+
+    def weights(
+        self, means: Float[Tensor, "time patch"], is_visible: Bool[Tensor, "patch"], *, penalty: float
+    ) -> Float[Tensor, "time patch"]:
+        """What `voxel_moments` is multiplied by for the guess; 0 for patches that are not visible.
+
+        For many sets of visible patches, put their weights together before: that product is all of the time.
+        """
         seen = is_visible.nonzero().flatten()
         moments = self.patch_moments[seen][:, seen]
         absolute = penalty * self.patch_moments.diagonal().mean()
         eye = torch.eye(len(seen), dtype=torch.float64)
         factor = torch.linalg.cholesky(moments + absolute * eye)
-        weights = torch.cholesky_solve(means[:, seen].double().T, factor).T  # beta^T x, without forming beta
-        return weights.to(self.voxel_moments.dtype) @ self.voxel_moments[seen]
+        weights = self.voxel_moments.new_zeros(means.shape)
+        solved = torch.cholesky_solve(means[:, seen].double().T, factor).T  # beta^T x, without forming beta
+        weights[:, seen] = solved.to(weights.dtype)
+        return weights
 
 
 @dataclass

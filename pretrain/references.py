@@ -128,16 +128,16 @@ def ridge_guess(
     penalty: float,
 ) -> Float[Tensor, "batch time voxel"]:
     """Every voxel's guess from the patches that are visible in its tubelet."""
-    guesses = [
+    weights = [
         torch.cat(
             [
-                ridge.predict(frames, visible, penalty=penalty)
+                ridge.weights(frames, visible, penalty=penalty)
                 for frames, visible in zip(sample.chunk(len(shown)), shown, strict=True)
             ]
         )
         for sample, shown in zip(means, is_visible, strict=True)
     ]
-    return torch.stack(guesses)
+    return torch.stack(weights) @ ridge.voxel_moments
 
 
 def centre(
