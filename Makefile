@@ -27,7 +27,7 @@ test: setup
 test-faults: setup
 	@mkdir -p out && rm -f out/faults.jsonl
 	CALLOSUM_FAULTS=$(CURDIR)/out/faults.jsonl $(BIN)/python -m pytest -m "faults or injected" --timeout 5400; \
-	result=$$?; $(BIN)/python -m tests.fault_report out/faults.jsonl docs/faults.md; exit $$result
+	result=$$?; $(BIN)/python -m tests.fault_report out/faults.jsonl docs/faults.md docs/operations.md; exit $$result
 
 test-demo: setup
 	$(BIN)/python -m pytest -m demo --timeout 5400

@@ -25,7 +25,7 @@ from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, aws_environment
 BIN = Path(sys.executable).parent
 SUBNET = "10.77.0"  # seen by nobody outside: two test runs have a bridge each
 S3_ADDRESS, MLFLOW_ADDRESS = f"{SUBNET}.240", f"{SUBNET}.241"
-MLFLOW_USER, MLFLOW_PASSWORD = "admin", "plantedPassword/71c0d2"
+MLFLOW_USER, MLFLOW_PASSWORD = "admin", f"plantedPassword/{secrets.token_hex(8)}"
 OBJECT_STORE_BYTES = 80_000_000
 TAG = "callosumtest"
 STARTS_WITHIN_S = 240.0
@@ -147,6 +147,9 @@ class Host:
 
     def remove(self) -> None:
         remove_namespace(self.namespace)
+        # With its namespace its end of the cable goes too, but only some time later: another node may want the name.
+        cable = ["ip", "-n", self.network.switch, "link", "del", f"p{self.name}"]
+        subprocess.run(cable, check=False, capture_output=True)
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 CALLOSUM_FAULTS names the file the lines are appended to. A test says more about itself by pytest's `record_property`:
 "fault" (what was done to whom), "when" and "recovery_s"; its module names the table by FAULT_SECTION. A run replaces
-the tables it has lines for and leaves the others:
+the tables it has lines for and leaves the others; a table that has its heading in docs/operations.md goes there:
 
-  python -m tests.fault_report out/faults.jsonl docs/faults.md
+  python -m tests.fault_report out/faults.jsonl docs/faults.md docs/operations.md
 """
 
 from __future__ import annotations
@@ -69,13 +69,10 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def rendered(lines: list[dict[str, Any]], before: str) -> str:
-    """The page with a table for every section of the lines; other tables stay as they are in `before`."""
-    tables = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", before, flags=re.MULTILINE | re.DOTALL))
-    by_section: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in lines:
-        by_section[line["section"]].append(line)
-    tables |= {section: _table(own) for section, own in by_section.items()}
+def rendered(tables: dict[str, str], before: str) -> str:
+    """The page with these tables; others stay as they are in `before`."""
+    found = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", before, flags=re.MULTILINE | re.DOTALL))
+    tables = found | tables
     return HEAD + "".join(f"\n## {section}\n{tables[section].rstrip()}\n" for section in sorted(tables))
 
 
@@ -97,9 +94,17 @@ def _table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    source, target = (Path(argument) for argument in sys.argv[1:])
-    lines = [json.loads(text) for text in source.read_text().splitlines()]
-    target.write_text(rendered(lines, target.read_text() if target.exists() else ""))
+    source, target, other = (Path(argument) for argument in sys.argv[1:])
+    by_section: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in map(json.loads, source.read_text().splitlines()):
+        by_section[line["section"]].append(line)
+    tables = {section: _table(lines) for section, lines in by_section.items()}
+    page = other.read_text()
+    for section in [section for section in tables if f"\n### {section}\n" in page]:
+        before, heading, rest = page.partition(f"\n### {section}\n")
+        page = before + heading + tables.pop(section) + rest[rest.index("\n##") :]
+    other.write_text(page)
+    target.write_text(rendered(tables, target.read_text()))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import re
+import secrets
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from cluster import s3_client, s3_create
 
 BIN = Path(sys.executable).parent
 ACCESS_KEY = "AKIDEXAMPLEOFTESTS"
-SECRET_KEY = "plantedSecret/9f2c7d1e8a"
+SECRET_KEY = f"plantedSecret/{secrets.token_hex(8)}"  # of each test run its own: sources are searched for it too
 BUCKET = "brains"
 STARTS_WITHIN_S = 30.0
 MODELS = botocore.loaders.create_loader()
