@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from brain_models.atlas import Atlas
 from brain_models.cleaning import CleanedRun, clean_bold
@@ -122,6 +121,8 @@ class Part:
 
 def write_part(request: PackRequest, context: PackContext, path: Path) -> Part:
     """The scan's part of a tar, written to `path`. Raises ScanError where the scan cannot be packed or accepted."""
+    from webdataset.writer import TarWriter  # imports torch where there is one: a second that no planning needs
+
     packed = _pack(request, context)
     members: list[Member] = []
     position = 0

@@ -104,7 +104,9 @@ def serve(folder: str) -> None:
     die_with_parent()
     # webdataset imports torch only to offer it a base class: without it the helper starts in a third of the time.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    from data_sharding import packing  # imported before the forks, so that no child imports
+    import webdataset.writer  # noqa: F401 - imported before the forks, as all of packing, so that no child imports
+
+    from data_sharding import packing
 
     packing.packing_kinds()
 
