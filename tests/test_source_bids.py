@@ -13,11 +13,13 @@ from brain_models.surfaces import SurfaceSpaceConfig, surface_space
 from data_sharding import samples, sources
 from data_sharding.errors import SourceError
 from data_sharding.prepare import prepare
-from data_sharding.scans import Event, Found
+from data_sharding.scans import Event, Found, scan_id_of
 from data_sharding.source_phantoms import bids as phantom
 from data_sharding.source_phantoms.fields import bold_values, vertex_values
 from data_sharding.sources.bids_tables import is_by_fmriprep
 from data_sharding.tables import alignment_of
+from tests.helpers_scans import TEMPLATE, save_nifti, write_bold, write_t1
+from tests.helpers_scans import bold_values as scan_values
 from tests.helpers_sources import AS_IT_IS, config_of, found_by, run_values, set_of, write_phantom
 
 RUN = "sub-01_ses-1_task-rest_run-1"
@@ -88,6 +90,7 @@ def test_raw_scans_are_handed_on_with_their_t1_only_where_they_will_be_registere
 def test_participants_events_confounds_and_allowed_sidecar_fields_are_joined(root: Path) -> None:
     found = volumes(root)
     assert found.subjects.loc[["01", "02"], "sex"].tolist() == ["male", "female"]
+    assert found.subjects.age.dtype == np.float64
     assert np.isnan(found.subjects.at["02", "age"])
     run = next(scan for scan in found.scans if scan.scan_id == f"{RUN}_bold")
     assert run.events == [Event(2.0, 1.5, "face"), Event(6.0, 1.5, "house")]
@@ -138,6 +141,101 @@ def test_a_cifti_run_is_found_on_fslr_and_a_mesh_of_another_size_is_refused(root
     config = config_of(*overrides[:3], "out=unused")
     with pytest.raises(SourceError, match=r"meshes of \[10242\] vertices, the space few has 642 on that side"):
         sources.find(config.source, config.privacy, replace(few, template="fsaverage5"), accepts_raw=False)
+
+
+def test_a_run_in_its_persons_own_space_is_no_rival_of_one_in_the_template(tmp_path: Path) -> None:
+    path = write_bold(tmp_path, "01")
+    for space in ("space-T1w", ""):
+        other = path.with_name(path.name.replace(f"{TEMPLATE}_res-12", space).replace("__", "_"))
+        save_nifti(other, scan_values(0, 3))
+    found = volumes(tmp_path)
+    assert [scan.path for scan in found.scans] == [path]
+    assert found.notes == [f"1 scans: bold {TEMPLATE} res-12, chosen over space-T1w, space-none"]
+
+
+def test_the_repetition_time_is_inherited_and_the_nearest_sidecar_wins(tmp_path: Path) -> None:
+    write_bold(tmp_path, "01", sidecar=False)
+    write_bold(tmp_path, "02", sidecar=False)
+    (tmp_path / "task-rest_bold.json").write_text(json.dumps({"RepetitionTime": 2.5}))
+    (tmp_path / "task-other_bold.json").write_text(json.dumps({"RepetitionTime": 9.0}))
+    (tmp_path / "sub-02" / "sub-02_bold.json").write_text(json.dumps({"RepetitionTime": 1.5}))
+    assert [scan.repetition_time_s for scan in volumes(tmp_path).scans] == [2.5, 1.5]
+
+
+def test_the_header_gives_the_repetition_time_where_no_sidecar_does(tmp_path: Path) -> None:
+    path = tmp_path / "sub-01" / "func" / f"sub-01_task-rest_{TEMPLATE}_desc-preproc_bold.nii.gz"
+    save_nifti(path, scan_values(0, 5), repetition_time_s=1.75)
+    assert volumes(tmp_path).scans[0].repetition_time_s == 1.75
+
+
+def test_a_mask_beside_the_scan_is_used(tmp_path: Path) -> None:
+    path = write_bold(tmp_path, "01")
+    mask = path.with_name(path.name.replace("desc-preproc_bold", "desc-brain_mask"))
+    save_nifti(mask, np.ones(scan_values(0, 1).shape[:3], dtype=np.uint8))
+    assert volumes(tmp_path).scans[0].brain_mask == mask
+
+
+def test_nothing_found_says_what_was_looked_for_and_where(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"nothing found\. Looked for sub-\*/.*desc-preproc_T1w\.nii.*_bold\.nii"):
+        volumes(tmp_path)
+    with pytest.raises(SourceError, match=r"nowhere is not a folder; give the top of a BIDS tree"):
+        volumes(tmp_path / "nowhere")
+    write_t1(tmp_path, "01")
+    with pytest.raises(SourceError, match=r"source\.subjects and source\.tasks narrow it"):
+        volumes(tmp_path, "source.subjects=['09']")
+
+
+def test_a_raw_space_scan_is_refused_with_a_hint(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "sub-01" / "func" / "sub-01_task-rest_bold.nii.gz", scan_values(0, 5))
+    with pytest.raises(SourceError, match=r"all 1 scans were refused[\s\S]*raw space[\s\S]*fMRIPrep --output-spaces"):
+        volumes(tmp_path)
+
+
+def test_another_template_is_refused_unless_allowed(tmp_path: Path) -> None:
+    path = write_bold(tmp_path, "01")
+    path.rename(path.with_name(path.name.replace("NLin6Asym", "NLin2009cAsym")))
+    (tmp_path / "task-rest_bold.json").write_text(json.dumps({"RepetitionTime": 2.0}))
+    with pytest.raises(SourceError, match=r"lies in MNI152NLin2009cAsym, the space needs MNI152NLin6Asym"):
+        volumes(tmp_path)
+    allowed = volumes(tmp_path, "source.allow_template_mix=true")
+    assert len(allowed.scans) == 1
+
+
+def test_bad_scans_are_refused_one_by_one_with_their_reason(tmp_path: Path) -> None:
+    write_t1(tmp_path, "01")
+    write_bold(tmp_path, "02", sidecar=False)
+    broken = write_bold(tmp_path, "03")
+    broken.write_bytes(b"<html>404 Not Found</html>")
+    save_nifti(write_bold(tmp_path, "04"), scan_values(0, 1)[..., 0])
+    (write_bold(tmp_path, "05").with_name("sub-05_bold.json")).write_text('{"RepetitionTime": "two"}')
+    named = write_bold(tmp_path, "05").name.removesuffix(".nii.gz")
+    (tmp_path / "sub-05" / "func" / f"{named}.json").unlink()
+    found = volumes(tmp_path)
+    assert [scan.scan_id for scan in found.scans] == ["sub-01_t1"]
+    reason_of = {refusal.scan_id[4:6]: refusal.reason for refusal in found.refused}
+    assert "no repetition time" in reason_of["02"]
+    assert "add sub-02" in reason_of["02"]
+    assert "not NIfTI" in reason_of["03"]
+    assert "3D image" in reason_of["04"]
+    assert "RepetitionTime 'two' in its sidecar is not a time" in reason_of["05"]
+
+
+def test_participants_must_be_one_row_a_subject(tmp_path: Path) -> None:
+    write_t1(tmp_path, "01")
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t20\nsub-01\t21\n")
+    with pytest.raises(SourceError, match="several rows for 01"):
+        volumes(tmp_path)
+    (tmp_path / "participants.tsv").write_text("id\tage\nsub-01\t20\n")
+    with pytest.raises(SourceError, match="no column participant_id"):
+        volumes(tmp_path)
+
+
+def test_scan_ids_are_safe_and_never_merge_two_scans() -> None:
+    plain = scan_id_of({"sub": "01", "task": "rest", "run": "1"}, "bold")
+    assert plain == "sub-01_task-rest_run-1_bold"
+    odd = [scan_id_of({"sub": subject}, "t1") for subject in ("a.b", "ab", "a/../b", "x" * 200, "x" * 201)]
+    assert len(set(odd)) == len(odd)
+    assert all(len(name) <= 80 and not set(name) & set("./\\ ") for name in odd)
 
 
 def test_folders_that_are_no_subjects_and_broken_tables_are_named(tmp_path: Path) -> None:
