@@ -6,6 +6,7 @@ Checksums of frames, most of an index, are read group by group when windows of t
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections import OrderedDict
 
@@ -22,7 +23,7 @@ from data_sharding.file_cache import CachedFile, CacheSettings, FileCache
 ROWS_AT_A_TIME = 1 << 18
 KEPT_GROUPS = 128  # 2 MB each as they are written; a shuffle block's shards lie in as many groups at most
 
-COPIES = "indexes"  # below a node's scratch
+COPIES = "indexes"  # of a user, below a node's scratch
 MAX_COPIES_BYTES = 1 << 36  # some twenty sets of a million runs
 
 
@@ -75,7 +76,7 @@ def opened_index(store: Store, *, sha256: str, scratch: str | None) -> pa.Native
     if isinstance(store, LocalStore):
         return pa.OSFile(store.join(schema.INDEX))
     with contextlib.ExitStack() as stack:
-        folder = f"{scratch}/{COPIES}" if scratch else stack.enter_context(tempfile.TemporaryDirectory())
+        folder = f"{scratch}/{COPIES}-{os.getuid()}" if scratch else stack.enter_context(tempfile.TemporaryDirectory())
         index = CachedFile(schema.INDEX, store.size(schema.INDEX), sha256)
         cache = FileCache(CacheSettings(folder, MAX_COPIES_BYTES))
         return cache.open(store, index, lambda path: pa.OSFile(str(path)))  # readable also when its name is gone

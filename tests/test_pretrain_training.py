@@ -29,6 +29,7 @@ from pretrain.masking import Masker
 from pretrain.planning import plan
 from pretrain.sets import open_sets, reader_config
 from pretrain.train import build_task, fit_to_training_split, train
+from pretrain.untrained import open_sentinels
 from pretrain.validation import validate
 from training import registry
 
@@ -89,7 +90,7 @@ def test_a_few_subjects_mean_is_not_taken_for_a_population_mean(shards: str, tmp
 
 
 def fitted(config: PretrainConfig) -> dict[str, object]:
-    """What a rank's task knows of the training split, and how many windows the rank has read for it."""
+    """What a rank's task knows before its first step, and how many windows of the training split it has read for it."""
     num_read, fetch = [0], Fetcher.fetch
 
     def counted(self: Fetcher, reads: list[WindowRead]) -> Fetched:
@@ -102,6 +103,7 @@ def fitted(config: PretrainConfig) -> dict[str, object]:
         task = build_task(config, sets)
         fit_to_training_split(task, config, sets)
     stem, references = task.encoder.stem("bold"), task.set_named("bold").references
+    untrained = open_sentinels(task, config, sets).untrained["bold"]
     assert references is not None
     assert references.ridge is not None
     return {
@@ -111,6 +113,7 @@ def fitted(config: PretrainConfig) -> dict[str, object]:
         "patches": references.ridge.patch_moments,
         "voxels": references.ridge.voxel_moments,
         "penalty": torch.tensor(references.penalty),
+        "embedding": torch.tensor(list(untrained.values())),
         "num_read": num_read[0],
     }
 
@@ -135,7 +138,7 @@ def test_two_ranks_fit_the_baselines_of_one_and_each_reads_only_its_share(
     for rank in ranks:
         rank.join()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name in ("offset", "scale", "drift", "patches", "voxels", "penalty"):
+    for name in ("offset", "scale", "drift", "patches", "voxels", "penalty", "embedding"):
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-5)
     if num_samples == 48:
