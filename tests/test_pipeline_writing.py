@@ -174,39 +174,41 @@ def test_verify_holds_a_block_and_not_a_shard_in_memory(
     assert max(asked) == 1000
 
 
-def test_scans_on_s3_give_the_bytes_of_scans_in_a_folder(
+@pytest.fixture
+def remote(
     study: Path, written: ShardingConfig, rclone: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> ShardingConfig:
+    """The same set, to be made of scans on S3."""
     use(monkeypatch, rclone.endpoint)
-    source = store_for(f"s3://{BUCKET}/study")
+    root = f"s3://{BUCKET}/{tmp_path.name}"
+    store = store_for(root)
     for path in study.rglob("*"):
         if path.is_file():
-            source.put(path.relative_to(study).as_posix(), path)
-    remote = replace(written, out=str(tmp_path / "set"), source=replace(written.source, root=f"s3://{BUCKET}/study"))
+            store.put(path.relative_to(study).as_posix(), path)
+    return replace(written, out=str(tmp_path / "set"), source=replace(written.source, root=root))
+
+
+def test_scans_on_s3_give_the_bytes_of_scans_in_a_folder(
+    written: ShardingConfig, remote: ShardingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data_sharding.remote.WHOLE_BYTES", 1000)  # scans are found and planned by their headers alone
     monkeypatch.setattr("data_sharding.remote.HEAD_BYTES", 600)
     build(remote)
-    assert contents(tmp_path / "set") == contents(Path(written.out))
+    assert contents(Path(remote.out)) == contents(Path(written.out))
 
 
 def test_a_scan_that_cannot_be_fetched_stops_the_run_and_is_no_refusal(
-    study: Path, written: ShardingConfig, rclone: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remote: ShardingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, rclone.endpoint)
-    source = store_for(f"s3://{BUCKET}/gone")
-    for path in study.rglob("*"):
-        if path.is_file():
-            source.put(path.relative_to(study).as_posix(), path)
-    remote = replace(written, out=str(tmp_path / "set"), source=replace(written.source, root=f"s3://{BUCKET}/gone"))
-
     def lose(store: object, plan: object, config: object) -> None:
+        source = store_for(remote.source.root)
         for name in source.list("sub-03"):
             source.delete(name)
 
     monkeypatch.setattr("data_sharding.build._claim", lose)  # between finding the scans and packing them
     with pytest.raises(ShardError, match=r"s3://.*sub-03.* could not be fetched: .*; run again, it goes on"):
         build(remote)
-    assert not (tmp_path / "set" / schema.MANIFEST).exists()
+    assert not (Path(remote.out) / schema.MANIFEST).exists()
 
 
 @pytest.mark.faults
