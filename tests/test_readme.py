@@ -1,5 +1,6 @@
 """The README's commands run as they are written, one after the other, from an empty folder."""
 
+import json
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,13 +88,18 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     """The environment of a user beside a Ray that was started as the README says, on free ports."""
     token, temporary = folder / "token", Path(tempfile.mkdtemp(prefix="ray-"))  # sockets need a short path
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    dashboard = free_port()
+    dashboard, agent = free_port(), free_port()
     extra = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -102,7 +109,7 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
         [
             *("ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}"),
             *(f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"),
-            f"--dashboard-agent-listen-port={free_port()}",
+            f"--dashboard-agent-listen-port={agent}",
         ],
         cwd=folder,
         env=environment() | extra,
@@ -112,7 +119,7 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     try:
         deadline = time.monotonic() + 90
         probe = ["ray", "job", "submit", "--no-wait", "--", "true"]  # the agent that takes jobs comes up last
-        while subprocess.run(probe, env=environment() | extra, capture_output=True).returncode:
+        while not is_open(agent) or subprocess.run(probe, env=environment() | extra, capture_output=True).returncode:
             assert head.poll() is None, "ray start --head stopped"
             assert time.monotonic() < deadline, "Ray did not come up within 90 s"
             time.sleep(1)
@@ -140,6 +147,16 @@ def test_the_readmes_ray_job_runs_on_a_started_ray_and_ends_in_a_bundle(folder: 
     )
 
 
+def submitted_parts(ray_head: dict[str, str]) -> list[str]:
+    """The parts among the jobs that this Ray was given, by its own list."""
+    headers = {"Authorization": f"Bearer {Path(ray_head['RAY_AUTH_TOKEN_PATH']).read_text()}"}
+    request = urllib.request.Request(f"{ray_head['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=headers)
+    with urllib.request.urlopen(request) as answer:
+        entrypoints = [job["entrypoint"] for job in json.load(answer)]
+    assert "true" in entrypoints, "the probe of the fixture"
+    return [entrypoint for entrypoint in entrypoints if "data_sharding.phantom" in entrypoint]
+
+
 def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_status(
     folder: Path, ray_head: dict[str, str]
 ) -> None:
@@ -154,8 +171,9 @@ def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_stat
     relative = submit("data_sharding.phantom out=somewhere num_subjects=2")
     assert relative.returncode == 2
     assert "  - out=somewhere" in relative.stderr
-    assert run("ray list jobs 2>/dev/null || true", folder, **ray_head).count("data_sharding-phantom") == 0
     assert not out.exists()
+
+    assert not submitted_parts(ray_head)
 
     first = submit(f"data_sharding.phantom out={out} num_subjects=2 num_frames=12")
     assert first.returncode == 0, first.stderr
@@ -164,6 +182,7 @@ def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_stat
     assert (out / "participants.tsv").exists()
 
     (folder / "no_folder").write_text("a file where a folder is asked for")
+    assert len(submitted_parts(ray_head)) == 1
     failing = submit(f"data_sharding.phantom out={folder}/no_folder num_subjects=2 num_frames=12")
     assert failing.returncode not in (0, 2)
     assert "failed" in failing.stderr
