@@ -175,7 +175,7 @@ def _parse(path: Path) -> tuple[Any, bool]:
 
 
 def _shape(path: Path, header: Any, kind: ScanKind) -> tuple[int, int, int, int]:
-    full = tuple(int(n) for n in header.get_data_shape())
+    full = tuple(int(size) for size in header.get_data_shape())
     shape = full
     while len(shape) > 4 and shape[3] == 1:  # X, Y, Z, 1, T
         shape = (*shape[:3], *shape[4:])

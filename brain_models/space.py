@@ -95,12 +95,12 @@ class BrainSpace:
             kind=str(saved["kind"]),  # type: ignore[arg-type]
             template=str(saved["template"]),
             positions_mm=saved["positions_mm"],
-            grid_shape=tuple(int(n) for n in saved["grid_shape"]) if "grid_shape" in saved else None,  # type: ignore[arg-type]
+            grid_shape=tuple(int(size) for size in saved["grid_shape"]) if "grid_shape" in saved else None,  # type: ignore[arg-type]
             affine=saved.get("affine"),
             voxel_indices=saved.get("voxel_indices"),
             hemispheres=saved.get("hemispheres"),
             vertices=saved.get("vertices"),
-            mesh_sizes=tuple(int(n) for n in saved["mesh_sizes"]) if "mesh_sizes" in saved else None,  # type: ignore[arg-type]
+            mesh_sizes=tuple(int(size) for size in saved["mesh_sizes"]) if "mesh_sizes" in saved else None,  # type: ignore[arg-type]
         )
 
 
@@ -152,7 +152,7 @@ def space_from_mask(in_brain: np.ndarray, affine: np.ndarray, *, name: str, temp
     """Returns the volume space of the True voxels of `in_brain`, in C order of the grid."""
     indices = np.argwhere(in_brain).astype(np.int32)
     positions = indices @ affine[:3, :3].T + affine[:3, 3]
-    shape = tuple(int(n) for n in in_brain.shape)
+    shape = tuple(int(size) for size in in_brain.shape)
     return BrainSpace(name, "volume", template, positions.astype(np.float32), shape, affine, indices)  # type: ignore[arg-type]
 
 

@@ -129,7 +129,10 @@ class Publisher:
         """Connectivity + logistic and site alone, scored on the same subjects; learned on the train split only."""
         config, labels = self.setup.config, self.setup.labels
         table = read_connectomes(self.setup.shard_set, config.task.atlas, splits=["train", *SPLITS])
-        known = {split: [s for s in table.subjects_of(split) if s in labels.is_case_of] for split in ["train", *SPLITS]}
+        known = {
+            split: [subject for subject in table.subjects_of(split) if subject in labels.is_case_of]
+            for split in ["train", *SPLITS]
+        }
         is_case, sites = labels.rows(known["train"])
         fit = fit_logistic(table.rows(known["train"]), is_case, sites=sites, config=config.baselines)
         connectivity, site_only = {}, {}

@@ -13,7 +13,7 @@ MARKER_MM = (36.0, -6.0, 24.0)  # right of the midline
 
 def grid_positions_mm(affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Returns [x, y, z, 3] positions of a grid."""
-    indices = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
+    indices = np.stack(np.meshgrid(*(np.arange(size) for size in shape), indexing="ij"), axis=-1)
     return indices @ affine[:3, :3].T + affine[:3, 3]
 
 

@@ -202,7 +202,8 @@ def test_recomputed_activations_change_no_gradient(small: tuple[AdhdClassificati
             task.checkpoint_activations()
         task.zero_grad()
         task(batch)["loss"].backward()
-        gradients.append({name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None})
+        parameters = dict(task.named_parameters())
+        gradients.append({name: each.grad.clone() for name, each in parameters.items() if each.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 

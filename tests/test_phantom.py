@@ -188,7 +188,8 @@ def test_the_effect_lowers_limbic_cerebellar_coupling_by_its_stated_amount_and_n
             assert correlations[has_adhd][np.ix_(rows, columns)].mean() == pytest.approx(expected, abs=0.05)
     change = correlations[True] - correlations[False]
     coupled = {frozenset(pair) for pair in COUPLED_NETWORKS}
-    is_touched = np.array([[frozenset((a.network, b.network)) in coupled for b in listed] for a in listed])
+    networks = [region.network for region in listed]
+    is_touched = np.array([[frozenset((one, other)) in coupled for other in networks] for one in networks])
     assert change[is_touched].mean() < -0.2
     assert np.abs(change[~is_touched]).max() < 0.05
 

@@ -106,12 +106,12 @@ def test_plain_engine_equals_a_loop_written_out(tmp_path: Path) -> None:
     config = toy_config(tmp_path)
     engine = PlainEngine(ToyTask(), config)
     reference = ToyTask()
-    matrices = [p for p in reference.parameters() if p.ndim >= 2]
-    head = {id(p) for p in (*reference.head.parameters(), reference.offset)}
+    matrices = {id(parameter) for parameter in reference.parameters() if parameter.ndim >= 2}
+    head = {id(parameter) for parameter in (*reference.head.parameters(), reference.offset)}
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p], "weight_decay": 0.1 if any(p is m for m in matrices) else 0.0}
-            for p in reference.parameters()
+            {"params": [parameter], "weight_decay": 0.1 if id(parameter) in matrices else 0.0}
+            for parameter in reference.parameters()
         ],
         betas=(0.9, 0.95),
         eps=1e-8,
