@@ -24,6 +24,7 @@ from pretrain.planning import checkpoint_bytes, count, plan, state_bytes, steps_
 from pretrain.sets import open_sets, open_source
 from pretrain.train import build_task, train
 from pretrain.validation import validate
+from tests.test_pretrain_training import TINY
 from training.collectives import Place
 
 BATCH_SIZE = 6
@@ -58,16 +59,9 @@ def config_of(places: dict[str, str], folder: Path, *overrides: str, sets: str |
         "windows.t1.patch_voxels=3",
         f"run.folder={folder / 'run'}",
         f"run.scratch={folder / 'scratch'}",
-        "engine=plain",
-        "cluster=inline",
-        "cluster.num_workers=1",
-        "model.encoder.width=32",
-        "model.decoder.width=32",
-        "model.encoder.depth=1",
-        "model.decoder.depth=1",
+        *TINY,
         f"data.batch_size={BATCH_SIZE}",
         "data.micro_batch_size=3",
-        "data.num_workers=0",
         "data.seed=2",
         "baselines.fit_samples=12",
         "min_mean_subjects=2",
@@ -78,8 +72,6 @@ def config_of(places: dict[str, str], folder: Path, *overrides: str, sets: str |
         "train.evaluation.every_steps=8",
         "train.evaluation.subset=4",
         "train.tracking.every_steps=1",
-        "train.tracking.uri=null",
-        "report.maps.num_samples=0",
     ]
     return parse(compose("pretrain", [*small, *overrides]), PretrainConfig)
 

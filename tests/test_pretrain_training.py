@@ -33,6 +33,19 @@ from pretrain.untrained import open_sentinels
 from pretrain.validation import validate
 from training import registry
 
+TINY = [  # a model that trains in seconds, in this process
+    "engine=plain",
+    "cluster=inline",
+    "cluster.num_workers=1",
+    "model.encoder.width=32",
+    "model.decoder.width=32",
+    "model.encoder.depth=1",
+    "model.decoder.depth=1",
+    "data.num_workers=0",
+    "train.tracking.uri=null",
+    "report.maps.num_samples=0",
+]
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -57,20 +70,11 @@ def overrides_of(shards: str, folder: Path, kind: str) -> list[str]:
         f"run.folder={folder / 'run'}",
         f"run.scratch={folder / 'scratch'}",
         f"windows.{kind}.patch_voxels=3",
-        "engine=plain",
-        "cluster=inline",
-        "cluster.num_workers=1",
-        "model.encoder.width=32",
-        "model.decoder.width=32",
-        "model.encoder.depth=1",
-        "model.decoder.depth=1",
-        "data.num_workers=0",
+        *TINY,
         "baselines.fit_samples=64",
         "train.steps=60",
         "train.schedule.warmup_steps=5",
         "train.evaluation.every_steps=10",
-        "train.tracking.uri=null",
-        "report.maps.num_samples=0",
     ]
 
 
