@@ -35,7 +35,7 @@ def draw(found: Comparison) -> bytes:
         left.set_xlabel(f"{found.metric.replace('_', ' ')}, {found.num_subjects} test subjects")
         _intervals(right, pairs, [f"{row.arm} - {row.reference} ({row.mode})" for row in pairs], colour_of)
         right.axvline(0.0, color=GREY, linewidth=0.8)
-        right.set_xlabel(f"paired difference, {found.confidence:.0%} over seeds and subjects")
+        right.set_xlabel(f"paired difference, {found.confidence:.0%} interval")
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
     return data.getvalue()

@@ -177,6 +177,8 @@ def verdict(found: Estimate, p_corrected: float, *, num_pairs: int, confidence: 
     interval = f"[{found.low:+.3f}, {found.high:+.3f}]"
     if p_corrected < 1 - confidence:
         return f"{'better' if found.value > 0 else 'worse'} by {abs(found.value):.3f} {interval}"
+    if found.low == found.value == found.high == 0:
+        return "no difference shown: both arms are the same in every resample, as one encoder under two names would be"
     if found.low <= 0 <= found.high:
         return f"no difference shown: interval {interval} contains 0"
     if found.low == found.high:
