@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from test_training_engines import ZERO, exported, largest_difference, losses, report, run_launches
+
+from cluster.storage import LocalStore
+from training.checkpoint import Commit, StartingPoint, StoredFile
+from training.elastic import fetch_whole
 
 FAULT_SECTION = "Training: another number of ranks goes on"
 PAIRS = ((2, 1), (1, 2), (3, 2))
@@ -59,3 +66,17 @@ def test_other_ranks_go_on_within_1e_5_and_end_inside_the_range_of_three_seeds(
     assert largest_difference(exported(found), exported(whole)) < 1e-4
     ends = [report(folder / f"seed-{seed}")["metrics"]["validation/loss"] for seed in SEEDS]
     assert min(ends) - 1e-5 <= report(found)["metrics"]["validation/loss"] <= max(ends) + 1e-5
+
+
+def test_what_rank_0_has_written_down_comes_with_the_whole_state(tmp_path: Path) -> None:
+    store, step = LocalStore(str(tmp_path / "run")), "checkpoints/step-00000004-a"
+    written = {"metrics.jsonl": b"rows", "spikes.jsonl": b"spikes", "whole/whole.safetensors": b"tensors"}
+    files = [StoredFile(name, len(data), hashlib.sha256(data).hexdigest(), 0) for name, data in written.items()]
+    for name, data in written.items():
+        store.put_if_absent(f"{step}/{name}", data)
+    stored = dataclasses.replace(files[2], name="whole.safetensors")
+    store.put_if_absent(f"{step}/whole/COMMIT.json", json.dumps(dataclasses.asdict(stored)).encode())
+    commit = Commit(1, 4, files[:2], 2, "zero2", {}, "", "", None, 0, {})
+    fetch_whole(StartingPoint("own", store, step, commit, None), tmp_path / "local")
+    found = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    assert found == {name.rpartition("/")[2]: data for name, data in written.items()}

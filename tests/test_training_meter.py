@@ -118,14 +118,24 @@ def test_the_next_step_is_asked_for_once_the_last_batch_of_this_one_was_worked_o
 def test_a_loss_far_above_those_before_is_a_spike_until_it_is_the_rule() -> None:
     spikes = Spikes(SpikeConfig(window_steps=20, threshold=8.0), None, start=b"")
     noise = np.random.default_rng(0).normal(1.0, 0.05, 60)
-    assert all(spikes.deviations(float(loss)) is None for loss in noise)
-    assert spikes.deviations(0.0) is None  # a fall is none
-    above = spikes.deviations(2.0)
+    assert all(spikes.deviations({"loss": float(loss)}) is None for loss in noise)
+    assert spikes.deviations({"loss": 0.0}) is None  # a fall is none
+    above = spikes.deviations({"loss": 2.0})
     assert above is not None
     assert above == pytest.approx(20, rel=0.5)
-    assert spikes.deviations(2.0) is not None
-    levels = [spikes.deviations(2.0 + 0.05 * (step % 3)) for step in range(20)]
+    assert spikes.deviations({"loss": 2.0}) is not None
+    levels = [spikes.deviations({"loss": 2.0 + 0.05 * (step % 3)}) for step in range(20)]
     assert levels[-1] is None
+
+
+def test_a_set_with_a_higher_loss_than_the_other_sets_of_a_run_is_no_spike() -> None:
+    spikes = Spikes(SpikeConfig(window_steps=20, threshold=8.0), None, start=b"")
+    generator = np.random.default_rng(0)
+    for step in range(300):
+        name, level = ("anat", 0.9) if step % 10 == 0 else ("rest", 0.3)
+        loss = float(generator.normal(level, 0.02))
+        assert spikes.deviations({"loss": loss, f"loss/{name}": loss}) is None
+    assert spikes.deviations({"loss": 0.9, "loss/rest": 0.9}) is not None
 
 
 def test_a_spike_is_kept_with_its_scans_and_never_stops_the_run(tmp_path: Path) -> None:

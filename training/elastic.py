@@ -23,6 +23,7 @@ from training.checkpoint import COMMIT, SPOOL, Commit, StartingPoint, StoredFile
 from training.collectives import from_main, place
 from training.engine_deepspeed import TAG
 from training.errors import CheckpointError
+from training.spikes import FILE as SPIKES
 from training.zero_state import BUFFER, MOMENTS, STEP, WEIGHT, WHOLE
 
 FOLDER = "whole"
@@ -83,14 +84,14 @@ def check_space(commit: Commit, scratch: Path) -> None:
 
 
 def fetch_whole(point: StartingPoint, local: Path) -> None:
-    """Copy the whole state, and rank 0's record of metrics, to `local`."""
+    """Copy the whole state, and rank 0's records of metrics and spikes, to `local`."""
     assert point.store is not None
     assert point.commit is not None
     stored = StoredFile(**json.loads(point.store.read(f"{point.folder}/{FOLDER}/{COMMIT}")))
     fetch_file(point, stored, local / WHOLE, below=f"{point.folder}/{FOLDER}")
     for file in point.commit.files:
-        if file.name == SPOOL:
-            fetch_file(point, file, local / SPOOL, below=point.folder)
+        if file.name in (SPOOL, SPIKES):
+            fetch_file(point, file, local / file.name, below=point.folder)
 
 
 def convert(zero_files: Path, target: Path) -> None:

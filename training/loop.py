@@ -120,7 +120,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
             values, is_stopping = shared.read()
             meter.end_step(done, batches)
 
-            flag_spike(run, done, values["loss"], batches)
+            flag_spike(run, done, values, batches)
             if done % config.tracking.every_steps == 0 or is_last:
                 track(run, done, values | {"learning_rate": learning_rate, "gradient_norm": gradient_norm})
             metrics: dict[str, float] = {}
@@ -236,12 +236,12 @@ def track(run: Run, done: int, values: dict[str, float]) -> None:
     run.progress.show(done, values)
 
 
-def flag_spike(run: Run, done: int, loss: float, batches: Sequence[Batch]) -> None:
+def flag_spike(run: Run, done: int, losses: dict[str, float], batches: Sequence[Batch]) -> None:
     """Record, show and keep the scans of a step whose loss is far above those before; every rank sees the same loss."""
-    deviations = run.spikes.deviations(loss)
+    deviations = run.spikes.deviations(losses)
     if deviations is None:
         return
-    scan_ids = scans_of_all_ranks(batches)
+    loss, scan_ids = losses["loss"], scans_of_all_ranks(batches)
     run.spikes.keep(done, loss=loss, deviations=deviations, scan_ids=scan_ids)
     values = {"train/loss_spike": loss, "train/loss_spike_deviations": deviations}
     run.tracker.record(done, values)

@@ -6,8 +6,8 @@ A spike is kept as a line {step, loss, deviations, scan_ids} of spikes.jsonl, wh
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,17 @@ class Spikes:
     def __init__(self, config: SpikeConfig, path: Path | None, *, start: bytes) -> None:
         self.config = config
         self.path = path  # None: this rank writes nothing
-        self.recent: deque[float] = deque(maxlen=config.window_steps)
+        self.recent: dict[frozenset[str], deque[float]] = defaultdict(lambda: deque(maxlen=config.window_steps))
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(start)
 
-    def deviations(self, loss: float) -> float | None:
-        """How many robust deviations a spike lies above the last steps' median; None when it is no spike."""
-        past = np.array(self.recent)
-        self.recent.append(loss)
+    def deviations(self, losses: Mapping[str, float]) -> float | None:
+        """How many robust deviations a spike lies above the median of the last steps whose loss has the same parts (of
+        several sets: the same set's); None when it is no spike."""
+        loss, recent = losses["loss"], self.recent[frozenset(losses)]
+        past = np.array(recent)
+        recent.append(loss)
         if len(past) < self.config.window_steps // 2:
             return None
         median = float(np.median(past))
