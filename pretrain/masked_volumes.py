@@ -136,8 +136,11 @@ class MaskedVolumes(Task):
         }
         if part.references is not None:
             guesses = part.references.guess(batch.values.cpu(), batch.is_measured.cpu(), found.is_hidden.cpu())
+            # Registered weights bring the voxel mean they were trained with; the references are about this run's own.
+            shift = part.references.offset.to(truth.device) - self.encoder.stem(part.stem_name).voxel_offset
             for name, values in guesses.items():
-                sums[f"error_{name}"] = part.by_region((values.to(truth.device) - truth).square() * is_scored)
+                residual = values.to(truth.device) + shift - truth
+                sums[f"error_{name}"] = part.by_region(residual.square() * is_scored)
         padding = self.num_columns - part.regions.num_columns
         sums = {name: nn.functional.pad(values, (0, padding)) for name, values in sums.items()}
         of_set = torch.full((len(truth),), self.names.index(part.name), device=truth.device)
