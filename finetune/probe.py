@@ -20,7 +20,8 @@ from brain_models.heads import Classifier, CovariancePool
 from brain_models.run_classifier import RunClassifier
 from data_sharding.reader import Batch
 from finetune.baselines import LogisticConfig, fit_logistic
-from training.collectives import from_main, gather, place, total
+from training.collectives import from_main, gather, place, sum_in_place
+from training.engine import own_device
 
 
 @dataclass
@@ -104,7 +105,8 @@ def _set_channels(pool: CovariancePool, runs: list[Tensor]) -> None:
         flat = nodes.reshape(-1, width)
         moment += flat.T @ flat / len(flat)
     num_channels = pool.project.out_features
-    channels = from_main(principal_channels(total(moment), num_channels))
+    sum_in_place(moment, own_device())
+    channels = from_main(principal_channels(moment, num_channels))
     with torch.no_grad():
         pool.project.weight.copy_(cast(Tensor, channels))
 
