@@ -138,6 +138,6 @@ def not_finite(step: int, losses: list[dict[str, Tensor]], batches: Sequence[Bat
     )
     return TrainingError(
         f"step {step}: {what} is not finite; nothing was updated. Scans: {named}. Look at them with "
-        "'python -m data_sharding.verify <set>', or lower train.optimizer.learning_rate; then run again to go on from "
-        "the last commit"
+        "'python -m data_sharding.verify <set>', then run again to go on from the last commit; or go on from it in "
+        "another run.folder, with train.start.checkpoint=<commit> and a lower train.optimizer.learning_rate"
     )
