@@ -3,6 +3,7 @@ seen whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,15 @@ from cluster.errors import StorageError
 from cluster.s3_body import may_be_mixed, open_range, read_body
 from cluster.s3_client import PART_BYTES, PARTS_AT_ONCE, client, transfer_config
 from cluster.s3_errors import NO_SUCH_KEY, code_of, explained
-from cluster.storage import CreateGuarantee, Names, checked_name, is_hidden, partial_file, sync_folder
+from cluster.storage import (
+    CreateGuarantee,
+    Names,
+    checked_name,
+    is_hidden,
+    partial_file,
+    refusal_is_an_error,
+    sync_folder,
+)
 
 NUM_READS_OF_A_CHANGING_OBJECT = 5
 
@@ -94,18 +103,20 @@ class S3Store:
         """Copy an object to a local file, which appears whole or not at all; holds PARTS_AT_ONCE parts in memory."""
         head = self._head(name)
         size, version = int(head["ContentLength"]), str(head["ETag"])
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with partial_file(local.parent) as partial, partial.open("wb") as file:
+        with refusal_is_an_error(local):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with partial_file(local.parent) as partial, partial.open("wb") as file:
 
-            def copy_part(offset: int) -> None:
-                part = memoryview(bytearray(min(PART_BYTES, size - offset)))
-                self.fill(name, offset, part, version=version)
-                os.pwrite(file.fileno(), part, offset)
+                def copy_part(offset: int) -> None:
+                    part = memoryview(bytearray(min(PART_BYTES, size - offset)))
+                    self.fill(name, offset, part, version=version)
+                    if os.pwrite(file.fileno(), part, offset) < len(part):  # a disk that has just become full
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-                list(pool.map(copy_part, range(0, size, PART_BYTES)))
-            os.fsync(file.fileno())
-            os.replace(partial, local)
+                with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+                    list(pool.map(copy_part, range(0, size, PART_BYTES)))
+                os.fsync(file.fileno())
+                os.replace(partial, local)
         sync_folder(local.parent)
 
     def put(self, name: str, source: bytes | Path) -> None:

@@ -162,7 +162,7 @@ class LocalStore:
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """True when this call created the object, False when it was there before; of several callers one gets True."""
         path = self._path(name)
-        with _refusal_is_an_error(path):
+        with refusal_is_an_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial_file(path.parent) as partial:
                 _fill(partial, data)
@@ -207,7 +207,7 @@ def _missing_is_an_error(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _refusal_is_an_error(path: Path) -> Iterator[None]:
+def refusal_is_an_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -241,7 +241,7 @@ def _fill(path: Path, source: bytes | Path) -> None:
 
 
 def _write_atomically(path: Path, source: bytes | Path) -> None:
-    with _refusal_is_an_error(path):
+    with refusal_is_an_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial_file(path.parent) as partial:
             _fill(partial, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Fault, FaultProxy, Server
 
 from cluster import s3_client, s3_create
 from cluster.errors import StorageError, StoreUnavailableError
+from cluster.s3 import S3Store
 from cluster.s3_errors import storage_error
 from cluster.storage import Store, store_for
 
@@ -45,6 +47,18 @@ def test_another_secret_is_refused_with_what_to_do(store: Store, monkeypatch: py
     s3_client.forget_clients()
     with pytest.raises(StoreUnavailableError, match=r"no AWS credentials were found; set AWS_PROFILE"):
         store.read("a")
+
+
+def test_a_local_disk_that_becomes_full_during_a_download_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a disk takes a part of the bytes first, without an error."""
+    monkeypatch.setattr(S3Store, "_head", lambda store, name: {"ContentLength": 100, "ETag": "v"})
+    monkeypatch.setattr(S3Store, "fill", lambda store, name, offset, buffer, *, version: version)
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, part, offset: len(part) - 1)
+    with pytest.raises(StorageError, match=r"scratch/a cannot be written: No space left on device; free some"):
+        S3Store("s3://brains/run").get_file("a", tmp_path / "scratch" / "a")
+    assert os.listdir(tmp_path / "scratch") == []
 
 
 def test_a_missing_bucket_is_named(store: Store) -> None:

@@ -14,13 +14,16 @@ from test_training_engines import exported, largest_difference, losses, report, 
 from torch import Tensor
 from training_toys import ToyBatch, ToySource, ToyTask, toy_config
 
+from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage import LocalStore
 from training.checkpoint import (
     COMMIT,
+    Checkpoints,
     Commit,
     StartingPoint,
     StoredFile,
     committed_folders,
+    fetch,
     full_disk_is_an_error,
     kept,
     read_commit,
@@ -162,6 +165,47 @@ def test_a_missing_file_is_named(trained: TrainConfig) -> None:
     (newest(trained) / "plain.pt").unlink()
     with pytest.raises(CheckpointError, match=r"plain\.pt is missing"):
         run(trained)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        StoreUnavailableError("http://store did not answer within 120 s"),
+        StorageError("/scratch cannot be written: No space left on device; free some"),
+    ],
+)
+def test_a_store_that_is_away_or_a_full_disk_is_not_told_as_a_missing_file_to_be_deleted(
+    trained: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: StorageError
+) -> None:
+    def fail(store: LocalStore, name: str, local: Path) -> None:
+        raise cause
+
+    point = starting_point(LocalStore(trained.run.folder), trained.start)
+    monkeypatch.setattr(LocalStore, "get_file", fail)
+    with pytest.raises(StorageError) as caught:
+        fetch(point, tmp_path / "fetched", ranks={0})
+    assert caught.value is cause
+
+
+def test_of_two_jobs_in_one_run_folder_the_later_goes_on_and_the_other_commits_nothing_more(tmp_path: Path) -> None:
+    """On two nodes: each has its own scratch. The later one prunes what the other is uploading."""
+    store, rules = LocalStore(tmp_path / "run"), CheckpointConfig(100, 2, None, None, "lowest")
+
+    def save(checkpoints: Checkpoints, step: int) -> None:
+        local = checkpoints.local_folder(step)
+        local.mkdir(parents=True)
+        (local / "plain.pt").write_bytes(bytes(100))
+        checkpoints.commit_later(local, Commit(1, step, [], 1, "plain", {}, "", "", None, 0, {}))
+        checkpoints.wait()
+
+    earlier = Checkpoints(store, tmp_path / "node-a", rules, attempt="aaaa")
+    save(earlier, 10)
+    later = Checkpoints(store, tmp_path / "node-b", rules, attempt="bbbb")
+    with pytest.raises(CheckpointError, match=r"another job started later .* names attempt bbbb, this is aaaa"):
+        save(earlier, 20)
+    save(later, 15)
+    assert committed_folders(store) == ["checkpoints/step-00000010-aaaa", "checkpoints/step-00000015-bbbb"]
+    assert not any("step-00000020" in name for name in store.list())
 
 
 def test_an_unreadable_commit_is_named_and_never_skipped(trained: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints that exist only when whole: files and receipts first, COMMIT.json last, by exclusive create.
 
 A folder without COMMIT.json does not exist to a reader, and every byte is checked against it before torch reads it.
+Of two jobs in one run folder the one that started last commits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.errors import StorageError
+from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage import Store, store_for
 from training.collectives import barrier, place
 from training.config import CheckpointConfig, StartConfig
@@ -28,6 +29,7 @@ FOLDER = "checkpoints"
 COMMIT = "COMMIT.json"
 RECEIPT_TIMEOUT_S = 1800.0
 SPOOL = "metrics.jsonl"
+ATTEMPT = "attempt"  # names the attempt that started last; only that one commits and prunes
 FULL_BYTES = 1 << 20  # what a failed write may leave
 
 
@@ -150,7 +152,11 @@ def fetch_file(point: StartingPoint, file: StoredFile, target: Path, *, below: s
     where = point.store.join(f"{below}/{file.name}")
     try:
         point.store.get_file(f"{below}/{file.name}", target)
+    except StoreUnavailableError:
+        raise
     except StorageError as error:
+        if point.store.exists(f"{below}/{file.name}"):
+            raise  # it is the local disk that did not take it
         raise CheckpointError(f"{where} is missing ({error}); {_older(point.store, point.folder)}") from error
     found = file_sha256(target)
     if found != file.sha256:
@@ -190,6 +196,8 @@ class Checkpoints:
         self.pending: Future[None] | None = None
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.latest: str | None = None
+        if self.rank == 0:
+            store.put(ATTEMPT, attempt.encode())
 
     def local_folder(self, step: int) -> Path:
         return self.scratch / f"step-{step:08d}"
@@ -225,8 +233,18 @@ class Checkpoints:
         self.store.put(f"{folder}/receipts/rank-{self.rank:05d}.json", receipt)
         if self.rank == 0:
             commit.files = self._all_receipts(folder, commit.world_size)
+            self._check_is_newest()
             self.store.put_if_absent(f"{folder}/{COMMIT}", json.dumps(asdict(commit), indent=1).encode())
             self._prune()
+
+    def _check_is_newest(self) -> None:
+        """CheckpointError when another job has started in this folder: it prunes what it does not know."""
+        newest = self.store.read(ATTEMPT).decode()
+        if newest != self.attempt:
+            raise CheckpointError(
+                f"another job started later in this folder: {self.store.join(ATTEMPT)} names attempt {newest}, this is "
+                f"{self.attempt}; that one goes on from the last commit, this one ends: run one job a folder"
+            )
 
     def _all_receipts(self, folder: str, num_ranks: int) -> list[StoredFile]:
         names = [f"{folder}/receipts/rank-{rank:05d}.json" for rank in range(num_ranks)]
