@@ -233,7 +233,7 @@ class Network:
         users.chmod(0o600)
         command = ["mlflow", "server", "--app-name", "basic-auth", "--host", MLFLOW_ADDRESS, "--port", "5000"]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self.folder / "mlflow-artifacts")]
+        command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
         secret = {
             "MLFLOW_AUTH_CONFIG_PATH": str(users),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

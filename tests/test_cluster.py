@@ -283,7 +283,7 @@ def test_a_lost_head_loses_the_job_and_the_same_command_on_a_new_one_goes_on(
     wait_for_commit(cluster, job, 2)
     for name in ("head", "b"):
         cluster.net.lose_node(name)
-    assert job.wait() != 0
+    assert max(cluster.samples("headless")) < STEPS
     again_at = time.monotonic()
     cluster.net.start_node("head")
     cluster.net.start_node("b")
