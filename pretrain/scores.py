@@ -17,6 +17,7 @@ from brain_models.atlas import Atlas
 
 MEAN_R2 = 0.0  # the mean baseline, by the definition of r2
 MODEL = "model"
+ROUNDING = 1e-12  # what draws of one subject differ by
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def interval(draws: Float[Tensor, "draw"], config: IntervalConfig) -> Interval:
     value, drawn = float(draws[0]), draws[1:][torch.isfinite(draws[1:])].numpy()
     if not math.isfinite(value):
         return Interval(None, None, None)
-    if not len(drawn) or np.ptp(drawn) == 0:
+    if not len(drawn) or np.ptp(drawn) <= ROUNDING * max(1.0, abs(value)):  # one subject: every draw is its own
         return Interval(value, None, None)
     tail = (1 - config.confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])

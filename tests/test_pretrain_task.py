@@ -17,7 +17,7 @@ from pretrain.masked_volumes import (
 )
 from pretrain.masking import MaskingConfig
 from pretrain.references import fit_references, rows_set_aside, rows_set_aside_of_rank, voxel_statistics
-from pretrain.scores import IntervalConfig, Regions, metrics_of, report_of, score_rows
+from pretrain.scores import IntervalConfig, Regions, interval, metrics_of, report_of, resamples, score_rows
 from tests.phantom_spaces import ball
 
 BATCH_SIZE = 4
@@ -227,6 +227,15 @@ def test_r2_pools_sums_over_the_split_and_by_region() -> None:
         "four": pytest.approx(0.75),
         "nine": pytest.approx(0.75),
     }
+
+
+def test_a_region_scored_in_one_subject_only_has_no_interval() -> None:
+    draws = resamples(10, INTERVALS)
+    for error in range(1, 50):
+        r2 = 1 - (0.017 * error * draws[:, 3]) / (0.3 * draws[:, 3])
+        found = interval(r2, INTERVALS)
+        assert found.value == pytest.approx(1 - 0.017 * error / 0.3)
+        assert (found.low, found.high) == (None, None)
 
 
 def test_a_budget_out_of_reach_is_refused_before_a_model_is_made(geometry: Geometry) -> None:
