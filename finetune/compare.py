@@ -21,6 +21,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from cluster.storage import store_for
 from configs.entry import main
 from data_sharding.reader import open_set
@@ -28,7 +30,8 @@ from finetune import planning
 from finetune.cells import answers, arms_of, cell_config, cells_of, is_finished, pinned, slug
 from finetune.comparison import FILES, as_markdown, compare, log_to_mlflow, write
 from finetune.config import CompareConfig, FinetuneConfig
-from finetune.labels import read_labels
+from finetune.labels import Labels, read_labels
+from finetune.paired import Metric
 from finetune.train import fetch_backbone
 from training.seen_subjects import overlap
 
@@ -53,7 +56,10 @@ def validate(config: CompareConfig) -> list[str]:
     for cell in first_of.values():
         run_config = cell_config(config, cell)
         found = planning.validate(run_config)
-        problems += found or overlap_problems(run_config)
+        if not found:
+            tested, labels = tested_subjects(run_config)
+            found = overlap_problems(run_config) + pair_problems(config.metric, *labels.rows(tested))
+        problems += found
     return list(dict.fromkeys(problems))
 
 
@@ -81,12 +87,27 @@ def arm_problems(config: CompareConfig) -> list[str]:
     return problems
 
 
+def tested_subjects(config: FinetuneConfig) -> tuple[list[str], Labels]:
+    """The labelled subjects of the test split, and the set's labels."""
+    shard_set = open_set(config.shards)
+    labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
+    return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.is_case_of.keys()), labels
+
+
+def pair_problems(metric: Metric, is_case: np.ndarray, sites: np.ndarray) -> list[str]:
+    """A metric of pairs within sites, where no site of the test split has such a pair."""
+    if metric != "within_site_auroc" or set(sites[is_case]) & set(sites[~is_case]):
+        return []
+    return [
+        "metric: within_site_auroc, but no site of the test split has both cases and controls; use metric=auroc, or "
+        "split anew (data_sharding splits.*)"
+    ]
+
+
 def overlap_problems(config: FinetuneConfig) -> list[str]:
     """An encoder that was pretrained on test subjects; one that does not say is marked in the table instead."""
     seen = fetch_backbone(config).seen
-    shard_set = open_set(config.shards)
-    labelled = read_labels(shard_set.subjects, config.task.label, location=config.shards).is_case_of
-    tested = sorted({subject for subject in shard_set.runs("bold", ["test"])["subject"] if subject in labelled})
+    tested, _ = tested_subjects(config)
     shared = overlap(tested, seen or set())
     if not shared:
         return []

@@ -145,8 +145,12 @@ def fetch_backbone(config: FinetuneConfig) -> Backbone:
 
 
 def identity(config: FinetuneConfig) -> dict[str, object]:
-    """The configuration as plain mappings; `run` is there once, as train.run."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key != "run"}
+    """The configuration as plain mappings; `run` is there once, as train.run. When commits are saved and scored changes
+    no number of a training, but it decides which of them is chosen."""
+    plain = {key: value for key, value in dataclasses.asdict(config).items() if key != "run"}
+    rules = config.train.checkpoint
+    chosen_by = {"every_steps": rules.every_steps, "best_metric": rules.best_metric, "best_is": rules.best_is}
+    return plain | ({"chosen_by": chosen_by} if config.choose == "best" else {})
 
 
 def lineage(setup: Setup) -> dict[str, str]:

@@ -10,12 +10,15 @@ import pytest
 from configs.entry import compose
 from configs.parse import parse
 from finetune.cells import Answer, Cell, arms_of, cell_config, cells_of, readings
+from finetune.compare import pair_problems
 from finetune.comparison import Comparison, as_markdown, compare
 from finetune.comparison_figure import draw
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
 from finetune.evaluation import Scores, within_site_auroc
 from finetune.report import MODEL
+from finetune.train import identity
+from training.identity import config_hash
 
 NUM_SUBJECTS = 48
 TWO_SEEDS = "{random:[r0@x,r1@x],region:[g0@x,g1@x],tube:[t0@x,t1@x]}"
@@ -71,6 +74,23 @@ def test_a_cell_differs_from_another_only_by_encoder_seed_mode_and_place() -> No
     assert run.task.unfreezing.first_block_opens_at_step == 0
     probe = cell_config(config, next(cell for cell in cells if cell.mode == "probe"))
     assert probe.task.unfreezing.first_block_opens_at_step == config.train.steps
+
+
+def test_what_chooses_the_commit_of_a_cell_makes_it_another_cell_and_what_is_kept_does_not() -> None:
+    def hash_of(*overrides: str) -> str:
+        config = make_config(*overrides)
+        return config_hash(identity(cell_config(config, cells_of(config)[0])))
+
+    assert hash_of("train.checkpoint.best_metric=validation/loss") != hash_of()
+    assert hash_of("train.checkpoint.keep_last=7") == hash_of()
+
+
+def test_a_metric_within_sites_wants_a_site_with_both_classes() -> None:
+    is_case, sites = np.array([True, True, False, False]), np.array(["a", "a", "b", "b"])
+    (problem,) = pair_problems("within_site_auroc", is_case, sites)
+    assert "metric: within_site_auroc" in problem
+    assert pair_problems("auroc", is_case, sites) == []
+    assert pair_problems("within_site_auroc", is_case, np.array(["a", "b", "b", "b"])) == []
 
 
 def test_a_better_arm_is_called_better_and_an_equal_one_is_not(found: Comparison) -> None:
