@@ -14,7 +14,7 @@ import pytest
 from training_toys import ToyBatch, ToySource, ToyTask, toy_config
 
 from configs.entry import compose
-from training.config import TrackingConfig, TrainConfig
+from training.config import TrackingConfig, TrainConfig, validate_train
 from training.loop import FitResult, Services, fit
 from training.task import State
 from training.tracking import RunLabel, Sender, Spool, Tracker, mlflow_environment, read_rows
@@ -144,6 +144,42 @@ def test_rows_the_server_has_seen_before_are_not_sent_again(tmp_path: Path, serv
     assert [(step, value) for step, value, _ in history(server, sender.run_id, "loss")] == [
         (step, 1 / step) for step in range(1, 7)
     ]
+
+
+def test_parameters_reach_a_run_whose_server_failed_just_after_making_it(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    log_batch, failures = MlflowClient.log_batch, iter([ConnectionError("gone")])
+
+    def failing_once(client: MlflowClient, *arguments: object, **named: object) -> None:
+        for failure in failures:
+            raise failure
+        log_batch(client, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MlflowClient, "log_batch", failing_once)
+    spool = Spool(tmp_path / "rows.jsonl", start=b"")
+    spool.add(1, {"loss": 1.0})
+    spool.close()
+    label = RunLabel("toy", "key-of-an-interrupted-start", {"seed": 1, "steps": 5}, {"part": "toys"})
+    sender = Sender(tracking(server), spool.path, label, retry_s=0.01)
+    assert sender.close(60, status="FINISHED")
+    assert sender.run_id is not None
+    run = MlflowClient(server).get_run(sender.run_id)
+    assert run.data.params == {"seed": "1", "steps": "5"}
+    assert (run.data.tags["part"], run.data.metrics) == ("toys", {"loss": 1.0})
+
+
+def test_a_server_s_address_with_a_password_is_refused_without_saying_it(tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    for uri in ("http://rater:hunter2@mlflow:5000", "postgresql://rater:hunter2@db/mlflow"):
+        (problem,) = validate_train(dataclasses.replace(config, tracking=tracking(uri)), "train", num_workers=1)
+        assert problem.startswith("train.tracking.uri: ")
+        assert "MLFLOW_TRACKING_PASSWORD" in problem
+        assert "hunter2" not in problem
+    for uri in ("http://mlflow:5000", "sqlite:////disk/a@b/mlflow.db", None):
+        assert validate_train(dataclasses.replace(config, tracking=tracking(uri)), "train", num_workers=1) == []
 
 
 def test_the_spool_writes_a_key_and_step_once(tmp_path: Path) -> None:

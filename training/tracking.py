@@ -172,7 +172,7 @@ class Sender:
 
     def _connect(self) -> MlflowClient:
         mlflow_environment(self.config.timeout_s)
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(tracking_uri=self.config.uri)
@@ -189,10 +189,11 @@ class Sender:
         else:
             tags = {**self.label.tags, RUN_KEY_TAG: self.label.run_key}
             run = client.create_run(experiment, tags=tags, run_name=self.label.name)
-            params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in self.label.params.items()]
-            tags_left = [RunTag(key, value) for key, value in tags.items()]
-            for first in range(0, len(params), PARAMS_A_REQUEST):
-                client.log_batch(run.info.run_id, params=params[first : first + PARAMS_A_REQUEST], tags=tags_left)
+        # Of a run that was found too: the server may have failed between making it and taking these.
+        lacking = self.label.params.keys() - run.data.params.keys()
+        params = [Param(key, str(self.label.params[key])[:PARAM_LENGTH]) for key in sorted(lacking)]
+        for first in range(0, len(params), PARAMS_A_REQUEST):
+            client.log_batch(run.info.run_id, params=params[first : first + PARAMS_A_REQUEST])
         self.run_id = run.info.run_id
         return client
 
