@@ -244,6 +244,9 @@ def test_a_named_checkpoint_is_where_another_run_goes_on(trained: TrainConfig, t
     assert result.start == "named"
     assert result.metrics == run(trained).metrics
     unfinished = dataclasses.replace(other, start=StartConfig(checkpoint=f"{tmp_path}/nowhere", registered=None))
+    ended = toy_config(tmp_path / "ended", steps=4, checkpoint_every=2)
+    with pytest.raises(CheckpointError, match=r"is of step 4, this run ends at train\.steps=4"):
+        run(dataclasses.replace(ended, start=StartConfig(checkpoint=middle, registered=None)))
     unfinished.run.folder += "-2"
     with pytest.raises(CheckpointError, match=r"nowhere has no COMMIT\.json"):
         run(unfinished)
@@ -258,6 +261,7 @@ def test_the_last_k_every_nth_and_the_best_commit_are_kept() -> None:
     rules = CheckpointConfig(1, 2, 4, "validation/loss", "lowest")
     assert kept(rules, commits) == {"step-5", "step-6", "step-4", "step-2"}
     assert kept(dataclasses.replace(rules, best_is="highest", keep_every_steps=None), commits) == {"step-5", "step-6"}
+    assert kept(rules, {"step-0": commit(9, float("nan"))} | commits) == kept(rules, commits)  # no number is the best
 
 
 def test_keep_rules_are_applied_on_disk(trained: TrainConfig) -> None:

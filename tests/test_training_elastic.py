@@ -15,6 +15,7 @@ from test_training_engines import ZERO, exported, largest_difference, losses, re
 from cluster.storage import LocalStore
 from training.checkpoint import Commit, StartingPoint, StoredFile
 from training.elastic import fetch_whole
+from training.errors import CheckpointError
 
 FAULT_SECTION = "Training: another number of ranks goes on"
 PAIRS = ((2, 1), (1, 2), (3, 2))
@@ -80,3 +81,6 @@ def test_what_rank_0_has_written_down_comes_with_the_whole_state(tmp_path: Path)
     fetch_whole(StartingPoint("own", store, step, commit, None), tmp_path / "local")
     found = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
     assert found == {name.rpartition("/")[2]: data for name, data in written.items()}
+    store.put(f"{step}/whole/whole.safetensors", b"damaged")
+    with pytest.raises(CheckpointError, match=r"safetensors is damaged: .*; delete .*/whole and run again to make it"):
+        fetch_whole(StartingPoint("own", store, step, commit, None), tmp_path / "local")

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Container, Iterator
@@ -121,8 +122,8 @@ def commit_hash(store: Store, folder: str) -> str:
     return hashlib.sha256(store.read(f"{folder}/{COMMIT}")).hexdigest()
 
 
-def check_fits(point: StartingPoint, *, engine: str, fingerprint: str) -> None:
-    """CheckpointError unless this run can go on from the commit: same engine and data."""
+def check_fits(point: StartingPoint, *, engine: str, fingerprint: str, num_steps: int) -> None:
+    """CheckpointError unless this run can go on from the commit: same engine and data, and steps left to make."""
     commit = point.commit
     if commit is None or point.store is None:
         return
@@ -135,6 +136,11 @@ def check_fits(point: StartingPoint, *, engine: str, fingerprint: str) -> None:
         raise CheckpointError(
             f"{where} was trained on the set {commit.fingerprint[:12]}, this run reads {fingerprint[:12]}; "
             "give the same set, or start with train.start.registered"
+        )
+    if point.kind == "named" and commit.step >= num_steps:
+        raise CheckpointError(
+            f"{where} is of step {commit.step}, this run ends at train.steps={num_steps}; raise it, name an older "
+            "commit, or start with train.start.registered"
         )
 
 
@@ -157,12 +163,12 @@ def fetch_file(point: StartingPoint, file: StoredFile, target: Path, *, below: s
     except StorageError as error:
         if point.store.exists(f"{below}/{file.name}"):
             raise  # it is the local disk that did not take it
-        raise CheckpointError(f"{where} is missing ({error}); {_older(point.store, point.folder)}") from error
+        raise CheckpointError(f"{where} is missing ({error}); {_instead(point, below)}") from error
     found = file_sha256(target)
     if found != file.sha256:
         raise CheckpointError(
             f"{where} is damaged: sha256 {found[:12]} over {target.stat().st_size} bytes, {COMMIT} says "
-            f"{file.sha256[:12]} over {file.size}; {_older(point.store, point.folder)}"
+            f"{file.sha256[:12]} over {file.size}; {_instead(point, below)}"
         )
 
 
@@ -280,12 +286,20 @@ def kept(config: CheckpointConfig, commits: dict[str, Commit]) -> set[str]:
     scores = {
         folder: commits[folder].metrics[config.best_metric]
         for folder in ordered
-        if config.best_metric is not None and config.best_metric in commits[folder].metrics
+        if config.best_metric is not None and math.isfinite(commits[folder].metrics.get(config.best_metric, math.nan))
     }
     if scores:
         choose = min if config.best_is == "lowest" else max
         keep.add(choose(scores, key=scores.__getitem__))
     return keep
+
+
+def _instead(point: StartingPoint, below: str) -> str:
+    """What to do about a bad file below the commit's folder, or below what was made of it."""
+    assert point.store is not None
+    if below == point.folder:
+        return _older(point.store, point.folder)
+    return f"delete {point.store.join(below)} and run again to make it anew"
 
 
 def _older(store: Store, folder: str) -> str:

@@ -145,7 +145,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     barrier()
     run_key = identity.run_key(store, services.identity)
     start = starting_point(store, config.start)
-    check_fits(start, engine=engine_name(config), fingerprint=source.fingerprint)
+    check_fits(start, engine=engine_name(config), fingerprint=source.fingerprint, num_steps=config.steps)
     scratch = Path(config.run.scratch) / f"{config.run.name}-{run_key[:8]}"
     engine = loaded_engine(task, source, config, start, scratch)
     attempt = str(from_main(uuid.uuid4().hex[:8]))
