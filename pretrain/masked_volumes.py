@@ -27,6 +27,8 @@ from pretrain.scores import IntervalConfig, Row, metrics_of, score_rows
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
 
+ERROR_OF = "error_"  # a reference's, among the predictions
+
 __all__ = ["DecoderConfig", "Geometry", "LossConfig", "MaskedVolumes", "ModelConfig", "SetSpec", "WindowConfig"]
 
 
@@ -140,7 +142,10 @@ class MaskedVolumes(Task):
             shift = part.references.offset.to(truth.device) - self.encoder.stem(part.stem_name).voxel_offset
             for name, values in guesses.items():
                 residual = values.to(truth.device) + shift - truth
-                sums[f"error_{name}"] = part.by_region(residual.square() * is_scored)
+                sums[f"{ERROR_OF}{name}"] = part.by_region(residual.square() * is_scored)
+            every = {name for each in self.names for name in self._errors_beside(each)}
+            for name in sorted(every - sums.keys()):
+                sums[name] = torch.full_like(sums["error"], torch.nan)  # another set's: all samples have the same names
         padding = self.num_columns - part.regions.num_columns
         sums = {name: nn.functional.pad(values, (0, padding)) for name, values in sums.items()}
         of_set = torch.full((len(truth),), self.names.index(part.name), device=truth.device)
@@ -221,13 +226,19 @@ class MaskedVolumes(Task):
         found = {}
         for index, name in enumerate(self.names):
             rows = predictions["set"] == index
-            columns = self.set_named(name).regions.num_columns
+            columns, beside = self.set_named(name).regions.num_columns, self._errors_beside(name)
             if bool(rows.any()):
                 found[name] = {
                     key: values[rows][:, :columns] if is_by_region(key) else values[rows]
                     for key, values in predictions.items()
+                    if key in beside or not key.startswith(ERROR_OF)
                 }
         return found
+
+    def _errors_beside(self, name: str) -> list[str]:
+        """The predictions that a set's references are scored by."""
+        references = self.set_named(name).references
+        return [] if references is None else [f"{ERROR_OF}{each}" for each in references.names]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return split_decay(
@@ -324,7 +335,7 @@ class MaskedVolumes(Task):
 
 def is_by_region(name: str) -> bool:
     """True for the predictions that have a column a region."""
-    return name in ("error", "total", "count") or name.startswith("error_")
+    return name in ("error", "total", "count") or name.startswith(ERROR_OF)
 
 
 def hiding(hidden: Bool[Tensor, "patch"], num_tubelets: int, num_samples: int) -> TokenChoice:

@@ -58,6 +58,11 @@ class References:
     ridge: RidgeOracle | None  # None: it needs more memory than configured
     penalty: float
 
+    @property
+    def names(self) -> list[str]:
+        """What `guess` gives."""
+        return ["neighbour", "global_drift", *(["ridge"] if self.ridge is not None else [])]
+
     def guess(
         self,
         values: Float[Tensor, "batch time voxel"],

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -33,11 +35,13 @@ def geometry() -> Geometry:
     return ball(patch_voxels=3)
 
 
-def make_task(geometry: Geometry, kind: str = "region", loss: str = "plain") -> MaskedVolumes:
+def make_task(
+    geometry: Geometry, kind: str = "region", loss: str = "plain", sets: tuple[str, ...] = ("bold",)
+) -> MaskedVolumes:
     torch.manual_seed(1)
     task = MaskedVolumes(
         MODEL,
-        {"bold": SetSpec("bold", geometry, 1.0)},
+        {name: SetSpec("bold", geometry, 1.0) for name in sets},
         masking=MaskingConfig(kind=kind, hidden_share=0.5, rule="any", groups=[], exclude=[]),
         loss=LossConfig(kind=loss, smallest_region=0.25),
         batch_size=BATCH_SIZE,
@@ -241,6 +245,34 @@ def test_a_region_scored_in_one_subject_only_has_no_interval() -> None:
 def test_a_budget_out_of_reach_is_refused_before_a_model_is_made(geometry: Geometry) -> None:
     with pytest.raises(MaskingError, match=r"rule 'pure' of the groups \['left'\] reaches \d+"):
         geometry.masker(MaskingConfig(kind="region", hidden_share=0.9, rule="pure", groups=["left"], exclude=[]))
+
+
+def test_sets_with_and_without_a_ridge_are_scored_together(geometry: Geometry) -> None:
+    task = make_task(geometry, sets=("large", "small"))
+    batches = {name: dataclasses.replace(make_batch(geometry), set_name=name) for name in ("large", "small")}
+    for name, ridge_max_gib in (("large", 0.0), ("small", 1.0)):
+        task.set_named(name).references = fit_references(
+            lambda name=name: [batches[name]],
+            BaselineConfig(3, 1, ridge_max_gib=ridge_max_gib, ridge_penalties=[1.0], fit_samples=4, choice_share=0.5),
+            offset=task.encoder.stem("bold").voxel_offset.clone(),
+            patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
+            centres_mm=torch.from_numpy(geometry.layout.centres_mm),
+            hidden_patches=task.hidden_patches,
+        )
+    with torch.no_grad():
+        found = [task.predict(batch) for batch in batches.values()]
+    assert found[0].keys() == found[1].keys()
+    rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    metrics = task.metrics(rows)
+    alone = metrics_of(found[1], Regions.of(geometry.atlas), values_per_sample=1)
+    assert metrics["small/r2/ridge"] == pytest.approx(alone["r2/ridge"])
+    assert "large/r2/ridge" not in metrics
+    assert metrics["large/r2/neighbour"] == metrics["small/r2/neighbour"]
+    table = task.score_table(rows, dict.fromkeys(batches, batches["small"].subjects), INTERVALS)
+    assert [list(row.r2) for name in batches for row in table[name][:1]] == [
+        ["model", "neighbour", "global_drift"],
+        ["model", "neighbour", "global_drift", "ridge"],
+    ]
 
 
 def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) -> None:
