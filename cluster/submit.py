@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import posixpath
 import re
 import shlex
 import subprocess
@@ -55,8 +56,10 @@ class Command:
     @property
     def base_id(self) -> str:
         """The same for every attempt at one run."""
-        place = hashlib.sha256(f"{self.part} {self.run}".encode()).hexdigest()[:8]
-        name = re.sub(r"[^A-Za-z0-9]+", "-", self.run.rstrip("/").rpartition("/")[2]).strip("-")
+        scheme, separator, path = self.run.rpartition("://")
+        run = f"{scheme}{separator}{posixpath.normpath(path)}"  # a folder written with a slash at its end is the same
+        place = hashlib.sha256(f"{self.part} {run}".encode()).hexdigest()[:8]
+        name = re.sub(r"[^A-Za-z0-9]+", "-", run.rpartition("/")[2]).strip("-")
         return f"{self.part.replace('.', '-')}-{name}-{place}"
 
 
@@ -196,8 +199,7 @@ def follow(client: JobSubmissionClient, submission_id: str) -> int:
     """The exit status of the job, after printing its log to the end."""
     try:
         asyncio.run(print_log(client, submission_id))
-        while not (job := client.get_job_info(submission_id)).status.is_terminal():
-            time.sleep(POLL_S)
+        job = ended_job(client, submission_id)
     except KeyboardInterrupt:
         print(
             f"\n{submission_id} goes on; the same command follows it again, 'ray job stop {submission_id}' ends it",
@@ -210,8 +212,25 @@ def follow(client: JobSubmissionClient, submission_id: str) -> int:
     return job.driver_exit_code or 1
 
 
+def ended_job(client: JobSubmissionClient, submission_id: str) -> JobDetails:
+    """What became of the job, once it has ended."""
+    lost_at = None
+    while True:
+        try:
+            job = client.get_job_info(submission_id)
+            if job.status.is_terminal():
+                return job
+            lost_at = None
+        except (RuntimeError, OSError) as error:
+            lost_at = lost_at or time.monotonic()
+            give_up_in_time(lost_at, error, submission_id)
+        time.sleep(POLL_S)
+
+
 async def print_log(client: JobSubmissionClient, submission_id: str) -> None:
     """Print the job's log as it grows; after a lost connection go on behind what was printed."""
+    from aiohttp import ClientError
+
     num_printed, lost_at = 0, None
     while True:
         num_seen = 0
@@ -223,14 +242,19 @@ async def print_log(client: JobSubmissionClient, submission_id: str) -> None:
                 num_printed = max(num_printed, num_seen)
                 print(new, end="", flush=True)
             return
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ClientError) as error:
             lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > RECONNECT_S:
-                raise SubmitError(
-                    f"the job server has not answered for {RECONNECT_S:.0f} s ({error}); {submission_id} may go on: "
-                    "the same command follows it again"
-                ) from error
+            give_up_in_time(lost_at, error, submission_id)
             await asyncio.sleep(POLL_S)
+
+
+def give_up_in_time(lost_at: float, error: Exception, submission_id: str) -> None:
+    """SubmitError when the job server has been lost for too long."""
+    if time.monotonic() - lost_at > RECONNECT_S:
+        raise SubmitError(
+            f"the job server has not answered for {RECONNECT_S:.0f} s ({error}); {submission_id} may go on: the same "
+            "command follows it again"
+        ) from error
 
 
 if __name__ == "__main__":

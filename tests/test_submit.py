@@ -1,0 +1,62 @@
+"""One run is one job, however its folder is written; a lost job server ends the submitter with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from aiohttp import ClientResponseError, RequestInfo
+from multidict import CIMultiDict, CIMultiDictProxy
+from ray.job_submission import JobSubmissionClient
+from yarl import URL
+
+from cluster import submit
+from cluster.errors import SubmitError
+from cluster.submit import Command, follow
+
+
+@pytest.mark.parametrize(
+    ("written", "same"),
+    [("s3://runs/bold", "s3://runs/bold/"), ("/project/runs/bold", "/project//runs/./bold/")],
+)
+def test_a_folder_written_in_another_way_is_the_same_run(written: str, same: str) -> None:
+    assert Command("pretrain", (), written).base_id == Command("pretrain", (), same).base_id
+    assert Command("pretrain", (), written).base_id != Command("pretrain", (), f"{written}2").base_id
+    assert Command("pretrain", (), written).base_id != Command("finetune", (), written).base_id
+
+
+class LostServer:
+    """A job server that stands for one lost in the middle: a proxy answers for it, or nobody."""
+
+    def __init__(self, error: Exception, *, in_log: bool) -> None:
+        self.error = error
+        self.is_in_log = in_log
+
+    async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
+        if self.is_in_log:
+            raise self.error
+        yield "step 1\n"
+
+    def get_job_info(self, submission_id: str) -> SimpleNamespace:
+        raise self.error
+
+
+def bad_gateway() -> ClientResponseError:
+    url = URL("http://head/api/jobs/one-001/logs/tail")
+    return ClientResponseError(RequestInfo(url, "GET", CIMultiDictProxy(CIMultiDict()), url), (), status=502)
+
+
+@pytest.mark.parametrize(
+    ("error", "in_log"),
+    [(bad_gateway(), True), (ConnectionError("refused"), False), (RuntimeError("status code 500"), False)],
+)
+def test_a_job_server_that_is_lost_while_following_is_named_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, *, in_log: bool
+) -> None:
+    monkeypatch.setattr(submit, "RECONNECT_S", 0.05)
+    monkeypatch.setattr(submit, "POLL_S", 0.01)
+    client = cast(JobSubmissionClient, LostServer(error, in_log=in_log))
+    with pytest.raises(SubmitError, match=r"the job server has not answered .* the same command follows it again"):
+        follow(client, "one-001")
