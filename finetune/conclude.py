@@ -128,7 +128,10 @@ class Publisher:
     def _baselines(self) -> dict[str, report.Classifier]:
         """Connectivity + logistic and site alone, scored on the same subjects; learned on the train split only."""
         config, labels = self.setup.config, self.setup.labels
-        table = read_connectomes(self.setup.shard_set, config.task.atlas, splits=["train", *SPLITS])
+        tolerated = config.data.max_bad_fraction
+        table = read_connectomes(
+            self.setup.shard_set, config.task.atlas, splits=["train", *SPLITS], max_bad_fraction=tolerated
+        )
         known = {
             split: [subject for subject in table.subjects_of(split) if subject in labels.is_case_of]
             for split in ["train", *SPLITS]

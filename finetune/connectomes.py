@@ -34,13 +34,15 @@ class Connectomes:
         return np.stack([self.features[subject] for subject in subjects])
 
 
-def read_connectomes(shard_set: ShardSet, atlas_name: str, *, splits: list[str]) -> Connectomes:
-    """The connectivity of every subject with a BOLD run in these splits."""
+def read_connectomes(
+    shard_set: ShardSet, atlas_name: str, *, splits: list[str], max_bad_fraction: float
+) -> Connectomes:
+    """The connectivity of every subject with a BOLD run in these splits; damaged windows up to a share are left out."""
     atlas = shard_set.atlases[atlas_name]
     by_subject: dict[str, list[np.ndarray]] = {}
     split_of = {}
     for split in splits:
-        for subject, series in _runs(shard_set, atlas, split):
+        for subject, series in _runs(shard_set, atlas, split, max_bad_fraction=max_bad_fraction):
             by_subject.setdefault(subject, []).append(connectivity(series))
             split_of[subject] = split
     features = {subject: _mean(runs) for subject, runs in by_subject.items()}
@@ -54,7 +56,9 @@ def _mean(runs: list[np.ndarray]) -> np.ndarray:
     return np.where(counts > 0, np.nansum(stacked, axis=0) / np.maximum(counts, 1), np.nan)
 
 
-def _runs(shard_set: ShardSet, atlas: Atlas, split: str) -> Iterator[tuple[str, np.ndarray]]:
+def _runs(
+    shard_set: ShardSet, atlas: Atlas, split: str, *, max_bad_fraction: float
+) -> Iterator[tuple[str, np.ndarray]]:
     """(subject, region means [time, region]) of every run of a split."""
     config = ReaderConfig(
         kind="bold",
@@ -67,7 +71,7 @@ def _runs(shard_set: ShardSet, atlas: Atlas, split: str) -> Iterator[tuple[str, 
         num_workers=0,
         prefetch=2,
         reader="indexed",
-        max_bad_fraction=0.001,
+        max_bad_fraction=max_bad_fraction,
     )
     source = BatchSource(shard_set, config, rank=0, world_size=1)
     scan_id, subject, parts = "", "", list[np.ndarray]()

@@ -16,8 +16,10 @@ from brain_models.bundle import Bundle, StemSpec, make_encoder
 from brain_models.encoder import EncoderConfig
 from configs.entry import compose
 from configs.parse import parse
+from data_sharding import schema
 from data_sharding.build import build
 from data_sharding.config import ShardingConfig
+from data_sharding.errors import ShardError
 from data_sharding.phantom import PhantomConfig, write_phantom
 from data_sharding.reader import ShardSet, open_set
 from finetune import compare
@@ -30,6 +32,7 @@ from finetune.predict import find_scans, predict, scan_table
 from finetune.promotion import refusals
 from finetune.summary import show
 from finetune.train import fetch_backbone, train
+from tests.test_shards import copy_set, flip
 from training import registry
 from training.errors import TrainingError
 from training.runs import list_models
@@ -186,11 +189,23 @@ def test_champion_is_refused_for_overlap_for_ignorance_and_for_chance() -> None:
 
 def test_connectivity_of_the_shards_is_that_of_the_runs_region_means(place: Place) -> None:
     shard_set = open_set(str(place.shards))
-    table = read_connectomes(shard_set, "template", splits=["test"])
+    table = read_connectomes(shard_set, "template", splits=["test"], max_bad_fraction=0.0)
     assert len(table.subjects_of("test")) == 10
     num_pairs = table.num_regions * (table.num_regions - 1) // 2
     assert table.rows(table.subjects_of("test")).shape == (10, num_pairs)
     assert np.isfinite(table.rows(table.subjects_of("test"))).mean() > 0.5
+
+
+def test_connectomes_tolerate_as_much_damage_as_the_run(place: Place, tmp_path: Path) -> None:
+    shard_set = open_set(str(copy_set(place.shards, tmp_path / "damaged")))
+    row = shard_set.index[(shard_set.index.kind == schema.BOLD) & (shard_set.index.split == "test")].iloc[0]
+    for frame in range(8, 24):  # two windows: some frames may be censored
+        at = schema.NPY_HEADER_BYTES + frame * shard_set.space.num_voxels
+        flip(tmp_path / "damaged" / row.shard, row.offset + at)
+    with pytest.raises(ShardError, match="damaged samples"):
+        read_connectomes(shard_set, "template", splits=["test"], max_bad_fraction=0.0)
+    table = read_connectomes(shard_set, "template", splits=["test"], max_bad_fraction=1.0)
+    assert len(table.subjects_of("test")) == 10
 
 
 def test_plan_says_what_happens_and_when_layers_open(place: Place) -> None:
