@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import cast
 
 import psutil
+import ray
 import ray.util
 from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.backend import BackendConfig
@@ -20,6 +21,9 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+
+ANSWERS_WITHIN_S = 1.0
 
 
 def interface_of(address: str) -> str | None:
@@ -58,9 +62,15 @@ class BoundTorchBackend(_TorchBackend):
         super().on_start(worker_group, config)
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
-        # A rank that hangs does not answer, and all are killed right after; Ray would wait 30 s.
+        # A rank that hangs does not answer, and all are killed right after; Ray would wait 30 s, and then 5 s more.
         os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, "1")
         super().on_shutdown(worker_group, backend_config)
+        workers = cast(WorkerGroup, worker_group).get_workers()
+        answers: list[object] = list(worker_group.execute_async(os.getpid))
+        _, missing = ray.wait(answers, num_returns=len(answers), timeout=ANSWERS_WITHIN_S)
+        for worker, answer in zip(workers, answers, strict=True):
+            if answer in missing:
+                ray.kill(worker.actor)
 
 
 class BoundTorchConfig(TorchConfig):
