@@ -5,6 +5,7 @@ Knows nothing of a run but the folders it will use.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -17,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import StorageError
-from cluster.storage import store_for
+from cluster.storage import PARTIAL_PREFIX, store_for
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "webdataset", "mlflow", "boto3")
 PROBE_BYTES = 32 << 20
+CACHED_FILES = "*.whole"  # of data.cache_folder, which makes room there itself
 REDUCE_BYTES = 64 << 20
 REDUCE_REPEATS = 4
 
@@ -34,7 +36,8 @@ class NodeFacts:
     versions: dict[str, str]  # of Python, of packages, and the hash of our own code
     num_gpus: int
     gpu_bytes: int  # memory of its smallest GPU; 0 without one
-    free_bytes: dict[str, int]  # by folder: free on the disk that holds it
+    free_bytes: dict[str, int]  # by folder: free on the disk that holds it, or held by a cache that is there already
+    disks: dict[str, int]  # by folder: which disk holds it
     problems: list[str] = field(default_factory=list)  # with folders and places of the run, as this node sees them
     speeds: dict[str, float] = field(default_factory=dict)  # bytes/s by '<read|write> <place>'
 
@@ -52,10 +55,12 @@ def node_facts(*, folders: list[str], written: list[str], read: list[str], uses_
         num_gpus=num_gpus,
         gpu_bytes=gpu_bytes,
         free_bytes={},
+        disks={},
     )
     for folder in folders:
         try:
             facts.free_bytes[folder] = free_bytes(folder)
+            facts.disks[folder] = os.stat(folder).st_dev
         except OSError as error:
             facts.problems.append(f"{folder} cannot be written: {error.strerror}; give another scratch folder")
     for place in written:
@@ -103,17 +108,21 @@ def gpus() -> tuple[int, int]:
 
 
 def free_bytes(folder: str) -> int:
-    """Free bytes on the disk of a folder, which is made and must take a file."""
+    """Free bytes on the disk of a folder, which is made and must take a file; what is cached there counts as free."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     probe = Path(folder) / f".preflight-{uuid.uuid4().hex}"
     probe.write_bytes(b"x")
     probe.unlink()
-    return shutil.disk_usage(folder).free
+    held = 0
+    for path in Path(folder).glob(CACHED_FILES):
+        with contextlib.suppress(FileNotFoundError):  # it has just made room
+            held += path.stat().st_size
+    return shutil.disk_usage(folder).free + held
 
 
 def write_and_read(place: str) -> dict[str, float]:
     """Bytes/s of writing and of reading back one object, deleted again; StorageError when one of the three fails."""
-    store, name = store_for(place), f".preflight/{uuid.uuid4().hex}"
+    store, name = store_for(place), f"{PARTIAL_PREFIX}preflight-{uuid.uuid4().hex}"  # no list shows what a kill leaves
     data = os.urandom(PROBE_BYTES)
     started = time.perf_counter()
     store.put(name, data)

@@ -52,6 +52,7 @@ class Needs:
     scratch: str | None
     cache: tuple[str, int] | None  # folder and bytes
     checkpoint_bytes: int
+    index_bytes: int  # of the sets that are far away: a node keeps a copy below scratch
     tracking: str | None
 
 
@@ -78,14 +79,15 @@ def needs_of(part: str, overrides: list[str]) -> Needs:
     """What `python -m <part> <overrides>` needs; PreflightError when the part refuses it."""
     config = yaml.safe_load(said_by(part, overrides, "--show"))
     planned = said_by(part, overrides, "--plan")
-    data = config.get("data", {})
+    data, sets = config.get("data", {}), shard_sets(config)
     return Needs(
         cluster=ClusterConfig(**config["cluster"]),
         written=config.get("out") or config.get("run", {}).get("folder"),
-        read=[f"{shards.rstrip('/')}/manifest.json" for shards in shard_sets(config)],
+        read=[f"{shards.rstrip('/')}/manifest.json" for shards in sets],
         scratch=config.get("run", {}).get("scratch"),
         cache=(data["cache_folder"], data["cache_bytes"]) if data.get("cache_folder") else None,
         checkpoint_bytes=planned_checkpoint_bytes(planned),
+        index_bytes=sum(store_for(shards).size("index.parquet") for shards in sets if "://" in shards),
         tracking=config.get("train", {}).get("tracking", {}).get("uri"),
     )
 
@@ -228,15 +230,18 @@ def clocks(nodes: list[NodeFacts], skews: list[float]) -> list[Row]:
 
 
 def disks(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
-    """Free space of every node's scratch and cache folders."""
-    wanted = {needs.scratch or "": CONVERSION_COPIES * needs.checkpoint_bytes}
+    """Free space of every node's scratch and cache folders; those of one disk together."""
+    wanted = {needs.scratch or "": CONVERSION_COPIES * needs.checkpoint_bytes + needs.index_bytes}
     if needs.cache is not None:
         wanted[needs.cache[0]] = wanted.get(needs.cache[0], 0) + needs.cache[1]
-    return [
-        Row(f"{node.host}: disk of {folder}", gigabytes(free), gigabytes(wanted[folder]), free >= wanted[folder])
-        for node in nodes
-        for folder, free in node.free_bytes.items()
-    ]
+    rows = []
+    for node in nodes:
+        for disk in dict.fromkeys(node.disks.values()):
+            folders = [folder for folder in node.free_bytes if node.disks[folder] == disk]
+            free, needed = max(node.free_bytes[each] for each in folders), sum(wanted[each] for each in folders)
+            name = f"{node.host}: disk of {' and '.join(folders)}"
+            rows.append(Row(name, gigabytes(free), gigabytes(needed), free >= needed))
+    return rows
 
 
 def speeds(nodes: list[NodeFacts]) -> list[Row]:

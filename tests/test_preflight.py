@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.errors import PreflightError
-from cluster.node_check import NodeFacts, versions
+from cluster.node_check import NodeFacts, free_bytes, versions, write_and_read
 from cluster.preflight import (
     Needs,
     Row,
@@ -23,8 +24,10 @@ from cluster.preflight import (
     same_versions,
     table,
 )
+from cluster.storage import LocalStore
 from configs.entry import compose
 from data_sharding.build import build
+from data_sharding.file_cache import ENDING
 from tests.helpers_scans import sharding_config, write_study
 
 LOCAL = ClusterConfig(**compose("pretrain", ["cluster=local"])["cluster"])
@@ -62,6 +65,7 @@ def needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Needs:
         scratch=str(tmp_path / "scratch"),
         cache=(str(tmp_path / "cache"), 1000),
         checkpoint_bytes=1000,
+        index_bytes=0,
         tracking=f"sqlite:///{tmp_path}/mlflow.db",
     )
 
@@ -109,7 +113,7 @@ def test_each_thing_a_cluster_lacks_is_refused_with_its_sentence(two_nodes: None
 
 
 def node(host: str, **changes: object) -> NodeFacts:
-    facts = NodeFacts(host=host, address="10.0.0.1", versions=versions(), num_gpus=0, gpu_bytes=0, free_bytes={})
+    facts = NodeFacts(host, "10.0.0.1", versions(), num_gpus=0, gpu_bytes=0, free_bytes={}, disks={})
     return replace(facts, **changes)  # type: ignore[arg-type]
 
 
@@ -117,9 +121,39 @@ def test_three_checkpoints_and_the_cache_must_fit_on_every_node(needs: Needs) ->
     assert needs.scratch is not None
     needs = replace(needs, checkpoint_bytes=40_000_000_000, cache=(needs.scratch, 80_000_000_000))
     free = {"a": 200_000_000_000, "b": 199_000_000_000}
-    rows = disks(needs, [node(host, free_bytes={needs.scratch: size}) for host, size in free.items()])
+    nodes = [node(host, free_bytes={needs.scratch: size}, disks={needs.scratch: 1}) for host, size in free.items()]
+    rows = disks(needs, nodes)
     assert [row.is_ok for row in rows] == [True, False]
     assert failed(rows) == [f"b: disk of {needs.scratch}: 199.0 GB (200.0 GB)"]
+
+
+def test_what_lies_on_one_disk_must_fit_there_together_with_the_copy_of_the_index(needs: Needs) -> None:
+    size = 10**9
+    needs = replace(
+        needs, scratch="/nvme/run", cache=("/nvme/cache", 6 * size), checkpoint_bytes=size, index_bytes=size
+    )
+    free = {"/nvme/run": 9 * size, "/nvme/cache": 9 * size}
+    together, apart = node("a", free_bytes=free, disks=dict.fromkeys(free, 7)), node("b", free_bytes=free)
+    apart.disks = {"/nvme/run": 7, "/nvme/cache": 8}
+    assert failed(disks(needs, [together])) == ["a: disk of /nvme/run and /nvme/cache: 9.0 GB (10.0 GB)"]
+    assert [(row.needed, row.is_ok) for row in disks(needs, [apart])] == [("4.0 GB", True), ("6.0 GB", True)]
+
+
+def test_a_full_cache_of_an_earlier_start_counts_as_room_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100, 95, 5))
+    (tmp_path / f"shard{ENDING}").write_bytes(bytes(70))
+    (tmp_path / "of-somebody-else").write_bytes(bytes(20))
+    assert free_bytes(str(tmp_path)) == 75
+
+
+def test_a_probe_that_a_kill_left_behind_does_not_make_an_empty_place_look_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalStore, "delete", lambda store, name: None)
+    write_and_read(str(tmp_path))
+    assert LocalStore(tmp_path).list() == []
 
 
 def test_other_versions_and_other_code_are_named_with_their_hosts() -> None:
@@ -151,6 +185,7 @@ def test_what_a_run_needs_is_read_from_the_part_itself(tmp_path: Path, monkeypat
     ]
     found = needs_of("pretrain", words)
     assert found.read == [f"{config.out}/manifest.json"]
+    assert found.index_bytes == 0  # of a set on a disk the nodes mount
     assert (found.written, found.cache) == ("out/run", (str(tmp_path), 5))
     assert found.cluster.kind == "local"
     assert found.scratch == compose("pretrain", ["kind=bold"])["run"]["scratch"]
