@@ -13,9 +13,9 @@ from data_sharding.reader import ShardSet, open_set
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.labels import Labels, read_labels
-from finetune.tasks.adhd_classification import AdhdClassification
+from finetune.tasks.adhd_classification import METRICS, AdhdClassification
 from finetune.train import build_task, fetch_backbone, fit_problems
-from training.config import validate_train
+from training.config import CheckpointConfig, validate_train
 from training.errors import RegistryError
 
 SPLITS = ("train", "validation", "test")
@@ -88,11 +88,24 @@ def rule_problems(config: FinetuneConfig) -> list[str]:
             f"train.checkpoint.every_steps: {checkpoint.every_steps} is no multiple of train.evaluation.every_steps "
             f"{evaluation.every_steps}, so commits have no score and choose=best cannot choose; make it one"
         )
-    if config.choose == "best" and checkpoint.best_metric is None:
-        problems.append("train.checkpoint.best_metric: null with choose=best; name one, e.g. validation/auroc")
+    if config.choose == "best":
+        problems += choice_problems(checkpoint, evaluation.split)
     if config.train.start.registered is not None:
         problems.append("train.start.registered: finetune takes its weights from encoder=...; set it to null")
     return problems
+
+
+def choice_problems(checkpoint: CheckpointConfig, split: str) -> list[str]:
+    """A best commit that nothing, or the wrong end of a metric, would choose."""
+    metric, known = checkpoint.best_metric, [f"{split}/{name}" for name in METRICS]
+    if metric is None:
+        return [f"train.checkpoint.best_metric: null with choose=best; name one, e.g. {split}/auroc"]
+    if metric not in known:
+        return [f"train.checkpoint.best_metric: {metric} is no metric of this task; choose from {', '.join(known)}"]
+    best = "lowest" if metric.endswith("/loss") else "highest"
+    if checkpoint.best_is != best:
+        return [f"train.checkpoint.best_is: {checkpoint.best_is}, but the best {metric} is the {best}; set it so"]
+    return []
 
 
 def split_problems(config: FinetuneConfig, shard_set: ShardSet, labels: Labels) -> list[str]:

@@ -225,6 +225,11 @@ def test_plan_says_what_happens_and_when_layers_open(place: Place) -> None:
         (["task.atlas=aal3"], "holds ['template']"),
         (["train.evaluation.split=test"], "the test split is looked at once, at the end"),
         (["train.checkpoint.every_steps=3"], "commits have no score and choose=best cannot choose"),
+        (["train.checkpoint.best_metric=validation/f1"], "validation/f1 is no metric of this task"),
+        (
+            ["train.checkpoint.best_metric=validation/loss"],
+            "best_is: highest, but the best validation/loss is the lowest",
+        ),
         (["encoder=models:/nobody@candidate"], "lists what is registered"),
         (["shards=nowhere"], "nowhere holds no shard set"),
         (["data.batch_size=0"], "data.batch_size: 0; must be above 0"),

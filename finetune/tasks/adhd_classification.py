@@ -28,6 +28,7 @@ from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
 
 NO_LABEL = -1
+METRICS = ("loss", "auroc", "within_site_auroc", "balanced_accuracy")
 
 
 @dataclass
@@ -107,18 +108,18 @@ class AdhdClassification(Task):
         return subject_scores(logits, subjects, is_case=is_case, sites=sites)
 
     def metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
-        """loss, auroc, within_site_auroc and balanced_accuracy (at logit 0) over subjects; undefined ones left out."""
+        """METRICS over subjects, balanced accuracy at logit 0; undefined ones left out."""
         scores = self.scores(predictions)
         if not scores.subjects:
             return {}
         losses = np.logaddexp(0, np.where(scores.is_case, -scores.values, scores.values))
-        numbers = {
-            "loss": float(losses.mean()),
-            "auroc": auroc(scores.values, scores.is_case),
-            "within_site_auroc": within_site_auroc(scores.values, scores.is_case, scores.sites),
-            "balanced_accuracy": balanced_accuracy(scores.values > 0, scores.is_case),
-        }
-        return {name: value for name, value in numbers.items() if np.isfinite(value)}
+        numbers = (
+            float(losses.mean()),
+            auroc(scores.values, scores.is_case),
+            within_site_auroc(scores.values, scores.is_case, scores.sites),
+            balanced_accuracy(scores.values > 0, scores.is_case),
+        )
+        return {name: value for name, value in zip(METRICS, numbers, strict=True) if np.isfinite(value)}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The head first, then blocks from the top, each deeper one later and slower; stem and positions last."""
