@@ -62,9 +62,10 @@ def recorded_config(config: ShardingConfig) -> dict[str, Any]:
 def _claim(store: Store, plan: SetPlan, config: ShardingConfig) -> None:
     """Marks the folder as this plan's; ShardError when it is another's."""
     record = {"digest": plan.digest, "name": config.name, "config": recorded_config(config)}
-    if not store.exists(schema.PLAN) and store.list():
+    found = [] if store.exists(schema.PLAN) else store.list()
+    if found and not store.exists(schema.PLAN):  # the same command started twice may just have claimed it
         raise ShardError(
-            f"{config.out} is not empty and holds no set of this kind (first: {store.list()[0]}); give an empty out="
+            f"{config.out} is not empty and holds no set of this kind (first: {found[0]}); give an empty out="
         )
     if store.put_if_absent(schema.PLAN, (json.dumps(record, sort_keys=True, indent=1) + "\n").encode()):
         return

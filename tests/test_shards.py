@@ -16,6 +16,7 @@ import pytest
 import webdataset
 
 from brain_models.preprocess import UNITS_PER_SCALE, dequantise, pack_bold, pack_t1
+from cluster.storage import LocalStore
 from data_sharding import schema
 from data_sharding.build import build
 from data_sharding.config import LimitsConfig, ShardingConfig, validate_config
@@ -108,6 +109,17 @@ def test_a_rerun_writes_only_what_is_missing(
     assert progress[-1][5] == "0"
     assert contents(copied) == whole
     assert (copied / shards[2]).stat().st_mtime_ns == kept
+    build(replace(written, out=str(copied)))
+    assert "is complete already; nothing to do" in capsys.readouterr().out
+
+
+def test_a_folder_claimed_a_moment_ago_by_the_same_command_is_no_strange_one(
+    copied: Path, written: ShardingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exists, first = LocalStore.exists, iter([False])
+    monkeypatch.setattr(
+        LocalStore, "exists", lambda store, name: exists(store, name) and (name != schema.PLAN or next(first, True))
+    )
     build(replace(written, out=str(copied)))
     assert "is complete already; nothing to do" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from training import registry
 from training.errors import RegistryError
 from training.pull import pull_to
-from training.runs import list_models, list_runs
+from training.runs import list_models, list_runs, main
 
 
 def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
@@ -72,3 +73,16 @@ def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -
         uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(RegistryError, match=rf"{uri} did not take the model toy .* run the same command again"):
             registry.register(tmp_path, name="toy", tags={}, alias="x", uri=uri, run_id=None, experiment="toys")
+
+
+def test_a_server_that_does_not_answer_is_told_in_a_line_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setattr(sys, "argv", ["runs", uri])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 2
+    assert f"{uri} cannot be read" in capsys.readouterr().err

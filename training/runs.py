@@ -6,6 +6,7 @@ Of every run: state, last step, the newest commit it would go on from, where to 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from cluster.errors import StorageError
@@ -89,8 +90,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.runs", description=__doc__)
     parser.add_argument("uri", help="tracking server, e.g. sqlite:///out/mlflow.db")
     uri = parser.parse_args().uri
-    print("Runs:", *(f"  {line}" for line in list_runs(uri)), sep="\n")
-    print("Registered models:", *(f"  {line}" for line in list_models(uri)), sep="\n")
+    mlflow_environment(timeout_s=30)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        print("Runs:", *(f"  {line}" for line in list_runs(uri)), sep="\n")
+        print("Registered models:", *(f"  {line}" for line in list_models(uri)), sep="\n")
+    except MlflowException as error:
+        advice = "check the address, and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        print(f"RegistryError: {uri} cannot be read ({error}); {advice}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
