@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -107,7 +108,8 @@ def _make_client() -> BaseClient:
     try:
         made = session.client("s3", config=settings)
     except ValueError as error:
-        raise StoreUnavailableError(f"no S3 client can be made ({error}); check AWS_ENDPOINT_URL_S3") from error
+        reason = re.sub(r"//[^/@]*@", "//", str(error))  # it quotes the endpoint, which could hold a password
+        raise StoreUnavailableError(f"no S3 client can be made ({reason}); check AWS_ENDPOINT_URL_S3") from None
     if not _is_aws(made.meta.endpoint_url):
         # Other stores refuse, or store as content, the checksums newer clients add unasked.
         when_required = Config(

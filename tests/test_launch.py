@@ -12,6 +12,7 @@ from launch_functions import refuse, sum_of_ranks, wait_to_be_asked
 from cluster.config import ClusterConfig, validate_cluster
 from cluster.launch import ray_session, run_on_workers
 from cluster.stopping import REQUEST
+from configs.entry import compose
 from training.errors import TrainingError
 
 
@@ -46,6 +47,14 @@ def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_
 def test_inline_calls_the_function_in_this_process(tmp_path: Path) -> None:
     cluster = dataclasses.replace(local_cluster(tmp_path), kind="inline", num_workers=1)
     assert run_on_workers(lambda config: (config, os.getpid()), 5, cluster=cluster, name="x") == (5, os.getpid())
+
+
+def test_users_of_one_node_do_not_share_ray_trains_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = set()
+    for user in ("anna", "ben"):
+        monkeypatch.setenv("USER", user)
+        folders.add(compose("pretrain", ["cluster=ray"])["cluster"]["scratch"])
+    assert len(folders) == 2
 
 
 def test_every_problem_of_a_cluster_configuration_is_named(tmp_path: Path) -> None:

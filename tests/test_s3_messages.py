@@ -61,6 +61,14 @@ def test_a_local_disk_that_becomes_full_during_a_download_is_named(
     assert os.listdir(tmp_path / "scratch") == []
 
 
+def test_an_endpoint_that_cannot_be_one_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, "http://rater:hunter2@bad host:9000")
+    with pytest.raises(StoreUnavailableError, match=r"http://bad host:9000\); check AWS_ENDPOINT_URL_S3") as caught:
+        store_for("s3://brains/run").read("a")
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
 def test_a_missing_bucket_is_named(store: Store) -> None:
     elsewhere = store_for("s3://no-such-bucket/set")
     for attempt in (
