@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from requests import HTTPError
 
 from training import registry
 from training.errors import RegistryError
@@ -73,6 +74,13 @@ def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -
         uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(RegistryError, match=rf"{uri} did not take the model toy .* run the same command again"):
             registry.register(tmp_path, name="toy", tags={}, alias="x", uri=uri, run_id=None, experiment="toys")
+
+
+def test_an_artifact_store_that_fails_behind_the_server_is_an_error_of_ours_too() -> None:
+    """Of the server's own kind it is not: MLflow passes on what its HTTP library raises."""
+    refused = pytest.raises(RegistryError, match=r"did not take the model toy \(500 Server Error\)")
+    with refused, registry.refusals_named("toy", "http://mlflow"):
+        raise HTTPError("500 Server Error")
 
 
 def test_a_server_that_does_not_answer_is_told_in_a_line_not_a_traceback(

@@ -88,10 +88,11 @@ def register(
 def refusals_named(name: str, uri: str) -> Iterator[None]:
     """RegistryError when the server fails: the run is done and saved, and starting its workers again would not help."""
     from mlflow.exceptions import MlflowException
+    from requests import RequestException  # what an artifact store behind the server fails with
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, RequestException) as error:
         raise RegistryError(
             f"{uri} did not take the model {name} ({error}); all else is done and saved: run the same command again "
             "to register it"
@@ -105,6 +106,7 @@ def pull(model: str, folder: Path, *, uri: str | None) -> Path:
     mlflow_environment(timeout_s=60)
     import mlflow
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
@@ -113,7 +115,7 @@ def pull(model: str, folder: Path, *, uri: str | None) -> Path:
     folder.mkdir(parents=True)
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
-    except MlflowException as error:
+    except (MlflowException, RequestException) as error:
         raise RegistryError(
             f"{location} cannot be read from {uri} ({error}); 'python -m training.runs {uri}' lists what is registered"
         ) from error
