@@ -263,7 +263,8 @@ class PositionEmbedding(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, positions: Float[Tensor, "batch token 4"]) -> Float[Tensor, "batch token width"]:
-        phases = positions @ self.wavenumbers
+        with torch.autocast(positions.device.type, enabled=False):  # bf16 would be wrong by up to a tenth of a radian
+            phases = positions @ self.wavenumbers
         return self.project(torch.cat([phases.sin(), phases.cos()], dim=-1))
 
 

@@ -7,12 +7,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from brain_models import bundle as bundles
 from brain_models.atlas import Atlas, atlas_from_image, template_parcellation
 from brain_models.bundle import Bundle, HeadSpec, StemSpec, make_encoder
-from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, Stem
+from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, PositionEmbedding, Stem
 from brain_models.errors import BundleError, SpaceError
 from brain_models.heads import Classifier, HeadConfig
 from brain_models.patches import PatchLayout
@@ -95,6 +96,15 @@ def test_positions_are_millimetres_and_seconds_of_the_tubelets_centre(space: Bra
     assert positions[0, 0, 3] == 1.0
     assert positions[0, -1, 3] == 5.0
     assert positions[1, -1, 3] == 1.25
+
+
+def test_bf16_puts_no_token_elsewhere() -> None:
+    embedding = PositionEmbedding(32, 16)
+    embedding.project = nn.Identity()  # what is learned of the waves may be rounded, the waves may not
+    positions = torch.tensor([[[-62.3, 41.7, 70.9, 118.4]]])
+    with torch.autocast("cpu", torch.bfloat16):
+        waves = embedding(positions)
+    torch.testing.assert_close(waves.float(), embedding(positions), rtol=0, atol=1e-6)
 
 
 def test_an_encoder_that_counts_frames_cannot_tell_repetition_times_apart(space: BrainSpace) -> None:
