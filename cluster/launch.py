@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 
 OUR_PACKAGES = ("brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs")
 
+log = logging.getLogger(__name__)
+
 RELAY_INTERVAL_S = 0.2
 WATCH_INTERVAL_S = 2.0
 ELASTIC_START_TIMEOUT_S = 60.0
@@ -113,14 +115,20 @@ def is_our_error(error: BaseException) -> bool:
 
 @contextmanager
 def _repeating(action: Callable[[], None], name: str, *, every_s: float) -> Iterator[None]:
-    """Call `action` from a thread for the length of the block, and once more at its end."""
+    """Call `action` from a thread for the length of the block, and once more at its end; a call that Ray fails is made
+    up for by the next one, else a moment without network would make this process deaf for the rest of the run."""
+    from ray.exceptions import RayError
+
     is_over = threading.Event()
 
     def repeat() -> None:
         is_last = False
         while not is_last:
             is_last = is_over.wait(every_s)
-            action()
+            try:
+                action()
+            except RayError as error:
+                log.debug("%s: %s", name, error)
 
     thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import sqlite3
@@ -209,6 +210,25 @@ def test_where_fewer_workers_are_allowed_a_run_goes_on_without_a_lost_node(
     # The same samples and hidden tokens, so the same losses up to rounding: neighbouring steps differ by far more.
     assert_as_undisturbed(cluster, run, text, rel=1e-4)
     assert cluster.losses(run)[1:] != pytest.approx(undisturbed[:-1], rel=1e-2)
+
+
+@pytest.mark.faults
+def test_a_node_added_to_a_run_changes_no_bit_of_it_and_the_next_run_is_on_all_three(
+    cluster: Cluster, undisturbed: list[float], record_property: Record
+) -> None:
+    record_property("fault", "a third node added to a run of two workers; the same on three")
+    job = cluster.pretrain("joined")
+    wait_for_commit(cluster, job, 2)
+    cluster.net.start_node("c")
+    try:
+        assert_as_undisturbed(cluster, "joined", job.succeeded())
+        cluster.net.wait_for_nodes()
+        three = cluster.pretrain("three", num_workers="3").succeeded()
+    finally:
+        cluster.net.lose_node("c")
+    assert_as_undisturbed(cluster, "three", three, rel=1e-4)
+    commits = cluster.run_folder("three").glob("checkpoints/*/COMMIT.json")
+    assert {json.loads(path.read_text())["world_size"] for path in commits} == {3}
 
 
 @pytest.mark.faults

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import pytest
 from launch_functions import refuse, sum_of_ranks, wait_to_be_asked
+from ray.exceptions import RayError
 
 from cluster.config import ClusterConfig, validate_cluster
-from cluster.launch import ray_session, run_on_workers
+from cluster.launch import _repeating, ray_session, run_on_workers
 from cluster.stopping import REQUEST
 from configs.entry import compose
 from training.errors import TrainingError
@@ -42,6 +44,19 @@ def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_
         asked = run_on_workers(wait_to_be_asked, {"driver": os.getpid()}, cluster=cluster, name="asked")
         assert asked == "SIGTERM to the driver"
         assert REQUEST.reason is None
+
+
+def test_a_call_that_ray_fails_is_followed_by_the_next() -> None:
+    calls: list[int] = []
+
+    def fails_first() -> None:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise RayError("no network for a moment")
+
+    with _repeating(fails_first, "test", every_s=0.01):
+        time.sleep(0.5)
+    assert len(calls) > 2
 
 
 def test_inline_calls_the_function_in_this_process(tmp_path: Path) -> None:
