@@ -254,14 +254,15 @@ class Checkpoints:
 
     def _all_receipts(self, folder: str, num_ranks: int) -> list[StoredFile]:
         names = [f"{folder}/receipts/rank-{rank:05d}.json" for rank in range(num_ranks)]
-        deadline = time.monotonic() + RECEIPT_TIMEOUT_S
-        while missing := [name for name in names if not self.store.exists(name)]:
+        deadline, pause_s = time.monotonic() + RECEIPT_TIMEOUT_S, 0.05
+        while missing := sorted({*names}.difference(self.store.list(f"{folder}/receipts/"))):  # one request for all
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{self.store.join(missing[0])} did not appear within {RECEIPT_TIMEOUT_S:.0f} s; look for the "
                     "error of that rank, and whether it can write there"
                 )
-            time.sleep(0.05)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
         return [StoredFile(**file) for name in names for file in json.loads(self.store.read(name))]
 
     def _prune(self) -> None:
