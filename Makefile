@@ -20,9 +20,10 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/test_configs.py
 
-# Files in the order of their names: by default the smallest file comes last, and one of them starts a whole cluster.
+# Files in the order of their names: by default the smallest comes last, and one starts a whole cluster. Three at a time
+# on two cores, because those that start Ray or servers mostly wait.
 test: setup
-	$(BIN)/python -m pytest -m "not demo and not faults" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not demo and not faults" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-faults: setup
 	@mkdir -p out && rm -f out/faults.jsonl
