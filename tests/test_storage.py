@@ -142,7 +142,9 @@ def hidden(store: Store) -> list[str]:
         return [path.name for path in Path(store.location).rglob(".partial-*")]
     prefix = store.location.removeprefix(f"s3://{BUCKET}/")
     found = s3_client.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
-    return [entry["Key"] for entry in found if "/.partial-" in entry["Key"]]
+    names = [entry["Key"].removeprefix(prefix).lstrip("/") for entry in found if "/.partial-" in entry["Key"]]
+    # rclone goes on listing an object that was written twice at once and then deleted; asked for it, it has none.
+    return [name for name in names if store.exists(name)]
 
 
 WRITER_PROCESS = """
