@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import glob
 import hashlib
 import logging
 import os
@@ -35,7 +36,10 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # Of the composed configuration: where a command's results live, by which two commands are known to be the same run.
 RUN_KEYS = ("run.folder", "out")
 # Last parts of keys that name a place every node must reach; a job's own folder is a copy that is thrown away.
-PLACE_KEYS = ("folder", "out", "shards", "root", "uri", "checkpoint")
+PLACE_KEYS = ("folder", "cache_folder", "out", "shards", "root", "uri", "checkpoint")
+MODEL_KEYS = ("encoder", "encoders", "classifier")  # a registered model, or a folder
+NODE_KEY = "scratch"  # of every node its own
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}  # Ray's 3 s until it kills are too few to finish a step and save
 COMMIT_VARIABLE = "CALLOSUM_GIT_COMMIT"  # what a registered model is tagged with: the copy on a node has no history
 RECONNECT_S = 120.0
 POLL_S = 0.5
@@ -97,36 +101,43 @@ def checked_command(part: str, overrides: list[str]) -> Command:
     if validation.returncode:
         sys.exit(validation.returncode)
     shown = subprocess.run([sys.executable, "-m", part, *overrides, "--show"], check=True, capture_output=True)
-    values = dict(leaves(yaml.safe_load(shown.stdout)))
-    if relative := [f"{key}={value}" for key, value in values.items() if is_relative_place(key, value)]:
+    values = list(leaves(yaml.safe_load(shown.stdout)))
+    if relative := [f"{key}={value}" for key, value in values if is_relative_place(key, value)]:
         raise SubmitError(
             "these places are relative, and a job runs in a copy of this folder that is thrown away:\n"
             + "\n".join(f"  - {place}" for place in relative)
             + "\ngive s3://bucket/prefix, http://server, or a path (from /) on a disk that every node mounts"
         )
-    run = next((values[key] for key in RUN_KEYS if values.get(key)), None)
+    run = next((value for key, value in values if key in RUN_KEYS and value), None)
     if run is None:
         raise SubmitError(f"python -m {part} has neither {' nor '.join(RUN_KEYS)}: there is no run to submit")
     return Command(part, tuple(overrides), str(run))
 
 
 def leaves(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every value of nested mappings under its dotted key."""
+    """Every value of nested mappings under its dotted key; of a list, each of its values."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield from ((f"{prefix}{key}", each) for each in value)
         else:
             yield f"{prefix}{key}", value
 
 
 def is_relative_place(key: str, value: object) -> bool:
-    """True for a place that means something else on every machine and in every folder."""
-    if not isinstance(value, str) or key.rpartition(".")[2] not in PLACE_KEYS:
+    """True for a place that means something else on every machine and in every folder; under a key that may also name
+    something else, a file or folder that is here."""
+    names = key.split(".")
+    if not isinstance(value, str) or names[-1] == NODE_KEY:
         return False
     scheme, separator, rest = value.partition("://")
-    if not separator:
-        return not value.startswith("/")
-    return scheme == "sqlite" and not rest.startswith("//")  # sqlite:///file is relative, sqlite:////file is not
+    if separator:
+        return scheme == "sqlite" and not rest.startswith("//")  # sqlite:///file is relative, sqlite:////file is not
+    if value.startswith("/"):
+        return False
+    is_a_path = "/" in value or not {*names}.isdisjoint(MODEL_KEYS)
+    return names[-1] in PLACE_KEYS or (is_a_path and bool(glob.glob(value)))
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -158,7 +169,7 @@ def submit(client: JobSubmissionClient, command: Command, working_dir: str) -> s
         client.submit_job(
             entrypoint=command.entrypoint,
             submission_id=submission_id,
-            runtime_env={"working_dir": working_dir, "env_vars": commit_of(working_dir)} if working_dir else {},
+            runtime_env=runtime_environment(working_dir),
             metadata={"part": command.part, "run": command.run},
         )
     except RuntimeError as error:
@@ -170,11 +181,23 @@ def submit(client: JobSubmissionClient, command: Command, working_dir: str) -> s
     return submission_id
 
 
+def runtime_environment(working_dir: str) -> dict[str, object]:
+    """What a job gets: the folder, which commit it is of, and time to save when it is stopped. Readable for everyone
+    who may list jobs: no secret belongs here."""
+    if not working_dir:
+        return {"env_vars": STOP_WAIT}
+    return {"working_dir": working_dir, "env_vars": STOP_WAIT | commit_of(working_dir)}
+
+
 def commit_of(folder: str) -> dict[str, str]:
-    """The variable that names the git commit of a folder, '+' when files differ from it; empty outside a checkout."""
+    """The variable that names the git commit of a folder, '+' when files differ from it; empty outside a checkout, or
+    without git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return {COMMIT_VARIABLE: described.stdout.strip()} if described.returncode == 0 else {}
+    try:
+        described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return {}
+    return {COMMIT_VARIABLE: described.stdout.strip()}
 
 
 def attempt_of(job: JobDetails, command: Command) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -14,7 +15,7 @@ from yarl import URL
 
 from cluster import submit
 from cluster.errors import SubmitError
-from cluster.submit import Command, follow
+from cluster.submit import Command, follow, is_relative_place, leaves, runtime_environment
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,42 @@ def test_a_folder_written_in_another_way_is_the_same_run(written: str, same: str
     assert Command("pretrain", (), written).base_id == Command("pretrain", (), same).base_id
     assert Command("pretrain", (), written).base_id != Command("pretrain", (), f"{written}2").base_id
     assert Command("pretrain", (), written).base_id != Command("finetune", (), written).base_id
+
+
+def test_a_place_that_only_this_folder_has_is_told_from_the_names_of_models_and_arms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("out/bundle", "first", "out/scratch", "pretrain"):
+        Path(name).mkdir(parents=True)
+    Path("out/atlas.nii").touch()
+    config = {
+        "encoder": "out/bundle",
+        "encoders": {"a": ["first", "models:/b@x"], "b": ["s3://models/c", "/project/d"]},
+        "classifier": "models:/c@champion",
+        "atlas": ["aal3", "out/atlas.nii"],
+        "scans": ["out/*.nii", "/project/*.nii"],
+        "run": {"name": "pretrain", "folder": "out/run", "scratch": "out/scratch"},
+        "data": {"cache_folder": "cache"},
+        "tracking": {"uri": "sqlite:///out/mlflow.db"},
+    }
+    assert [f"{key}={value}" for key, value in leaves(config) if is_relative_place(key, value)] == [
+        "encoder=out/bundle",
+        "encoders.a=first",
+        "atlas=out/atlas.nii",
+        "scans=out/*.nii",
+        "run.folder=out/run",
+        "data.cache_folder=cache",
+        "tracking.uri=sqlite:///out/mlflow.db",
+    ]
+
+
+def test_a_job_that_is_stopped_gets_minutes_to_save_with_and_without_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    for folder in ("", str(tmp_path)):
+        assert runtime_environment(folder)["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 
 
 class LostServer:
