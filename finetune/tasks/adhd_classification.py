@@ -167,8 +167,10 @@ class AdhdClassification(Task):
         """1 for a case; 1 where the subject has a label."""
         known = [self.labels.is_case_of.get(subject) for subject in batch.subjects]
         device = batch.values.device
-        is_case = torch.tensor([float(bool(label)) for label in known], device=device)
-        return is_case, torch.tensor([float(label is not None) for label in known], device=device)
+        rows = [[float(bool(label)) for label in known], [float(label is not None) for label in known]]
+        # Pinned, because a copy from pageable memory waits until the device has done what it was asked to before.
+        is_case, is_labelled = torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return is_case, is_labelled
 
 
 def class_weights(labels: Labels, train_subjects: list[str]) -> tuple[float, float]:
