@@ -88,14 +88,19 @@ class Bundle:
 
 
 def save(folder: Path | str, bundle: Bundle) -> Path:
-    """Writes `bundle` to `folder` and returns it; the model is taken as it is, on any device."""
+    """Writes `bundle` to `folder` and returns it; the model may be on any device.
+
+    The golden output is that of a model made anew from the weights: an engine may have divided the given one over
+    ranks, and its forward pass would wait for them.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, space in bundle.spaces.items():
         space.save(folder / f"space_{name}.npz")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in bundle.model.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
-    np.save(folder / "golden.npy", _golden_output(bundle).numpy())
+    fresh = make_encoder(bundle.encoder.config, bundle.spaces, bundle.stems)
+    np.save(folder / "golden.npy", _golden_output(_filled(dataclasses.replace(bundle, encoder=fresh), weights)).numpy())
     spec = {
         "schema": SCHEMA,
         "encoder": dataclasses.asdict(bundle.encoder.config),
@@ -132,13 +137,10 @@ def load(folder: Path | str) -> Bundle:
     if changed := [name for name, layout in layouts.items() if encoder.stem(name).layout_fingerprint != layout]:
         raise BundleError(f"{folder}: this code cuts the tokens of {changed} otherwise than the code that wrote it did")
     head = spec["head"] and HeadSpec(**(spec["head"] | {"config": HeadConfig(**spec["head"]["config"])}))
-    classifier = _classifier(encoder, head, stems, weights) if head else None
-    bundle = Bundle(encoder, spaces, stems, head, classifier, spec["made_by"])
     try:
-        bundle.model.load_state_dict(weights, strict=True)
+        bundle = _filled(Bundle(encoder, spaces, stems, head, None, spec["made_by"]), weights)
     except RuntimeError as error:
         raise BundleError(f"{folder}: weights do not fit model.yaml ({error}); fetch the bundle again") from error
-    bundle.model.eval()
     _check_golden(bundle, folder)
     return bundle
 
@@ -198,6 +200,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise BundleError(f"{folder}/weights.safetensors cannot be read ({error}); fetch the bundle again") from error
 
 
+def _filled(bundle: Bundle, weights: dict[str, Tensor]) -> Bundle:
+    """Returns the bundle with these weights in its fresh encoder, and in a fresh classifier if it has a head."""
+    classifier = _classifier(bundle.encoder, bundle.head, bundle.stems, weights) if bundle.head else None
+    filled = dataclasses.replace(bundle, classifier=classifier)
+    filled.model.load_state_dict(weights, strict=True)
+    filled.model.eval()
+    return filled
+
+
 def _classifier(
     encoder: BrainEncoder, head: HeadSpec, stems: dict[StemName, StemSpec], weights: dict[str, Tensor]
 ) -> RunClassifier:
@@ -207,15 +218,13 @@ def _classifier(
 
 
 def _golden_output(bundle: Bundle) -> Float[Tensor, "stem output"]:
-    """Returns embeddings (or the logit) of one seeded random window for each stem, computed on the CPU in eval mode."""
-    model = bundle.model
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval().cpu()
+    """Returns embeddings of one seeded random window for each stem, or the logit, which is of the stem bold."""
     outputs = []
     with torch.inference_mode():
-        for name, stem in sorted(bundle.stems.items()):
+        for name in ["bold"] if bundle.classifier else sorted(bundle.stems):
+            window_frames = bundle.stems[name].window_frames
             generator = np.random.Generator(np.random.PCG64(GOLDEN_SEED))
-            num_frames = bundle.head.segment_frames if bundle.head else stem.window_frames
+            num_frames = bundle.head.segment_frames if bundle.head else window_frames
             shape = (1, num_frames, bundle.spaces[name].num_voxels)
             values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
             is_measured = torch.ones(1, shape[2], dtype=torch.bool)
@@ -224,10 +233,9 @@ def _golden_output(bundle: Bundle) -> Float[Tensor, "stem output"]:
                 outputs.append(bundle.classifier(values, is_measured, repetition_time_s)[:, None])
             else:
                 embedding = bundle.encoder.embed(
-                    values, is_measured, repetition_time_s, name=name, window_frames=stem.window_frames
+                    values, is_measured, repetition_time_s, name=name, window_frames=window_frames
                 )
                 outputs.append(embedding)
-    model.train(was_training).to(device)
     return torch.cat(outputs)
 
 
@@ -237,6 +245,8 @@ def _check_golden(bundle: Bundle, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder}/golden.npy cannot be read ({error}); fetch the bundle again") from error
     found = _golden_output(bundle)
+    if bundle.classifier:
+        expected = expected[:1]  # earlier code wrote the same logit once a stem
     off = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
     if not off <= GOLDEN_TOLERANCE:
         raise BundleError(

@@ -229,6 +229,35 @@ def test_a_bundle_gives_back_the_same_encoder_and_classifier(
     assert again.head == head
 
 
+def test_a_classifier_on_a_backbone_of_several_spaces_is_a_bundle(
+    space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
+) -> None:
+    finer = space_from_mask(np.ones((6, 6, 6), dtype=bool), GRID_AFFINE, name="finer", template="NLin6Asym")
+    spaces = {"bold": space, "bold_0f": finer, "t1": finer}
+    anatomy = StemSpec(patch_voxels=3, tubelet_frames=1, window_frames=1, needs_brain_mask=False)
+    stems = STEMS | {"bold_0f": dataclasses.replace(STEMS["bold"], patch_voxels=3), "t1": anatomy}
+    classifier = _classifier(space, make_encoder(CONFIG, spaces, stems))
+    head = HeadSpec(classifier.head.config, segment_frames=16, positive="ADHD", negative="control", threshold=0.4)
+    bundles.save(tmp_path / "b", Bundle(classifier.encoder, spaces, stems, head, classifier, {}))
+    assert bundles.load(tmp_path / "b").stems == stems
+    golden = np.load(tmp_path / "b" / "golden.npy")
+    np.save(tmp_path / "b" / "golden.npy", np.repeat(golden, 3, axis=0))  # as earlier code wrote it for one space
+    assert bundles.load(tmp_path / "b").head == head
+
+
+def test_saving_a_bundle_asks_nothing_of_the_given_model_but_its_weights(
+    space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("under ZeRO 3 a forward pass on one rank waits for the others for ever")
+
+    for module in encoder.train().modules():
+        module.register_forward_pre_hook(refuse)
+    bundles.save(tmp_path / "b", Bundle(encoder, {"bold": space}, STEMS, None, None, {}))
+    assert encoder.training
+    assert bundles.load(tmp_path / "b").encoder.config == CONFIG
+
+
 def test_a_bundle_that_computes_something_else_is_refused_and_names_the_commit(
     space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from brain_models import bundle
 from brain_models.served import ServedModel
+from cluster.launch import run_on_workers
 from configs.entry import compose
 from configs.parse import parse
 from data_sharding.build import build
@@ -175,6 +176,19 @@ def test_one_command_trains_all_sets_and_what_it_leaves_serves_each_of_them(
     assert found["validation/loss"] == pytest.approx(np.dot(losses, [0.5, 0.25, 0.25]), rel=1e-6)
     assert "validation/fine/r2/ridge" in found
     check_bundle(tmp_path / "run" / "bundle", config)
+
+
+@pytest.mark.faults
+def test_a_joint_zero_3_run_of_two_ranks_leaves_what_a_plain_one_does(places: dict[str, str], tmp_path: Path) -> None:
+    train(config_of(places, tmp_path / "plain", "train.steps=2"))
+    workers = ["engine=zero3", "cluster=local", "cluster.num_workers=2"]
+    config = config_of(places, tmp_path / "zero", "train.steps=2", *workers)
+    run_on_workers(train, config, cluster=config.cluster, name="zero3")
+    plain, divided = (
+        bundle.load(tmp_path / name / "run" / "bundle").encoder.state_dict() for name in ("plain", "zero")
+    )
+    for name, value in plain.items():
+        torch.testing.assert_close(divided[name], value, rtol=1e-4, atol=1e-5)
 
 
 def check_bundle(folder: Path, config: PretrainConfig) -> None:
