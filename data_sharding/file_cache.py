@@ -87,7 +87,10 @@ class FileCache:
         sync_folder(self.folder)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Deletes the files that were used longest ago until `num_bytes` more fit."""
+        """Deletes what killed processes left, then the files that were used longest ago, until `num_bytes` more fit."""
+        for under_way in self.folder.glob(f"*{PARTIAL_ENDING}"):
+            with contextlib.suppress(BlockingIOError), self._locked(under_way.stem, waits=False):
+                shutil.rmtree(under_way, ignore_errors=True)
         found = []
         for path in [*self.folder.glob(f"*{ENDING}"), *self.folder.glob(f"*{PARTIAL_ENDING}/*{ENDING}")]:
             with contextlib.suppress(FileNotFoundError):  # another process has just finished or given it up
@@ -101,8 +104,9 @@ class FileCache:
                 in_use -= size
 
     @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Held by one process of the node at a time; the system frees it when the holder dies."""
+    def _locked(self, name: str, *, waits: bool = True) -> Iterator[None]:
+        """Held by one process of the node at a time; the system frees it when the holder dies. BlockingIOError when
+        another has it and this one does not wait."""
         with (self.folder / f".{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield

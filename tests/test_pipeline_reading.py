@@ -170,3 +170,17 @@ def test_a_process_killed_while_it_fetches_blocks_nobody_and_leaves_nothing(loca
     left = [path for path in tmp_path.rglob("*") if path.suffix != ".lock"]
     assert left == [tmp_path / f"{shard.sha256}.whole"]
     assert hashlib.sha256(left[0].read_bytes()).hexdigest() == shard.sha256
+
+
+def test_what_killed_processes_left_of_other_files_makes_room_too(location: str, tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_die_while_fetching, args=(location, str(tmp_path)))
+    process.start()
+    process.join()
+    first, second, third = shards_of(location)[:3]
+    cache = FileCache(CacheSettings(str(tmp_path), second.num_bytes + third.num_bytes))
+    for shard in (second, third):
+        cache.open(store_for(location), shard, LocalRangeReader).close()
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {
+        f"{second.sha256}.whole",
+        f"{third.sha256}.whole",
+    }

@@ -2,7 +2,9 @@
 
 import math
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -34,6 +36,27 @@ def test_a_node_reports_what_it_did_since_the_last_report(tmp_path: Path, monkey
     assert 0 < found["system/node-a/memory_used_gib"] < psutil.virtual_memory().total / 1024**3
     unknown = {"disk_read_mb_per_s", "disk_written_mb_per_s", "gpu_percent", "gpu_memory_used_gib"}
     assert set(found) == {f"system/node-a/{name}" for name in set(NAMES) - unknown}
+
+
+def test_a_gpu_that_does_not_tell_is_left_out_and_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a part of a GPU (MIG) does not say how busy it is."""
+
+    class NVMLError(Exception):
+        pass
+
+    def refuse(*arguments: object) -> None:
+        raise NVMLError("Not Supported")
+
+    nvml = SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 1)
+    nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetUtilizationRates = lambda index: index, refuse
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(system_metrics.importlib.util, "find_spec", lambda name: nvml)
+    nodes = Nodes(str(tmp_path), torch.device("cpu"))
+    nodes.nvml = system_metrics.nvml_handles()
+    assert len(nodes.nvml) == 1
+    assert not any("gpu" in name for name in nodes.report())
+    nvml.nvmlInit = refuse
+    assert system_metrics.nvml_handles() == []
 
 
 def test_ranks_of_one_host_report_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

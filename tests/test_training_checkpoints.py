@@ -271,6 +271,22 @@ def test_keep_rules_are_applied_on_disk(trained: TrainConfig) -> None:
     assert [name.rpartition("-")[0] for name in folders] == ["step-00000004", "step-00000006"]
 
 
+def test_an_old_commit_that_cannot_be_read_is_left_alone_and_stops_no_run(
+    trained: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore(trained.run.folder)
+    old, _ = committed_folders(store)
+    kept_files = sorted(name for name in store.list() if name.startswith(old))
+    store.put(f"{old}/{COMMIT}", b'{"schema": 1, "st')
+    longer = dataclasses.replace(trained, steps=12)
+    store.delete("run.json")
+    run(longer)
+    assert sorted(name for name in store.list() if name.startswith(old)) == kept_files
+    assert len(committed_folders(store)) == 3
+    assert f"{store.join(old)}/{COMMIT} cannot be read" in caplog.text
+    assert "is left as it is" in caplog.text
+
+
 def test_a_full_disk_is_named_and_other_failures_of_writing_stay_what_they_are(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "made"
     named = rf"rank 0: {folder} cannot be written: its disk is full"

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import math
 import shutil
 import time
@@ -24,6 +25,8 @@ from training.collectives import barrier, place
 from training.config import CheckpointConfig, StartConfig
 from training.errors import CheckpointError
 from training.task import State
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 FOLDER = "checkpoints"
@@ -266,9 +269,15 @@ class Checkpoints:
         return [StoredFile(**file) for name in names for file in json.loads(self.store.read(name))]
 
     def _prune(self) -> None:
-        """Delete commits no rule keeps, COMMIT.json first, and what was never committed."""
-        folders = committed_folders(self.store)
-        keep = kept(self.config, {folder: read_commit(self.store, folder) for folder in folders})
+        """Delete commits no rule keeps, COMMIT.json first, and what was never committed; not what cannot be read."""
+        commits, unreadable = {}, set()
+        for folder in committed_folders(self.store):
+            try:
+                commits[folder] = read_commit(self.store, folder)
+            except CheckpointError as error:  # an old one: nobody is to go on from it now
+                log.warning("%s; it is left as it is", error)
+                unreadable.add(folder)
+        keep = kept(self.config, commits) | unreadable
         for name in self.store.list(f"{FOLDER}/"):
             folder = "/".join(name.split("/")[:2])
             if folder not in keep and name == f"{folder}/{COMMIT}":

@@ -90,16 +90,22 @@ class Nodes:
             return math.nan, math.nan
         import pynvml
 
-        busy = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in self.nvml]
-        used = [pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self.nvml]
+        try:
+            busy = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in self.nvml]
+            used = [pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self.nvml]
+        except pynvml.NVMLError:  # a part of a GPU (MIG) does not say; of a lost GPU the next step says more
+            return math.nan, math.nan
         return sum(busy) / len(busy), sum(used) / GIB
 
 
 def nvml_handles() -> list[object]:
-    """The GPUs of this node as NVML names them; none where pynvml is not installed."""
+    """The GPUs of this node as NVML names them; none where pynvml is not installed, or finds no driver it knows."""
     if importlib.util.find_spec("pynvml") is None:
         return []
     import pynvml
 
-    pynvml.nvmlInit()
-    return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    try:
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
