@@ -21,7 +21,13 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.result import Result
+
+from cluster.launch import is_our_error
 
 ANSWERS_WITHIN_S = 1.0
 
@@ -81,11 +87,26 @@ class BoundTorchConfig(TorchConfig):
         return BoundTorchBackend
 
 
+class OurErrorsAreFinal(DefaultFailurePolicy):
+    """Ray's own policy, except that an error of ours starts no workers again: it would only come again."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        failures = training_failed_error.worker_failures if isinstance(training_failed_error, WorkerGroupError) else {}
+        if any(is_our_error(error) for error in failures.values()):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
 class BoundTorchTrainer(TorchTrainer):
-    """TorchTrainer without two helpers that cost seconds at every start: the actor that frees workers of a controller
-    that died (one more import of torch; it asks a dashboard that an embedded Ray has not, complains every second, and
-    the end of the job frees them anyway), and the one that hands out Ray Data sets, of which there are none."""
+    """TorchTrainer for which our errors are final, and without two helpers that cost seconds at every start: the actor
+    that frees workers of a controller that died (one more import of torch; it asks a dashboard that an embedded Ray has
+    not, complains every second, and the end of the job frees them anyway), and the one that hands out Ray Data sets, of
+    which there are none."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # TorchTrainer is V1 or V2, by environment
         return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback | DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **settings: object) -> Result:
+        settings["failure_policy"] = OurErrorsAreFinal(cast(FailureConfig, self.run_config.failure_config))
+        return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]

@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from launch_functions import refuse, sum_of_ranks, wait_to_be_asked
 from ray.exceptions import RayError
 
 from cluster.config import ClusterConfig, validate_cluster
+from cluster.errors import ClusterError
 from cluster.launch import _repeating, ray_session, run_on_workers
 from cluster.stopping import REQUEST
 from configs.entry import compose
@@ -36,14 +38,44 @@ def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_
         assert found["folder"] == os.getcwd()
         assert "\na line of rank 0\n" in "\n" + capsys.readouterr().out
 
-        attempts = tmp_path / "attempts"
+        attempts, before = tmp_path / "attempts", num_workers_started()
         with pytest.raises(TrainingError, match=r"^a message for the user$"):
             run_on_workers(refuse, {"attempts": str(attempts)}, cluster=cluster, name="refuse")
         assert attempts.read_text() == "x"
+        assert num_workers_started() == before + 2
 
         asked = run_on_workers(wait_to_be_asked, {"driver": os.getpid()}, cluster=cluster, name="asked")
         assert asked == "SIGTERM to the driver"
         assert REQUEST.reason is None
+
+
+def test_a_cluster_that_does_not_answer_and_gpus_that_are_not_there_are_told_before_anything_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    local = local_cluster(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "init", unreachable)
+        with (
+            pytest.raises(ClusterError, match=r"no Ray cluster answers here \(Could not.*\); start one \(ray start"),
+            ray_session(dataclasses.replace(local, kind="ray")),
+        ):
+            pass
+    with (
+        pytest.raises(ClusterError, match=r"2 workers need a GPU each, this machine shows 0"),
+        ray_session(dataclasses.replace(local, use_gpu=True)),
+    ):
+        pass
+    assert not ray.is_initialized()
+
+
+def num_workers_started() -> int:
+    actors = ray._private.state.actors().values()
+    return sum(actor["ActorClassName"] == "RayTrainWorker" for actor in actors)
 
 
 def test_a_call_that_ray_fails_is_followed_by_the_next() -> None:
