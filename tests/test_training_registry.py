@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import NoCredentialsError
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
 from training import registry
@@ -51,9 +55,18 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
 
     assert register("candidate") == "toy-encoder@candidate"  # of the same checkpoint: nothing new
     assert list_models(uri) == ["toy-encoder/1 @candidate"]
+
+    def refuse(*arguments: str) -> None:
+        raise MlflowException("503")
+
+    with monkeypatch.context() as patch:  # the server fails half-way: the same command makes up for it
+        patch.setattr(MlflowClient, "set_registered_model_alias", refuse)
+        with pytest.raises(RegistryError, match="run the same command again"):
+            register("candidate", "b")
     assert register("candidate", "b") == "toy-encoder@candidate"
+    assert "toy-encoder/3 @candidate" in list_models(uri)
     assert register("candidate") == "toy-encoder/1"
-    assert sorted(list_models(uri)) == ["toy-encoder/1", "toy-encoder/2 @candidate"]
+    assert sorted(list_models(uri)) == ["toy-encoder/1", "toy-encoder/2", "toy-encoder/3 @candidate"]
 
     folder = pull_to("toy-encoder@candidate", tmp_path / "some" / "folder", uri=uri)
     assert (folder / "weights.safetensors").read_bytes() == bytes(range(256))
@@ -76,11 +89,20 @@ def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -
             registry.register(tmp_path, name="toy", tags={}, alias="x", uri=uri, run_id=None, experiment="toys")
 
 
-def test_an_artifact_store_that_fails_behind_the_server_is_an_error_of_ours_too() -> None:
-    """Of the server's own kind it is not: MLflow passes on what its HTTP library raises."""
-    refused = pytest.raises(RegistryError, match=r"did not take the model toy \(500 Server Error\)")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (HTTPError("500 Server Error"), "500 Server Error"),
+        (PermissionError(13, "Permission denied", "/disk/mlflow-artifacts"), "Permission denied"),
+        (NoCredentialsError(), "Unable to locate credentials"),
+        (S3UploadFailedError("Failed to upload model.yaml"), "Failed to upload"),
+    ],
+)
+def test_an_artifact_store_that_fails_behind_the_server_is_an_error_of_ours_too(error: Exception, words: str) -> None:
+    """Of the server's own kind it is not: MLflow passes on what its HTTP library, the disk or boto3 raises."""
+    refused = pytest.raises(RegistryError, match=rf"did not take the model toy \(.*{words}")
     with refused, registry.refusals_named("toy", "http://mlflow"):
-        raise HTTPError("500 Server Error")
+        raise error
 
 
 def test_a_server_that_does_not_answer_is_told_in_a_line_not_a_traceback(

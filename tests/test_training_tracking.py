@@ -129,7 +129,20 @@ def test_tracking_takes_at_most_a_hundredth_of_the_loop_s_time_with_the_server_d
     assert max(taken) < down.timeout_s / 2  # no request was waited for
 
 
-def test_rows_the_server_has_seen_before_are_not_sent_again(tmp_path: Path, server: str) -> None:
+def test_rows_the_server_has_seen_before_are_not_sent_again(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the history of each metric read for that: of a run of weeks that would take many minutes."""
+    from mlflow.tracking import MlflowClient
+
+    histories: list[tuple[object, ...]] = []
+    get_history = MlflowClient.get_metric_history
+
+    def counted(client: MlflowClient, *arguments: str) -> object:
+        histories.append(arguments)
+        return get_history(client, *arguments)
+
+    monkeypatch.setattr(MlflowClient, "get_metric_history", counted)
     label = RunLabel("toy", "key-of-a-crashed-run", {"seed": 1}, {})
     for last in (4, 6):  # the first process got to step 4; the second repeats steps 3 and 4, at another time of day
         path = tmp_path / f"{last}.jsonl"
@@ -141,9 +154,24 @@ def test_rows_the_server_has_seen_before_are_not_sent_again(tmp_path: Path, serv
         spool.close()
         time.sleep(0.01)
     assert sender.run_id is not None
+    assert histories == []
     assert [(step, value) for step, value, _ in history(server, sender.run_id, "loss")] == [
         (step, 1 / step) for step in range(1, 7)
     ]
+
+
+def test_a_server_that_refuses_is_told_at_once_and_once_an_outage(
+    tmp_path: Path, dead_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Spool(tmp_path / "rows.jsonl", start=b"")
+    spool.close()
+    sender = Sender(tracking(dead_server), spool.path, RunLabel("toy", "key-refused", {}, {}), retry_s=0.01)
+    deadline = time.monotonic() + 30
+    while "does not take rows" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not sender.close(2.5, status="FINISHED")
+    assert caplog.text.count("does not take rows") == 1
+    assert f"{dead_server} does not take rows (MlflowException: " in caplog.text
 
 
 def test_parameters_reach_a_run_whose_server_failed_just_after_making_it(

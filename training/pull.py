@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--uri", default="sqlite:///out/mlflow.db", help="tracking server (default: %(default)s)")
     arguments = parser.parse_args()
     try:
+        tags = registry.version_tags(arguments.model, uri=arguments.uri)
         folder = pull_to(arguments.model, arguments.folder, uri=arguments.uri)
     except RegistryError as error:
         print(f"RegistryError: {error}", file=sys.stderr)
         sys.exit(2)
-    tags = registry.version_tags(arguments.model, uri=arguments.uri)
     print(f"{arguments.model} is in {folder}", *(f"  {key} {value}" for key, value in sorted(tags.items())), sep="\n")
 
 

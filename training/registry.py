@@ -79,24 +79,34 @@ def register(
             )
         version = str(logged.registered_model_version)
         for key, value in tags.items():
-            client.set_model_version_tag(name, version, key, value)
+            if key != CHECKPOINT_HASH_TAG:
+                client.set_model_version_tag(name, version, key, value)
         client.set_registered_model_alias(name, alias, version)
+        if CHECKPOINT_HASH_TAG in tags:  # last: by it the next start knows that nothing is missing
+            client.set_model_version_tag(name, version, CHECKPOINT_HASH_TAG, tags[CHECKPOINT_HASH_TAG])
         return f"{name}@{alias}"
 
 
 @contextlib.contextmanager
 def refusals_named(name: str, uri: str) -> Iterator[None]:
     """RegistryError when the server fails: the run is done and saved, and starting its workers again would not help."""
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException  # what an artifact store behind the server fails with
-
     try:
         yield
-    except (MlflowException, RequestException) as error:
+    except server_errors() as error:
         raise RegistryError(
             f"{uri} did not take the model {name} ({error}); all else is done and saved: run the same command again "
             "to register it"
         ) from error
+
+
+def server_errors() -> tuple[type[Exception], ...]:
+    """What MLflow fails with: its own errors, and those of the artifact store as they come: a folder's or a proxy's
+    (both OSError), a bucket's."""
+    from mlflow.exceptions import MlflowException
+
+    from cluster.s3_errors import ALL_ERRORS
+
+    return (MlflowException, OSError, *ALL_ERRORS)
 
 
 def pull(model: str, folder: Path, *, uri: str | None) -> Path:
@@ -105,8 +115,6 @@ def pull(model: str, folder: Path, *, uri: str | None) -> Path:
         raise RegistryError(f"{model}: no registry is configured; set train.tracking.uri")
     mlflow_environment(timeout_s=60)
     import mlflow
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
@@ -115,7 +123,7 @@ def pull(model: str, folder: Path, *, uri: str | None) -> Path:
     folder.mkdir(parents=True)
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
-    except (MlflowException, RequestException) as error:
+    except server_errors() as error:
         raise RegistryError(
             f"{location} cannot be read from {uri} ({error}); 'python -m training.runs {uri}' lists what is registered"
         ) from error

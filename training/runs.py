@@ -15,7 +15,6 @@ from training.checkpoint import committed_folders
 from training.tracking import mlflow_environment
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Run
 
 STEP_KEYS = (
@@ -34,13 +33,13 @@ def list_runs(uri: str) -> list[str]:
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, order_by=["attributes.start_time DESC"])
-    return [line for run in runs for line in describe(client, run, uri)]
+    return [line for run in runs for line in describe(run, uri)]
 
 
-def describe(client: MlflowClient, run: Run, uri: str) -> list[str]:
+def describe(run: Run, uri: str) -> list[str]:
     """One run's lines."""
-    key = next((key for key in STEP_KEYS if key in run.data.metrics), None)
-    step = max(point.step for point in client.get_metric_history(run.info.run_id, key)) if key else None
+    steps = {row.key: row.step for row in run.data.to_proto().metrics}  # of each metric's newest row
+    step = next((steps[key] for key in STEP_KEYS if key in steps), None)
     lines = [f"{run.info.run_name}  {run.info.status}" + (f"  step {step}" if step is not None else "")]
     if folder := run.data.params.get("train.run.folder"):
         lines.append(f"  commit {newest_commit(folder)}")

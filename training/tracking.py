@@ -154,6 +154,7 @@ class Sender:
 
     def _run(self) -> None:
         client: MlflowClient | None = None
+        is_away = False
         while True:
             is_last = self.is_closing.is_set()
             try:
@@ -162,10 +163,14 @@ class Sender:
                 if is_last:
                     self._finish(client)
                     return
+                is_away = False
                 self.wake.wait(1.0)
                 self.wake.clear()
             except Exception as error:  # noqa: BLE001 - whatever the server does, training goes on; retried below
                 self.last_error = f"{type(error).__name__}: {error}"[:300]
+                if not is_away and not is_last:  # once an outage: a wrong password should not show after three weeks
+                    log.warning("tracking: %s does not take rows (%s); trying on", self.config.uri, self.last_error)
+                is_away = True
                 self.is_closing.wait(self.retry_s)
                 if is_last:
                     time.sleep(min(self.retry_s, 1.0))
@@ -181,10 +186,8 @@ class Sender:
         found = client.search_runs([experiment], filter_string=f"tags.`{RUN_KEY_TAG}` = '{self.label.run_key}'")
         if found:
             run = found[0]
-            self.last_steps = {
-                key: max(row.step for row in client.get_metric_history(run.info.run_id, key))
-                for key in run.data.metrics
-            }
+            # A metric's newest row, which comes with the run, is that of its last step: no need to ask for each history.
+            self.last_steps = {row.key: row.step for row in run.data.to_proto().metrics}
             client.set_terminated(run.info.run_id, "RUNNING")
         else:
             tags = {**self.label.tags, RUN_KEY_TAG: self.label.run_key}
