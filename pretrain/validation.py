@@ -9,7 +9,7 @@ from cluster.config import validate_cluster
 from cluster.errors import StorageError
 from data_sharding.errors import ShardError
 from data_sharding.joint import split_conflicts
-from pretrain.analysis.config import report_problems
+from pretrain.analysis.config import PROBED_SPLITS, report_problems
 from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
 from pretrain.masking import masking_problems
@@ -120,6 +120,11 @@ def number_problems(config: PretrainConfig) -> list[str]:
     if not 0 < config.loss.smallest_region <= 1:
         problems.append(f"loss.smallest_region: {config.loss.smallest_region}; must lie above 0 and up to 1")
     problems += report_problems(config.report)
+    if config.report.contribution.num_samples > 0 and not config.train.evaluation.final_splits:
+        problems.append(
+            f"report.contribution.num_samples: {config.report.contribution.num_samples} windows of the first final "
+            "split, but train.evaluation.final_splits is empty; name a split there, or give 0"
+        )
     if config.weight_decay < 0:
         problems.append(f"weight_decay: {config.weight_decay}; must not be negative")
     return problems
@@ -129,12 +134,13 @@ def set_problems(config: PretrainConfig, opened: OpenedSet) -> list[str]:
     """Splits without a scan of this kind, and windows longer than every run."""
     problems = []
     evaluation, window_frames = config.train.evaluation, opened.geometry.window.window_frames
-    for split in dict.fromkeys(["train", evaluation.split, *evaluation.final_splits]):
+    probed = PROBED_SPLITS if config.report.probes.num_samples > 0 else []
+    for split in dict.fromkeys(["train", evaluation.split, *evaluation.final_splits, *probed]):
         runs = opened.shard_set.runs(opened.kind, [split])
         if not len(runs):
             problems.append(
                 f"shards={opened.location}: no {opened.kind} scan in split '{split}'; choose kind or split anew "
-                "(train.evaluation), or write the set with both"
+                "(train.evaluation; report.probes needs train and validation), or write the set with both"
             )
         elif opened.kind == "bold" and int(runs["num_frames"].max()) < window_frames:
             key = opened.name if opened.name in config.windows else opened.kind

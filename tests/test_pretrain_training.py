@@ -21,7 +21,7 @@ from data_sharding.config import ShardingConfig
 from data_sharding.fetch import Fetched, Fetcher, WindowRead
 from data_sharding.phantom.config import PhantomConfig
 from data_sharding.phantom.write import write_phantom
-from data_sharding.reader import BatchSource, open_set
+from data_sharding.reader import BatchSource, ShardSet, open_set
 from pretrain.analysis.runs import analyse_again
 from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
@@ -266,6 +266,18 @@ def test_validate_lists_every_problem_with_its_key(shards: str, tmp_path: Path) 
     assert "weight_decay: -1" in problems
 
 
+def test_probes_are_refused_on_a_set_without_a_validation_split(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ShardSet.runs
+    monkeypatch.setattr(ShardSet, "runs", lambda self, kind, splits: whole(self, kind, [*{*splits} - {"validation"}]))
+    splits = ["train.evaluation.split=train", "train.evaluation.final_splits=[test]"]
+    assert validate(config_of(shards, tmp_path, *splits)) == []
+    (problem,) = validate(config_of(shards, tmp_path, *splits, "report.probes.num_samples=8"))
+    assert "no bold scan in split 'validation'" in problem
+    assert "report.probes needs train and validation" in problem
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -273,6 +285,11 @@ def test_validate_lists_every_problem_with_its_key(shards: str, tmp_path: Path) 
         (["shards=/nowhere"], "/nowhere holds no shard set"),
         (["masking.groups=[limbick]"], r"no group \['limbick'\] in this atlas; it has"),
         (["windows.bold.window_frames=5"], "5 is no multiple of tubelet_frames 4"),
+        (["train.checkpoint.every_steps=1"], "train.checkpoint.every_steps: 1; must be 2 or more"),
+        (
+            ["report.contribution.num_samples=8", "train.evaluation.final_splits=[]"],
+            "report.contribution.num_samples: 8 windows of the first final split, but .* is empty; name a split there",
+        ),
         (["masking=future"], "'future' needs windows of at least 2 tubelets"),
         (["kind=t1", "windows.t1.window_frames=2"], "a T1 is one frame; set it to 1"),
     ],

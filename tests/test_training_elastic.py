@@ -77,7 +77,7 @@ def test_what_rank_0_has_written_down_comes_with_the_whole_state(tmp_path: Path)
         store.put_if_absent(f"{step}/{name}", data)
     stored = dataclasses.replace(files[2], name="whole.safetensors")
     store.put_if_absent(f"{step}/whole/COMMIT.json", json.dumps(dataclasses.asdict(stored)).encode())
-    commit = Commit(1, 4, files[:2], 2, "zero2", {}, "", "", None, 0, {})
+    commit = Commit(1, 4, files[:2], 2, "zero2", {}, "", "", None, {})
     fetch_whole(StartingPoint("own", store, step, commit, None), tmp_path / "local")
     found = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
     assert found == {name.rpartition("/")[2]: data for name, data in written.items()}

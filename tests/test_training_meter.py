@@ -15,7 +15,7 @@ from test_training_checkpoints import run
 from training_toys import GLOBAL_BATCH, ToySource, ToyTask, toy_batch, toy_config
 
 from configs.entry import compose
-from training.config import ProfileConfig, SpikeConfig, TrainConfig
+from training.config import ProfileConfig, ScheduleConfig, SpikeConfig, TrainConfig
 from training.loop import Services, fit
 from training.meter import Interval, Meter, longest_prefix
 from training.spikes import Spikes
@@ -24,6 +24,7 @@ from training.task import Cost
 from training.tracking import Spool, last_step, read_rows
 
 CPU = torch.device("cpu")
+CONSTANT = ScheduleConfig(kind="constant", warmup_steps=2, final_share=1.0)
 
 
 def meter(*, peak_tflops: float | None = None, repeated_until: int = 0) -> Meter:
@@ -116,7 +117,7 @@ def test_the_next_step_is_asked_for_once_the_last_batch_of_this_one_was_worked_o
 
 
 def test_a_loss_far_above_those_before_is_a_spike_until_it_is_the_rule() -> None:
-    spikes = Spikes(SpikeConfig(window_steps=20, threshold=8.0), None, start=b"")
+    spikes = Spikes(SpikeConfig(window_steps=20, threshold=8.0), None, start=b"", recent=b"")
     noise = np.random.default_rng(0).normal(1.0, 0.05, 60)
     assert all(spikes.deviations({"loss": float(loss)}) is None for loss in noise)
     assert spikes.deviations({"loss": 0.0}) is None  # a fall is none
@@ -129,7 +130,7 @@ def test_a_loss_far_above_those_before_is_a_spike_until_it_is_the_rule() -> None
 
 
 def test_a_set_with_a_higher_loss_than_the_other_sets_of_a_run_is_no_spike() -> None:
-    spikes = Spikes(SpikeConfig(window_steps=20, threshold=8.0), None, start=b"")
+    spikes = Spikes(SpikeConfig(window_steps=20, threshold=8.0), None, start=b"", recent=b"")
     generator = np.random.default_rng(0)
     for step in range(300):
         name, level = ("anat", 0.9) if step % 10 == 0 else ("rest", 0.3)
@@ -150,6 +151,20 @@ def test_a_spike_is_kept_with_its_scans_and_never_stops_the_run(tmp_path: Path) 
     assert rows["train/loss_spike"]["step"] == 6
     assert rows["train/loss_spike"]["value"] == pytest.approx(kept[0]["loss"])
     assert rows["train/loss_spike_deviations"]["value"] > 20
+
+
+def test_a_resumed_run_flags_the_spike_that_the_uninterrupted_one_does(tmp_path: Path) -> None:
+    def kept(folder: Path, *steps: int) -> str:
+        for num_steps in steps:
+            task = ToyTask()
+            task.heavy_scan = "scan-0045"
+            config = dataclasses.replace(toy_config(folder, steps=num_steps), schedule=CONSTANT)
+            fit(task, ToySource(), config, Services({"train": {}}, None))
+        return (folder / "run" / "spikes.jsonl").read_text()
+
+    whole = kept(tmp_path / "whole", 8)
+    assert json.loads(whole)["step"] == 6
+    assert kept(tmp_path / "resumed", 3, 5, 8) == whole
 
 
 def profiled(config: TrainConfig, num_steps: int) -> TrainConfig:

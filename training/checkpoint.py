@@ -18,10 +18,11 @@ from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage import Store, store_for
-from training.collectives import barrier, place
+from training.collectives import barrier, from_main, place
 from training.config import CheckpointConfig, StartConfig
 from training.errors import CheckpointError
 from training.task import State
@@ -58,7 +59,6 @@ class Commit:
     fingerprint: str
     config_hash: str
     mlflow_run_id: str | None
-    spool_position: int  # bytes of metrics.jsonl
     metrics: dict[str, float]  # evaluated at this step
 
 
@@ -80,8 +80,9 @@ class StartingPoint:
 def starting_point(store: Store, start: StartConfig) -> StartingPoint:
     """The one decision how a run starts, most recent work first; anything damaged on the way is an error, never a
     reason to fall through to the next choice."""
-    # 1. The run folder's own latest commit: the same command was run before, so go on.
-    folders = committed_folders(store)
+    # 1. The run folder's own latest commit: the same command was run before, so go on. From the one that rank 0 sees:
+    # an attempt that is not quite dead may commit another while ranks look one after the other.
+    folders = cast("list[str]", from_main(committed_folders(store)))
     if folders:
         return StartingPoint("own", store, folders[-1], read_commit(store, folders[-1]), None)
     # 2. A checkpoint named in the configuration: go on from where another run was, with its step and data order.
@@ -115,6 +116,7 @@ def read_commit(store: Store, folder: str) -> Commit:
             raise CheckpointError(
                 f"{where} has schema {raw['schema']}, this code reads {SCHEMA}; use the code it names"
             )
+        raw.pop("spool_position", None)  # earlier code wrote it and never read it
         return Commit(**{**raw, "files": [StoredFile(**file) for file in raw["files"]]})
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{where} cannot be read ({error!r}); {_older(store, folder)}") from error

@@ -121,7 +121,6 @@ def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[s
         "optimizer.learning_rate": config.optimizer.learning_rate,
         "optimizer.epsilon": config.optimizer.epsilon,
         "optimizer.clip_norm": config.optimizer.clip_norm,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "evaluation.every_steps": config.evaluation.every_steps,
         "evaluation.subset": config.evaluation.subset,
@@ -131,6 +130,8 @@ def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[s
         "spikes.threshold": config.spikes.threshold,
     }
     problems += [f"{key}.{name}: {value}; must be above 0" for name, value in positive.items() if value <= 0]
+    if config.checkpoint.every_steps < 2:  # a save waits for the upload of the one before: two steps may be repeated
+        problems.append(f"{key}.checkpoint.every_steps: {config.checkpoint.every_steps}; must be 2 or more")
     if not 0 <= config.schedule.warmup_steps <= config.steps:
         problems.append(f"{key}.schedule.warmup_steps: {config.schedule.warmup_steps}; must lie in 0..{key}.steps")
     if not 0 <= config.schedule.final_share <= 1:

@@ -24,6 +24,7 @@ from training.collectives import from_main, place
 from training.engine_deepspeed import TAG
 from training.errors import CheckpointError
 from training.spikes import FILE as SPIKES
+from training.spikes import RECENT
 from training.zero_state import BUFFER, MOMENTS, STEP, WEIGHT, WHOLE
 
 FOLDER = "whole"
@@ -90,7 +91,7 @@ def fetch_whole(point: StartingPoint, local: Path) -> None:
     stored = StoredFile(**json.loads(point.store.read(f"{point.folder}/{FOLDER}/{COMMIT}")))
     fetch_file(point, stored, local / WHOLE, below=f"{point.folder}/{FOLDER}")
     for file in point.commit.files:
-        if file.name in (SPOOL, SPIKES):
+        if file.name in (SPOOL, SPIKES, RECENT):
             fetch_file(point, file, local / file.name, below=point.folder)
 
 

@@ -38,7 +38,7 @@ from training.evaluation import Evaluation, evaluate
 from training.meter import Meter, peak_tflops_of
 from training.progress import Progress
 from training.spikes import FILE as SPIKES
-from training.spikes import Spikes
+from training.spikes import RECENT, Spikes
 from training.step import Ahead, not_finite, scans_of_all_ranks, seed_of, share
 from training.system_metrics import Nodes
 from training.task import Batch, Source, State, Task
@@ -156,7 +156,8 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     repeated_until = max(start.step, last_step(scratch / SPOOL))  # before the spool is cut back to the commit
     meter = Meter(engine.device, peak_tflops=peak, started=started, repeated_until=repeated_until)
     own = fetched_folder(scratch) if start.kind == "own" else None
-    spikes = Spikes(config.spikes, scratch / SPIKES if place().is_main else None, start=_content(own, SPIKES))
+    spikes_path = scratch / SPIKES if place().is_main else None
+    spikes = Spikes(config.spikes, spikes_path, start=_content(own, SPIKES), recent=_content(own, RECENT))
     tracker = open_tracker(config, services, run_key, scratch / SPOOL, start=_content(own, SPOOL))
     progress = Progress(config.steps, is_shown=place().is_main)
     tracing = Tracing(config.profile, store, scratch)
@@ -267,7 +268,7 @@ def save_checkpoint(run: Run, done: int, state: State, metrics: dict[str, float]
         with full_disk_is_an_error(local):
             run.engine.save(local)
             run.tracker.snapshot(local / SPOOL)
-            run.spikes.snapshot(local / SPIKES)
+            run.spikes.snapshot(local)
         commit = Commit(
             schema=SCHEMA,
             step=done,
@@ -278,7 +279,6 @@ def save_checkpoint(run: Run, done: int, state: State, metrics: dict[str, float]
             fingerprint=run.source.fingerprint,
             config_hash=identity.config_hash(run.services.identity),
             mlflow_run_id=run.tracker.run_id,
-            spool_position=run.tracker.position,
             metrics=metrics,
         )
         run.checkpoints.commit_later(local, commit)

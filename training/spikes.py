@@ -1,6 +1,7 @@
 """Losses far above those of the steps before: flagged with the step's scans, never a reason to stop.
 
-A spike is kept as a line {step, loss, deviations, scan_ids} of spikes.jsonl, which travels with the commits.
+A spike is kept as a line {step, loss, deviations, scan_ids} of spikes.jsonl, which travels with the commits, as do the
+losses that the next steps are compared with.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import numpy as np
 from training.config import SpikeConfig
 
 FILE = "spikes.jsonl"
+RECENT = "recent_losses.json"  # of a commit: the last steps' losses, by what parts they have
 SIGMA_OF_MAD = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
 
 
 class Spikes:
-    def __init__(self, config: SpikeConfig, path: Path | None, *, start: bytes) -> None:
+    def __init__(self, config: SpikeConfig, path: Path | None, *, start: bytes, recent: bytes) -> None:
         self.config = config
         self.path = path  # None: this rank writes nothing
         self.recent: dict[frozenset[str], deque[float]] = defaultdict(lambda: deque(maxlen=config.window_steps))
+        for window in json.loads(recent or b"[]"):  # of every rank: all must see the same spikes
+            self.recent[frozenset(window["parts"])].extend(window["losses"])
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(start)
@@ -47,7 +51,9 @@ class Spikes:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def snapshot(self, path: Path) -> None:
-        """Copy what was kept so far into a checkpoint's folder."""
+    def snapshot(self, folder: Path) -> None:
+        """Copy what was kept so far, and the last steps' losses, into a checkpoint's folder."""
         if self.path is not None:
-            path.write_bytes(self.path.read_bytes())
+            (folder / FILE).write_bytes(self.path.read_bytes())
+            windows = [{"parts": sorted(parts), "losses": list(losses)} for parts, losses in self.recent.items()]
+            (folder / RECENT).write_text(json.dumps(windows))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pretrain.embeddings import SentinelConfig
 from pretrain.scores import IntervalConfig
 
+PROBED_SPLITS = ["train", "validation"]
+
 
 @dataclass
 class MapConfig:

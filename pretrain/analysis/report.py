@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pretrain.analysis.config import PROBED_SPLITS
 from pretrain.analysis.contribution import Contribution, Experiment, contexts, contributions
 from pretrain.analysis.examined import Examined
 from pretrain.analysis.maps import voxel_maps, write_nifti
@@ -21,7 +22,6 @@ from pretrain.sets import OpenedSet
 from pretrain.train import build_task
 
 FOLDER = "report"  # of the run folder, and of the MLflow run's artifacts
-PROBED_SPLITS = ["train", "validation"]
 
 
 def analyse(examined: Examined, folder: Path) -> dict[str, object]:
