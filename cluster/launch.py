@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import psutil
 
 from cluster.config import ClusterConfig
+from cluster.errors import ClusterError
 from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, Seat, stacks_of
 from cluster.outcome import Outcome, StartStamps, relayed
 from cluster.stopping import REQUEST, listening
@@ -59,7 +60,13 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         return
     attach = cluster.kind == "ray" or "RAY_ADDRESS" in os.environ
     if attach:
-        ray.init(address="auto", logging_level=logging.ERROR)
+        try:
+            ray.init(address="auto", logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ClusterError(
+                f"no Ray cluster answers here ({error}); start one (ray start --head), send the command to one (python "
+                "-m cluster.submit), or use cluster=local"
+            ) from error
     else:
         _start_embedded_ray(cluster)
     _protect_token()
@@ -79,6 +86,8 @@ def _protect_token() -> None:
 def _start_embedded_ray(cluster: ClusterConfig) -> None:
     import ray
 
+    if cluster.use_gpu:
+        _check_gpus(cluster)
     num_cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
     # No dashboard and no usage report: they cost seconds at start, and an embedded Ray lives as long as one command.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -89,6 +98,17 @@ def _start_embedded_ray(cluster: ClusterConfig) -> None:
         logging_level=logging.ERROR,
         log_to_driver=False,  # what rank 0 prints is relayed below, without a prefix on every line
     )
+
+
+def _check_gpus(cluster: ClusterConfig) -> None:
+    """ClusterError where workers would wait for GPUs that this machine does not have."""
+    import torch
+
+    if (num_gpus := torch.cuda.device_count()) < cluster.num_workers:
+        raise ClusterError(
+            f"cluster.use_gpu=true: {cluster.num_workers} workers need a GPU each, this machine shows {num_gpus}; "
+            "lower cluster.num_workers, or use cluster.use_gpu=false or cluster=ray"
+        )
 
 
 def run_on_workers(

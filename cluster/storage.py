@@ -24,6 +24,7 @@ PARTIAL_PREFIX = ".partial-"
 
 
 FREE_SPACE = "free some, or give another location"
+NO_FOLDER = "a file lies where a folder is needed; give another location"
 ALLOW_WRITING = "have writing allowed there (with hard links), or give another location"
 REFUSALS = {
     errno.ENOSPC: FREE_SPACE,
@@ -32,6 +33,8 @@ REFUSALS = {
     errno.EPERM: ALLOW_WRITING,
     errno.EROFS: ALLOW_WRITING,
     errno.ENOTSUP: ALLOW_WRITING,
+    errno.EEXIST: NO_FOLDER,
+    errno.ENOTDIR: NO_FOLDER,
 }
 
 

@@ -4,8 +4,10 @@ The only module that uses Hydra: its compose API, so that one command has the sa
 """
 
 import dataclasses
+import difflib
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,9 +40,40 @@ def compose(part: str, overrides: list[str]) -> dict[str, Any]:
             composed = hydra_compose(config_name=part, overrides=overrides)
             return OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
-        hint = f"see 'python -m {command_name()} --show' for every key and --help for an example"
-        raise ConfigError(f"configs/{part}.yaml with overrides {overrides}: {error}{cause}; {hint}") from error
+        hint = f"'python -m {command_name()} --show' prints every key, --help an example"
+        raise ConfigError(f"{_in_our_words(error, part)}; {hint}") from error
+
+
+def _in_our_words(error: Exception, part: str) -> str:
+    """What was wrong with an override, and the key or choice that was probably meant."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} cannot be read as key=value; put a value with spaces or signs in quotes inside the "
+            "shell's (\"key='value'\"), and write $HOME for ~"
+        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice}: there is none of that name; choose one of {', '.join(error.options)}"
+    if unknown := re.match(r"Could not override '([^']+)'", str(error)):
+        return f"{unknown[1]}: unknown key{_meant(unknown[1], part)}"
+    return f"configs/{part}.yaml with these overrides: {error}"
+
+
+def _meant(key: str, part: str) -> str:
+    groups = [folder.name for folder in Path(__file__).parent.iterdir() if any(folder.glob("*.yaml"))]
+    known = [name for name in _dotted(compose(part, [])) if name != key] + groups
+    same_end = [name for name in known if name.endswith(f".{key}") or key.endswith(f".{name}")]
+    close = same_end or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return f", did you mean {' or '.join(close)}?" if close else ""
+
+
+def _dotted(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def main(
@@ -58,7 +91,7 @@ def main(
     if "--help" in arguments or "-h" in arguments:
         print(_help_page(help_text, known))
         return
-    flags = {argument for argument in arguments if argument.startswith("--")}
+    flags = {argument for argument in arguments if argument.startswith("-")}
     with told_to_users():
         if unknown := flags - known.keys():
             raise ConfigError(f"unknown flag {', '.join(sorted(unknown))}; known: {', '.join(known)}")

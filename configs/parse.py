@@ -26,8 +26,7 @@ def parse(raw: Mapping[str, Any], schema: type[Schema]) -> Schema:
     """
     problems: list[str] = []
     value = _parse_dataclass(raw, schema, key="", problems=problems)
-    if problems:
-        raise ConfigError(_listed(problems))
+    refuse([problem for problem in problems if not _is_repeated(problem, problems)])
     return value
 
 
@@ -40,6 +39,13 @@ def refuse(problems: list[str]) -> None:
 def _listed(problems: list[str]) -> str:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def _is_repeated(problem: str, problems: list[str]) -> bool:
+    """True of a value that another key refers to, as train.run.folder does to run.folder."""
+    key = problem.partition(":")[0]
+    ends = [key.split(".", depth)[depth] for depth in range(1, key.count(".") + 1)]
+    return any(problem.replace(key, end) in problems for end in ends)
 
 
 def _parse_dataclass(raw: Any, schema: Any, *, key: str, problems: list[str]) -> Any:
@@ -89,10 +95,19 @@ def _parse_value(raw: Any, hint: Any, *, key: str, problems: list[str]) -> Any:
         }
     if hint is float and isinstance(raw, int) and not isinstance(raw, bool):
         return float(raw)
-    if hint is Any or (isinstance(raw, hint) and not (hint in (int, float) and isinstance(raw, bool))):
+    if hint is Any or (isinstance(raw, hint) and raw != "" and not (hint in (int, float) and isinstance(raw, bool))):
         return raw
-    problems.append(f"{key}: expected {_type_name(hint)}, got {raw!r} ({type(raw).__name__})")
+    told = _as_text(key, raw) if hint is str else ""
+    problems.append(f"{key}: expected {_type_name(hint)}, got {raw!r} ({type(raw).__name__}){told}")
     return None
+
+
+def _as_text(key: str, raw: Any) -> str:
+    """How to give a value that was read as something else than text."""
+    name, bracket, _ = key.partition("[")
+    if raw == "":
+        return f"; give {name}=<str>"
+    return f"; give \"{name}=['{raw}']\"" if bracket else f"; give \"{name}='{raw}'\""
 
 
 def _parse_union(raw: Any, options: tuple[Any, ...], *, key: str, problems: list[str]) -> Any:

@@ -33,7 +33,7 @@ SMALL = {"spacing_mm": 12.0, "t1_spacing_mm": 12.0, "num_frames": 30, "num_subje
 
 @pytest.fixture(scope="module")
 def config() -> PhantomConfig:
-    return parse({**yaml.safe_load(YAML.read_text()), **SMALL, "out": ""}, PhantomConfig)
+    return parse({**yaml.safe_load(YAML.read_text()), **SMALL, "out": "unused"}, PhantomConfig)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,8 @@ def test_a_folder_of_something_else_is_refused(config: PhantomConfig, tmp_path: 
     (tmp_path / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(PhantomError, match="holds files that are not a phantom"):
         write_phantom(replace(config, out=str(tmp_path)))
+    with pytest.raises(PhantomError, match=r"thesis.txt is a file; give another out=<folder>"):
+        write_phantom(replace(config, out=str(tmp_path / "thesis.txt")))
 
 
 def test_every_problem_of_a_configuration_is_named_at_once(config: PhantomConfig) -> None:

@@ -310,8 +310,15 @@ def test_validate_lists_every_problem_at_once(written: ShardingConfig) -> None:
         storage=replace(written.storage, chunk_frames=0, target_bytes=10),
         splits=replace(written.splits, num_test=None),
         acceptance=replace(written.acceptance, min_coverage=1.5),
+        source=replace(written.source, root="/nowhere"),
     )
     problems = "\n".join(validate_config(broken))
-    for key in ("storage.chunk_frames", "storage.target_bytes", "num_validation and num_test", "min_coverage: 1.5"):
+    for key in (
+        "storage.chunk_frames",
+        "storage.target_bytes",
+        "num_validation and num_test",
+        "min_coverage: 1.5",
+        "/nowhere is",
+    ):
         assert key in problems
     assert validate_config(written) == []

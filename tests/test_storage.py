@@ -275,6 +275,15 @@ def test_a_file_system_that_refuses_says_so(
     assert os.listdir(tmp_path / "set") == ["a"]
 
 
+def test_a_location_that_is_a_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("kept")
+    for location in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "set"):
+        for attempt in (store_for(location).put, store_for(location).put_if_absent):
+            with pytest.raises(StorageError, match=r"/a cannot be written: .*; a file lies where a folder is needed"):
+                attempt("a", b"new")
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
 def test_an_unknown_kind_of_location_is_refused() -> None:
     with pytest.raises(StorageError, match=r"gs://bucket: only local folders and s3://"):
         store_for("gs://bucket")

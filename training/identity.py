@@ -74,7 +74,7 @@ def run_key(store: Store, config: Mapping[str, object]) -> str:
     ]
     if differing:
         raise TrainingError(
-            f"{store.join('run.json')} belongs to another configuration; choose another train.run.folder, delete this "
-            "one, or go back to:\n" + "\n".join(f"  - {line}" for line in differing)
+            f"{store.join('run.json')} belongs to another configuration; choose another run.folder, delete this one, "
+            "or go back to:\n" + "\n".join(f"  - {line}" for line in differing)
         )
     return record["run_key"]

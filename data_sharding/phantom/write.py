@@ -146,6 +146,8 @@ def _identity(config: PhantomConfig) -> dict[str, object]:
 
 def _is_complete(out: Path, config: PhantomConfig) -> bool:
     """True when this very phantom is there already; an error when the folder holds anything else."""
+    if out.exists() and not out.is_dir():
+        raise PhantomError(f"{out} is a file; give another out=<folder>")
     if not out.exists() or not any(out.iterdir()):
         return False
     description = out / _DESCRIPTION

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -59,11 +60,14 @@ def parse_options(config: SourceConfig, options: type[Options]) -> Options:
 
 def validate_source(config: SourceConfig) -> list[str]:
     """All problems that need no scan."""
+    problems = []
+    if "://" not in config.root and not Path(config.root).is_dir():
+        problems.append(f"source.root: {config.root} is not a folder; give the one that holds the scans")
     try:
         parse_options(config, source_module(config.kind).Options)
     except SourceError as error:
-        return [str(error)]
-    return []
+        problems.append(str(error))
+    return problems
 
 
 def _imported(name: str) -> ModuleType:
