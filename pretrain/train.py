@@ -6,6 +6,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -26,8 +27,10 @@ from pretrain.untrained import open_sentinels
 from training import registry
 from training.collectives import place
 from training.loop import FitResult, Services, fit
-from training.seen_subjects import write_seen
+from training.seen_subjects import overlap, seen_before, write_seen
 from training.task import Task
+
+log = logging.getLogger(__name__)
 
 
 def train(config: PretrainConfig) -> dict[str, object]:
@@ -48,6 +51,7 @@ def train(config: PretrainConfig) -> dict[str, object]:
     summary = summarise(task, config, result, tables=tables, sets=sets)
     if result.is_main:
         summary["report"] = exporter.report(result, tables)
+        summary["seen_before"] = held_out_seen(config, sets, seen_before(exporter.store))
         exporter.publish(result, summary, tags)
     return summary
 
@@ -138,6 +142,31 @@ def summarise(
     }
 
 
+def held_out_seen(
+    config: PretrainConfig, sets: Mapping[str, OpenedSet], before: set[str] | None
+) -> dict[str, int] | None:
+    """How many subjects of each final split the weights that the run started from had been trained on, by split; None
+    where these do not say. Where it is not 0, the split's scores are of no held-out subjects."""
+    if before is None:
+        return None
+    found = {
+        split: {subject for each in sets.values() for subject in each.shard_set.runs(each.kind, [split])["subject"]}
+        for split in config.train.evaluation.final_splits
+    }
+    numbers = {split: len(overlap(subjects, before)) for split, subjects in found.items()}
+    for split, number in numbers.items():
+        if number:
+            log.warning(
+                "%d of %d subjects of split %s were seen by the weights that the run started from (%s): its scores are "
+                "not of held-out subjects",
+                number,
+                len(found[split]),
+                split,
+                config.train.start.registered or config.train.start.checkpoint,
+            )
+    return numbers
+
+
 class Exporter:
     """Writes the bundle while the loop still holds whole weights, and registers it afterwards. Used on rank 0."""
 
@@ -167,7 +196,10 @@ class Exporter:
                 made_by={"part": "pretrain", "run": self.config.run.name, "set": fingerprints},
             ),
         )
-        write_seen(self.folder, {subject for each in self.sets.values() for subject in each.training_subjects})
+        before = seen_before(self.store)
+        if before is not None:  # else the bundle says that nobody knows whom it has seen
+            trained = {subject for each in self.sets.values() for subject in each.training_subjects}
+            write_seen(self.folder, trained, also=before)
         for path in sorted(self.folder.iterdir()):
             self.store.put(f"bundle/{path.name}", path)
 

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from mlflow import MlflowClient
 
 from brain_models import bundle
+from cluster.storage import LocalStore
 from configs.entry import compose
 from configs.parse import parse
 from data_sharding.build import build
@@ -32,6 +34,7 @@ from pretrain.train import build_task, fit_to_training_split, train
 from pretrain.untrained import open_sentinels
 from pretrain.validation import validate
 from training import registry
+from training.seen_subjects import hash_subject, keep_seen, read_seen, seen_before, write_seen
 
 TINY = [  # a model that trains in seconds, in this process
     "engine=plain",
@@ -208,6 +211,35 @@ def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: 
     task.load_registered(tmp_path / "run" / "bundle")
     theirs = encoder.state_dict()
     assert all(torch.equal(values, theirs[name]) for name, values in task.encoder.state_dict().items())
+
+
+def test_a_backbone_has_seen_whom_the_weights_it_started_from_have_seen(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also after a stop, and through a commit of a run that started so."""
+    held_out = open_set(shards).runs("bold", ["validation"])["subject"].iloc[0]
+    started_from = tmp_path / "started_from"
+    overrides = ["train.steps=2", "train.schedule.warmup_steps=1", "train.evaluation.subset=4"]
+    train(config_of(shards, tmp_path / "first", *overrides))
+    shutil.copytree(tmp_path / "first" / "run" / "bundle", started_from)
+    write_seen(started_from, ["sub-elsewhere", held_out])
+    monkeypatch.setattr(registry, "pull", lambda *_, **__: started_from)
+    again = config_of(shards, tmp_path / "second", *overrides, "train.start.registered=any@one")
+    assert train(again)["seen_before"] == {"validation": 1, "test": 0}
+    assert "1 of 3 subjects of split validation were seen by the weights" in caplog.text
+    shutil.rmtree(tmp_path / "second" / "run" / "bundle")
+    train(again)  # goes on from its own commit
+    (commit,) = (tmp_path / "second" / "run" / "checkpoints").iterdir()
+    longer = ["train.steps=3", *overrides[1:], f"train.start.checkpoint={commit}"]
+    train(config_of(shards, tmp_path / "third", *longer))
+    for name in ("second", "third"):
+        seen = read_seen(tmp_path / name / "run" / "bundle")
+        assert seen is not None
+        trained = open_set(shards).runs("bold", ["train"])["subject"]
+        assert seen == {hash_subject(subject) for subject in [*trained, "elsewhere", held_out]}
+    (started_from / "seen_subjects.txt").unlink()
+    keep_seen(started_from, LocalStore(str(tmp_path)))
+    assert seen_before(LocalStore(str(tmp_path))) is None
 
 
 def test_a_zero_3_run_exports_the_weights_of_a_plain_one(shards: str, tmp_path: Path) -> None:

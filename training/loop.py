@@ -37,6 +37,7 @@ from training.errors import StoppedError, TrainingError
 from training.evaluation import Evaluation, evaluate
 from training.meter import Meter, peak_tflops_of
 from training.progress import Progress
+from training.seen_subjects import copy_seen, keep_seen
 from training.spikes import FILE as SPIKES
 from training.spikes import RECENT, Spikes
 from training.step import Ahead, not_finite, scans_of_all_ranks, seed_of, share
@@ -196,17 +197,26 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
 
 def loaded_engine(task: Task, source: Source, config: TrainConfig, start: StartingPoint, scratch: Path) -> Engine:
     """The engine, holding what the run starts from."""
-    fetched = fetched_folder(scratch)
+    fetched, own = fetched_folder(scratch), store_for(config.run.folder)
     if start.commit is not None:
         fetch_state(start, fetched)
+        if start.kind == "named" and place().is_main:
+            copy_seen(store_for(run_folder_of(start)), own)
     elif start.registered is not None:
-        task.load_registered(
-            registry.pull(start.registered, scratch / f"registered-{place().rank}", uri=config.tracking.uri)
-        )
+        bundle = registry.pull(start.registered, scratch / f"registered-{place().rank}", uri=config.tracking.uri)
+        task.load_registered(bundle)
+        if place().is_main:
+            keep_seen(bundle, own)
     engine = make_engine(task, config, num_micro_batches=source.num_micro_batches)
     if start.commit is not None:
         engine.load(fetched)
     return engine
+
+
+def run_folder_of(start: StartingPoint) -> str:
+    """The folder of the run that wrote the commit a run starts from."""
+    assert start.store is not None
+    return start.store.join(start.folder).rsplit("/", 2)[0]
 
 
 def fetched_folder(scratch: Path) -> Path:

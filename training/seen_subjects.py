@@ -9,7 +9,11 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from cluster.storage import Store
+
 FILE = "seen_subjects.txt"
+BEFORE = "seen_before.txt"  # of a run folder: whom the weights it started from had seen
+UNKNOWN = "unknown"
 KEY = b"callosum seen subjects 1"
 HASH_BYTES = 10  # 80 bits: a chance match among a million subjects has odds of 1e-12
 
@@ -26,6 +30,24 @@ def read_seen(bundle: Path) -> set[str] | None:
     """The hashes in a bundle folder; None when it does not say whom it has seen."""
     path = bundle / FILE
     return set(path.read_text(encoding="ascii").split()) if path.exists() else None
+
+
+def keep_seen(bundle: Path, store: Store) -> None:
+    """Note in a run folder whom the weights that the run starts from have seen, for what it will register."""
+    seen = read_seen(bundle)
+    store.put(BEFORE, "\n".join([UNKNOWN] if seen is None else sorted(seen)).encode("ascii"))
+
+
+def copy_seen(theirs: Store, own: Store) -> None:
+    """The same for a run that starts from a commit of another one: what that one's weights had seen before it."""
+    if theirs.exists(BEFORE):
+        own.put(BEFORE, theirs.read(BEFORE))
+
+
+def seen_before(store: Store) -> set[str] | None:
+    """The hashes of those a run's first weights had seen; None when these do not say."""
+    hashes = set(store.read(BEFORE).decode("ascii").split()) if store.exists(BEFORE) else set()
+    return None if UNKNOWN in hashes else hashes
 
 
 def overlap(subjects: Iterable[str], seen: set[str]) -> list[str]:

@@ -72,8 +72,8 @@ def plan(config: PretrainConfig) -> str:
     return "\n".join(
         [
             f"maps          {report.maps.num_samples} windows of each of {', '.join(splits)} of every set",
-            f"contribution  {contribution.num_samples} windows of {', '.join(splits[:1])}, each encoded about {passes:,} "
-            "times for every different size of a region, in patches",
+            f"contribution  {contribution.num_samples} windows of {', '.join(splits[:1])}, each encoded about "
+            f"{passes:,} times for every different size of a region, in patches",
             f"probes        {probes.num_samples} windows each of train and validation, trained and untrained",
         ]
     )
