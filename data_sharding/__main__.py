@@ -1,12 +1,15 @@
 """Turns a folder of brain scans into a verified shard set that training reads.
 
-Purpose: find BOLD runs and T1w images in a BIDS derivatives folder (such as fMRIPrep's), bring them onto one brain
+Purpose: find the scans of a data set (BIDS derivatives such as fMRIPrep's, ADHD-200, ...), bring them onto one brain
 space, and write them as WebDataset tars with an index and a manifest. Run it again after a stop: it goes on.
 
 Example:
   python -m data_sharding source.root=out/phantom out=out/shards space=mni6 atlas=template
 
-Required: source.root=<BIDS derivatives folder>  out=<folder of the new set>
+Required: source.root=<folder of the scans>  out=<folder of the new set>
+Groups:   dataset=bids|adhd200|mica_mics|hcp_motor|algonauts2023 (docs/datasets.md)
+          space=mni2|mni3|mni4|mni6|mni12|t1_cube128|fsaverage5|fslr32k|algonauts2023
+          registration=none|affine|nonlinear  cluster=local|ray
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@ r"""Adapt a registered backbone to a question about subjects; ends with an evalu
 
 Example (two workers on this machine, the shards of `python -m data_sharding`, the backbone of `python -m pretrain`):
 
-  python -m finetune task=adhd_classification shards=out/shards encoder=models:/pretrain-bold@candidate \
+  python -m finetune task=adhd_classification shards=out/shards encoder=models:/callosum-bold@candidate \
       run.folder=out/runs/adhd
 
 Required: shards=<shard set>  encoder=<models:/name@alias, or a bundle folder>  run.folder=<where the run lives>
-Groups:   task=adhd_classification  engine=plain|zero0..zero3  cluster=inline|local|ray  experiment=demo_adhd
+Groups:   task=adhd_classification  engine=plain|zero0..zero3  cluster=inline|local|ray  experiment=quick_adhd|demo_adhd
 
 The same command with the same run.folder goes on where the run stopped. Results: <run.folder>/report.html,
 metrics.json (every number with its interval, beside the baselines), scores.csv and bundle/.

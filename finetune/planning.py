@@ -38,7 +38,9 @@ def validate(config: FinetuneConfig) -> list[str]:
     try:
         backbone = fetch_backbone(config).load(shard_set.space)
     except (RegistryError, BundleError) as error:
-        return [*problems, f"encoder={config.encoder}: {error}"]
+        is_named = isinstance(error, BundleError) or config.encoder.startswith("models:/")
+        told = str(error) if is_named else f"no folder with a model.yaml, and {error}"
+        return [*problems, f"encoder={config.encoder}: {told}"]
     problems += fit_problems(config, shard_set, backbone)
     if "bold" in backbone.stems and config.task.num_windows > 0:
         problems += length_problems(config, shard_set, backbone.stems["bold"].window_frames)

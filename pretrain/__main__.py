@@ -8,7 +8,7 @@ Required: kind=bold|t1  shards=<shard set>  run.folder=<where the run lives>
 Jointly:  "sets={rest: {kind: bold, shards: <set>, weight: 0.7}, anat: {kind: t1, shards: <set>, weight: 0.3}}"
           instead of kind and shards: one trunk for sets of any kind, resolution and repetition time
 Groups:   model=tiny|small|base|large  masking=region|random|tube|future  engine=plain|zero0..zero3
-          cluster=inline|local|ray  experiment=demo_bold|demo_t1
+          cluster=inline|local|ray  experiment=quick_bold|demo_bold|demo_t1
 
 The same command with the same run.folder goes on where the run stopped. Results: <run.folder>/metrics.json
 (r2 of hidden voxels about the training mean, beside the mean, neighbour and ridge baselines) and <run.folder>/bundle.
@@ -23,7 +23,9 @@ from pretrain.validation import validate
 
 
 def run(config: PretrainConfig) -> None:
-    run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
+    summary = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
+    registered = f"; registered: {summary['registered']}" if "registered" in summary else ""
+    print(f"results: metrics.json, report/ and bundle/ in {config.run.folder}{registered}")
 
 
 if __name__ == "__main__":

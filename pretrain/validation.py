@@ -51,7 +51,10 @@ def naming_problems(config: PretrainConfig) -> list[str]:
         given = {"kind": config.kind, "shards": config.shards}
         missing = [key for key, value in given.items() if value is None]
         return [f"{key}: required; add {key}={REQUIRED[key]}, or give sets=... for a joint run" for key in missing]
-    problems = []
+    problems = [
+        f"windows.{name}: no set has this name; they are {', '.join(config.sets)}"
+        for name in config.windows.keys() - {*get_args(TokenKind), *config.sets}
+    ]
     if config.kind is not None or config.shards is not None:
         problems.append("sets: kind or shards are given as well; a joint run names both in each set")
     if not config.sets:

@@ -231,6 +231,10 @@ def test_plan_says_what_happens_and_when_layers_open(place: Place) -> None:
             "best_is: highest, but the best validation/loss is the lowest",
         ),
         (["encoder=models:/nobody@candidate"], "lists what is registered"),
+        (
+            ["encoder=out/nowhere"],
+            "encoder=out/nowhere: no folder with a model.yaml, and models:/out/nowhere cannot be",
+        ),
         (["shards=nowhere"], "nowhere holds no shard set"),
         (["data.batch_size=0"], "data.batch_size: 0; must be above 0"),
         (["baselines.strengths=[]"], "baselines.strengths: []; give at least one"),

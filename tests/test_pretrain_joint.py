@@ -263,6 +263,7 @@ def test_a_subject_trained_on_in_one_set_and_held_out_in_another_is_refused_by_n
         (["sets.anat.weight=0"], "sets.anat.weight: 0.0; must be above 0"),
         (["+sets.t1={kind: bold, shards: a, weight: 1}"], "sets.t1: use small letters, digits and _"),
         (["sets=null"], "kind: required; add kind=<bold|t1>, or give sets=... for a joint run"),
+        (["+windows.fin=${windows.fine}"], "windows.fin: no set has this name; they are rest, fine, anat"),
         (["windows.fine.patch_voxels=0"], "windows.fine.patch_voxels: 0; must be above 0"),
         (["masking=future"], "set anat: masking.kind: 'future' needs windows of at least 2 tubelets"),
     ],

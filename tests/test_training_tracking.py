@@ -210,6 +210,12 @@ def test_a_server_s_address_with_a_password_is_refused_without_saying_it(tmp_pat
         assert validate_train(dataclasses.replace(config, tracking=tracking(uri)), "train", num_workers=1) == []
 
 
+def test_a_tracking_address_that_is_a_bare_path_is_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(toy_config(tmp_path), tracking=tracking("/disk/mlflow.db"))
+    (problem,) = validate_train(config, "train", num_workers=1)
+    assert problem == "train.tracking.uri: /disk/mlflow.db; give sqlite:///<file>, http://<server>, or null"
+
+
 def test_the_spool_writes_a_key_and_step_once(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "metrics.jsonl", start=b"")
     spool.add(1, {"loss": 2.0})
