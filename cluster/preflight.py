@@ -8,6 +8,7 @@ Takes the same words as `python -m <part>`. Prints a table; exits 2 when the run
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -28,8 +29,11 @@ MAX_CLOCK_SKEW_S = 2.0  # an S3 server refuses requests 15 min off; metrics of s
 MIN_LINK_SHARE = 0.5  # of the fastest: one slow link slows every step of every rank
 CONVERSION_COPIES = 3  # a checkpoint, its download and its universal form
 NODE_TIMEOUT_S = 300.0
+NUM_CLOCK_READS = 3
 LINK_TIMEOUT_S = 120.0
 TRACKING_TIMEOUT_S = 20.0
+NO_SIGN_S = 20.0  # several rounds of an autoscaler
+WAIT_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ def preflight(needs: Needs) -> list[Row]:
     if needs.cluster.kind == "inline":
         raise PreflightError("cluster=inline runs in this process alone; name the cluster to check: cluster=ray")
     with ray_session(needs.cluster):
+        wait_for_places(needs.cluster)
         nodes, skews = ask_nodes(needs)
         rows = [*capacity(needs, nodes), *same_versions(nodes), *clocks(nodes, skews), *disks(needs, nodes)]
         rows += [Row(f"{node.host}: places", "refused", problem, False) for node in nodes for problem in node.problems]
@@ -132,6 +137,52 @@ def preflight(needs: Needs) -> list[Row]:
     if needs.tracking is not None:
         rows.append(tracking(needs.tracking))
     return rows
+
+
+def wait_for_places(cluster: ClusterConfig) -> None:
+    """Ask an autoscaler for nodes, as the run will, and return once there are enough of them, none is on its way any
+    more, or the run would give up: a cluster may have no worker before somebody wants one."""
+    from ray.autoscaler.sdk import request_resources
+
+    place = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    give_up_at = time.monotonic() + cluster.start_timeout_s
+    last_sign_at = None
+    try:
+        while not has_places(cluster) and time.monotonic() < give_up_at:
+            if last_sign_at is None:
+                request_resources(bundles=[place] * cluster.num_workers)
+                print(f"waiting at most {cluster.start_timeout_s:.0f} s for nodes, if any are coming", flush=True)
+            if last_sign_at is None or are_nodes_coming():
+                last_sign_at = time.monotonic()
+            if time.monotonic() - last_sign_at > NO_SIGN_S:
+                break
+            time.sleep(WAIT_POLL_S)
+    finally:
+        if last_sign_at is not None:
+            request_resources(bundles=[])  # what came stays until it has been idle for a while
+
+
+def has_places(cluster: ClusterConfig) -> bool:
+    """True when the nodes there are have CPUs and GPUs for as many workers as the run needs."""
+    import ray
+
+    resources, num_workers = ray.cluster_resources(), cluster.min_workers or cluster.num_workers
+    has_gpus = not cluster.use_gpu or resources.get("GPU", 0) >= num_workers
+    return has_gpus and resources.get("CPU", 0) >= num_workers * cluster.cpus_per_worker
+
+
+def are_nodes_coming() -> bool:
+    """True when the cluster's autoscaler, of either generation, says that nodes are on their way."""
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    if status.pending_launches or status.pending_nodes:
+        return True
+    said = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
+    return bool(said.get("pending_launches") or said.get("pending_nodes"))
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -185,13 +236,17 @@ def ask_nodes(needs: Needs) -> tuple[list[NodeFacts], list[float]]:
 
 
 def clock_skew(node: Mapping[str, Any]) -> float:
-    """Seconds a node's clock is ahead of this one's, within half a round trip."""
+    """Seconds a node's clock is ahead of this one's, within half of the shortest round trip."""
     import ray
 
     clock: Any = ray.remote(clock_s)
-    asked = time.time()
-    there = ray.get(clock.options(**pinned(node)).remote())
-    return there - (asked + time.time()) / 2
+    found = []
+    for _ in range(NUM_CLOCK_READS):  # the first may wait for a process to start, and would blame the clock
+        asked = time.time()
+        there = ray.get(clock.options(**pinned(node)).remote(), timeout=NODE_TIMEOUT_S)
+        answered = time.time()
+        found.append((answered - asked, there - (asked + answered) / 2))
+    return min(found)[1]
 
 
 def capacity(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
@@ -262,8 +317,8 @@ def links(cluster: ClusterConfig) -> list[Row]:
         return [Row("collectives", f"{len(members)} node for ranks", "-", True)]
     link: Any = ray.remote(Link)
     actors = [link.options(**pinned(node)).remote() for node in members]
-    address = ray.get(actors[0].address.remote())
     try:
+        address = ray.get(actors[0].address.remote(), timeout=LINK_TIMEOUT_S)
         pending = [
             actor.all_reduce.remote(rank, len(actors), address, LINK_TIMEOUT_S) for rank, actor in enumerate(actors)
         ]

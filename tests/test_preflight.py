@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import preflight as checks
 from cluster.config import ClusterConfig
 from cluster.errors import PreflightError
 from cluster.node_check import NodeFacts, free_bytes, versions, write_and_read
@@ -89,7 +90,10 @@ def test_a_good_cluster_passes_every_check_and_nothing_is_left_behind(two_nodes:
 
 
 @pytest.mark.cluster
-def test_each_thing_a_cluster_lacks_is_refused_with_its_sentence(two_nodes: None, needs: Needs, tmp_path: Path) -> None:
+def test_each_thing_a_cluster_lacks_is_refused_with_its_sentence(
+    two_nodes: None, needs: Needs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "NO_SIGN_S", 0.0)  # no autoscaler is here to be waited for
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         refusing = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -110,6 +114,34 @@ def test_each_thing_a_cluster_lacks_is_refused_with_its_sentence(two_nodes: None
     unwritable = failed(preflight(replace(needs, scratch="/sys/scratch", written=None, read=[], tracking=None)))
     assert len(unwritable) == 2
     assert "/sys/scratch cannot be written: " in unwritable[0]
+
+
+@pytest.mark.parametrize(("comes_after", "is_coming", "waits"), [(0, False, 0), (4, True, 4), (99, False, 2)])
+def test_nodes_that_an_autoscaler_will_bring_are_asked_for_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch, comes_after: int, is_coming: bool, waits: int
+) -> None:
+    clock, asked = [0.0], []
+    monkeypatch.setattr(checks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checks.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 10.0))
+    monkeypatch.setattr(checks, "has_places", lambda cluster: clock[0] >= 10 * comes_after)
+    monkeypatch.setattr(checks, "are_nodes_coming", lambda: is_coming)
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    checks.wait_for_places(replace(LOCAL, num_workers=3, use_gpu=True, start_timeout_s=600))
+    assert clock[0] // 10 == waits + (1 if comes_after == 99 else 0)
+    assert asked == ([[{"CPU": 1, "GPU": 1}] * 3, []] if comes_after else [])
+
+
+def test_an_autoscaler_that_never_brings_them_is_waited_for_as_long_as_the_run_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(checks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checks.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 10.0))
+    monkeypatch.setattr(checks, "has_places", lambda cluster: False)
+    monkeypatch.setattr(checks, "are_nodes_coming", lambda: True)
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    checks.wait_for_places(replace(LOCAL, start_timeout_s=600))
+    assert clock[0] == 600
 
 
 def node(host: str, **changes: object) -> NodeFacts:

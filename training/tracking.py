@@ -186,7 +186,7 @@ class Sender:
         found = client.search_runs([experiment], filter_string=f"tags.`{RUN_KEY_TAG}` = '{self.label.run_key}'")
         if found:
             run = found[0]
-            # A metric's newest row, which comes with the run, is that of its last step: no need to ask for each history.
+            # A metric's newest row, which comes with the run, is that of its last step: no history has to be read.
             self.last_steps = {row.key: row.step for row in run.data.to_proto().metrics}
             client.set_terminated(run.info.run_id, "RUNNING")
         else:
