@@ -299,6 +299,7 @@ def test_an_old_commit_that_cannot_be_read_is_left_alone_and_stops_no_run(
     longer = dataclasses.replace(trained, steps=12)
     store.delete("run.json")
     run(longer)
+    assert [path for path in Path(longer.run.scratch).rglob("*") if path.suffix == ".pt"] == []  # nor fetched ones
     assert sorted(name for name in store.list() if name.startswith(old)) == kept_files
     assert len(committed_folders(store)) == 3
     assert f"{store.join(old)}/{COMMIT} cannot be read" in caplog.text

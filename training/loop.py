@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,6 +161,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     spikes_path = scratch / SPIKES if place().is_main else None
     spikes = Spikes(config.spikes, spikes_path, start=_content(own, SPIKES), recent=_content(own, RECENT))
     tracker = open_tracker(config, services, run_key, scratch / SPOOL, start=_content(own, SPOOL))
+    shutil.rmtree(fetched_folder(scratch), ignore_errors=True)  # a checkpoint's size on every node, for nothing now
     progress = Progress(config.steps, is_shown=place().is_main)
     tracing = Tracing(config.profile, store, scratch)
     ending = Ending.FAILED
@@ -207,6 +209,7 @@ def loaded_engine(task: Task, source: Source, config: TrainConfig, start: Starti
         task.load_registered(bundle)
         if place().is_main:
             keep_seen(bundle, own)
+        shutil.rmtree(scratch / f"registered-{place().rank}", ignore_errors=True)
     engine = make_engine(task, config, num_micro_batches=source.num_micro_batches)
     if start.commit is not None:
         engine.load(fetched)
