@@ -84,11 +84,11 @@ def predict(config: PredictConfig) -> pd.DataFrame:
     """The model's table, one row a scan; also written to config.out."""
     import mlflow
 
-    from training.tracking import mlflow_environment
+    from training.tracking import known_server, mlflow_environment
 
     table = scan_table(find_scans(config.scans), brain_masks=config.brain_masks)
     mlflow_environment(timeout_s=60)
-    mlflow.set_tracking_uri(config.uri)
+    mlflow.set_tracking_uri(known_server(config.uri))
     mlflow.set_registry_uri(config.uri)
     location = config.classifier if config.classifier.startswith("models:/") else f"models:/{config.classifier}"
     try:
@@ -113,6 +113,9 @@ def validate(config: PredictConfig) -> list[str]:
         problems.append(str(error))
     if not config.out.endswith(".csv"):
         problems.append(f"out: {config.out}; give the name of a .csv file")
+    nearest = next(folder for folder in Path(config.out).absolute().parents if folder.exists())
+    if not nearest.is_dir() or Path(config.out).is_dir():
+        problems.append(f"out: {config.out} cannot be a file there; give another place")
     return problems
 
 

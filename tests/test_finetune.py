@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from finetune.errors import FinetuneError
 from finetune.evaluation import BootstrapConfig, Scores, evaluate
 from finetune.planning import plan, validate
 from finetune.predict import find_scans, predict, scan_table
+from finetune.predict import validate as predict_problems
 from finetune.promotion import refusals
 from finetune.summary import show
 from finetune.train import fetch_backbone, train
@@ -143,6 +144,9 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
         uri=place.uri,
         out=str(place.folder / "predictions.csv"),
     )
+    taken = replace(config, out=f"{place.folder}/run/scores.csv/x.csv")
+    assert predict_problems(taken) == [f"out: {taken.out} cannot be a file there; give another place"]
+    assert predict_problems(config) == []
     answers = predict(config)
     expected = 1 / (1 + np.exp(-np.array([float(row["score"]) for row in rows])))
     np.testing.assert_allclose(answers["probability"], expected, atol=1e-4)
@@ -153,6 +157,8 @@ def test_rerunning_a_finished_run_changes_nothing(place: Place, numbers: dict) -
     again = train(place.config())
     assert again["classifiers"] == numbers["classifiers"]
     assert again["registered"] == numbers["registered"]
+    scratch = Path(place.config().run.scratch)
+    assert not [*scratch.glob("*-results-*"), *scratch.glob("*-chosen-*")]
     assert [line.split()[0] for line in list_models(place.uri) if "adhd" in line] == ["finetune-adhd_classification/1"]
     with pytest.raises(TrainingError, match="belongs to another configuration"):
         train(place.config("train.optimizer.learning_rate=1.0"))

@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
-from training import registry
+from cluster.errors import StorageError
+from training import pull, registry, runs
 from training.errors import RegistryError
 from training.pull import pull_to
 from training.runs import list_models, list_runs, main
@@ -71,13 +72,49 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
     folder = pull_to("toy-encoder@candidate", tmp_path / "some" / "folder", uri=uri)
     assert (folder / "weights.safetensors").read_bytes() == bytes(range(256))
     assert [path.name for path in (tmp_path / "some").iterdir()] == ["folder"]
-    with pytest.raises(RegistryError, match=r"folder is not empty; give a new folder"):
+    with pytest.raises(RegistryError, match=r"folder is a file or not empty; give a new folder"):
         pull_to("toy-encoder@candidate", folder, uri=uri)
 
     with pytest.raises(RegistryError, match=r"models:/toy-encoder@champion cannot be read .* lists what is registered"):
         registry.pull("toy-encoder@champion", tmp_path / "none", uri=uri)
     with pytest.raises(RegistryError, match="no registry is configured"):
         registry.pull("toy-encoder@candidate", tmp_path / "none", uri=None)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "told"),
+    [
+        ("runs", ["sqlite:///no/such.db"], "sqlite:///no/such.db: there is no file no/such.db; check"),
+        ("runs", ["out/mlflow.db"], "out/mlflow.db is no address; give sqlite:///<file>"),
+        ("pull", ["toy", "new"], "toy names no version; give toy@<alias> or toy/<version>"),
+        ("pull", ["toy@x", "new", "--uri", "sqlite:///no/such.db"], "there is no file no/such.db"),
+    ],
+)
+def test_a_database_or_version_that_is_not_there_is_named_and_none_is_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    module: str,
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [module, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        {"runs": runs.main, "pull": pull.main}[module]()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_never_taken_for_a_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("kept")
+    with pytest.raises(RegistryError, match=r"notes.txt is a file or not empty"):
+        pull_to("toy@x", tmp_path / "notes.txt", uri="sqlite:///unused.db")
+    with pytest.raises(StorageError, match="a file lies where a folder is needed"):
+        pull_to("toy@x", tmp_path / "notes.txt" / "new", uri="sqlite:///unused.db")
+    assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
 def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -> None:

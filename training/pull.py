@@ -12,15 +12,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cluster.errors import StorageError
+from cluster.storage import refusal_is_an_error
 from training import registry
 from training.errors import RegistryError
 
 
 def pull_to(model: str, folder: Path, *, uri: str) -> Path:
     """The folder, now holding the bundle of 'name@alias', 'name/version' or 'models:/...'; nothing when it fails."""
-    if folder.exists() and any(folder.iterdir()):
-        raise RegistryError(f"{folder} is not empty; give a new folder, nothing is overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise RegistryError(f"{folder} is a file or not empty; give a new folder, nothing is overwritten")
+    with refusal_is_an_error(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder.parent) as partial:
         bundle = registry.pull(model, Path(partial) / "model", uri=uri)
         if folder.exists():
@@ -40,8 +43,8 @@ def main() -> None:
     try:
         tags = registry.version_tags(arguments.model, uri=arguments.uri)
         folder = pull_to(arguments.model, arguments.folder, uri=arguments.uri)
-    except RegistryError as error:
-        print(f"RegistryError: {error}", file=sys.stderr)
+    except (RegistryError, StorageError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{arguments.model} is in {folder}", *(f"  {key} {value}" for key, value in sorted(tags.items())), sep="\n")
 

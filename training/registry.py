@@ -16,7 +16,7 @@ from pathlib import Path
 import brain_models
 from brain_models.bundle import code_commit
 from training.errors import RegistryError
-from training.tracking import experiment_id, mlflow_environment
+from training.tracking import experiment_id, known_server, mlflow_environment
 
 CODE_FOLDER = Path(brain_models.__file__).parent
 # What brain_models imports to load a bundle and predict; exact versions are those of this environment.
@@ -116,7 +116,7 @@ def pull(model: str, folder: Path, *, uri: str | None) -> Path:
     mlflow_environment(timeout_s=60)
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
+    mlflow.set_tracking_uri(known_server(uri))
     mlflow.set_registry_uri(uri)
     location = model if model.startswith("models:/") else f"models:/{model}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -142,9 +142,11 @@ def version_tags(model: str, *, uri: str) -> dict[str, str]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     name, at, alias = model.removeprefix("models:/").partition("@")
+    if not at and "/" not in name:
+        raise RegistryError(f"{model} names no version; give {name}@<alias> or {name}/<version>")
     try:
+        client = mlflow.MlflowClient(tracking_uri=known_server(uri), registry_uri=uri)
         if at:
             return dict(client.get_model_version_by_alias(name, alias).tags)
         name, _, version = name.partition("/")

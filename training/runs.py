@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from cluster.errors import StorageError
 from cluster.storage import store_for
 from training.checkpoint import committed_folders
-from training.tracking import mlflow_environment
+from training.errors import RegistryError
+from training.tracking import known_server, mlflow_environment
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -93,11 +94,14 @@ def main() -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        print("Runs:", *(f"  {line}" for line in list_runs(uri)), sep="\n")
+        print("Runs:", *(f"  {line}" for line in list_runs(known_server(uri))), sep="\n")
         print("Registered models:", *(f"  {line}" for line in list_models(uri)), sep="\n")
     except MlflowException as error:
         advice = "check the address, and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         print(f"RegistryError: {uri} cannot be read ({error}); {advice}", file=sys.stderr)
+        sys.exit(2)
+    except RegistryError as error:
+        print(f"RegistryError: {error}", file=sys.stderr)
         sys.exit(2)
 
 

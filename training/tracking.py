@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.config import TrackingConfig
+from training.errors import RegistryError
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -28,6 +29,17 @@ ROWS_A_REQUEST = 1000  # MLflow's limits for one log_batch
 PARAMS_A_REQUEST = 100
 PARAM_LENGTH = 6000
 RETRY_S = 5.0
+
+
+def known_server(uri: str) -> str:
+    """The address itself; RegistryError for a database file that is not there: MLflow would make an empty one."""
+    scheme, separator, path = uri.partition("://")
+    if not separator:
+        raise RegistryError(f"{uri} is no address; give sqlite:///<file> or http://<server>")
+    file = Path(path.removeprefix("/"))
+    if scheme == "sqlite" and not file.exists():
+        raise RegistryError(f"{uri}: there is no file {file}; check the address and the folder you are in")
+    return uri
 
 
 def mlflow_environment(timeout_s: float) -> None:
