@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 RELAY_INTERVAL_S = 0.2
 WATCH_INTERVAL_S = 2.0
 ELASTIC_START_TIMEOUT_S = 60.0
+LEAVING = "the announced end of node"
 
 # Ray Train polls its workers every 2 s by default: a run would end up to 2 s late.
 RAY_TRAIN_ENVIRONMENT = {
@@ -119,13 +120,26 @@ def run_on_workers(
     Inside `function` a worker finds its place through torch.distributed (initialised when there are workers). An error
     of one of our classes ends the run and is raised here as itself; any other failure (a worker or a node died, a
     collective gave up) restarts all workers up to `max_failures` times, and `function` is expected to go on from its
-    own last commit. They wait `start_timeout_s` for a lost node's successor; where `min_workers` is given, they go on
+    own last commit. So do workers that stopped because the end of a node of theirs was announced, however often, on
+    other nodes. They wait `start_timeout_s` for a lost node's successor; where `min_workers` is given, they go on
     with the workers there are. The death of this process ends the run.
     """
     if cluster.kind == "inline":
         return function(config)
     with ray_session(cluster):
-        return _run_on_ray(function, config, cluster, name)
+        while True:
+            try:
+                return _run_on_ray(function, config, cluster, name)
+            except _NodeLeavesError as leaves:
+                print(f"{leaves.error}; going on on other nodes", file=sys.stderr, flush=True)
+
+
+class _NodeLeavesError(Exception):
+    """Workers have stopped because one of their nodes is about to go, and for no other reason."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def is_our_error(error: BaseException) -> bool:
@@ -176,7 +190,7 @@ def _watch(outcome: Any) -> None:
     seats = ray.get(outcome.taken_seats.remote())
     leaving = ray._private.state.state.get_draining_nodes().keys() & {seat.node for seat in seats}
     if leaving:
-        outcome.ask_to_stop.remote(f"the announced end of node {min(leaving)[:12]}")
+        outcome.ask_to_stop.remote(f"{LEAVING} {min(leaving)[:12]}")
     if (silence := ray.get(outcome.take_silence.remote())) is not None:
         print(f"{silence}; where every rank is:", file=sys.stderr)
         for seat, stacks in _read_stacks(seats):
@@ -243,6 +257,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
             failure_config=FailureConfig(max_failures=limit, controller_failure_limit=limit),
         ),
     )
+    is_asked = False
     try:
         with (
             listening(REQUEST.ask),
@@ -251,14 +266,16 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
         ):
             trainer.fit()
     except ray.train.TrainingFailedError:
-        error = ray.get(outcome.first_error.remote())
-        if error is None:
+        if ray.get(outcome.first_error.remote()) is None:
             raise
-        raise error from None
     finally:
+        is_asked = REQUEST.reason is not None
         REQUEST.take_back()
     error = ray.get(outcome.first_error.remote())
     if error is not None:
+        reason = ray.get(outcome.stop_reason.remote()) or ""
+        if reason.startswith(LEAVING) and reason in str(error) and not is_asked:
+            raise _NodeLeavesError(error)
         raise error
     return ray.get(outcome.last_result.remote())
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from cluster.stopping import REQUEST
-from training.errors import TrainingError
+from training.errors import StoppedError, TrainingError
 
 
 def sum_of_ranks(config: dict) -> dict:
@@ -48,3 +48,17 @@ def wait_to_be_asked(config: dict) -> str | None:
     while REQUEST.reason is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return REQUEST.reason
+
+
+def stop_when_asked(config: dict) -> str:
+    """Why every attempt before this one stopped; the last one is not asked to, for some seconds."""
+    attempts = Path(config["attempts"])
+    deadline = time.monotonic() + (30 if not attempts.exists() else 5)
+    while REQUEST.reason is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    torch.distributed.barrier()
+    if REQUEST.reason is None:
+        return attempts.read_text()
+    if torch.distributed.get_rank() == 0:
+        attempts.write_text(REQUEST.reason)
+    raise StoppedError(f"stopped as asked by {REQUEST.reason}; run the same command again")

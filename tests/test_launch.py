@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from launch_functions import refuse, sum_of_ranks, wait_to_be_asked
+from launch_functions import refuse, stop_when_asked, sum_of_ranks, wait_to_be_asked
 from ray.exceptions import RayError
 
 from cluster.config import ClusterConfig, validate_cluster
@@ -76,6 +76,22 @@ def test_a_cluster_that_does_not_answer_and_gpus_that_are_not_there_are_told_bef
 def num_workers_started() -> int:
     actors = ray._private.state.actors().values()
     return sum(actor["ActorClassName"] == "RayTrainWorker" for actor in actors)
+
+
+@pytest.mark.faults
+def test_workers_whose_node_announces_its_end_start_again_however_few_failures_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    attempts, cluster = tmp_path / "attempts", local_cluster(tmp_path, max_failures=0)
+    with ray_session(cluster):
+        node = ray.get_runtime_context().get_node_id()
+        monkeypatch.setattr(
+            ray._private.state.state, "get_draining_nodes", lambda: {} if attempts.exists() else {node: 0}
+        )
+        found = run_on_workers(stop_when_asked, {"attempts": str(attempts)}, cluster=cluster, name="leaving")
+    assert found == f"the announced end of node {node[:12]}"
+    assert "run the same command again; going on on other nodes" in capsys.readouterr().err
 
 
 def test_a_call_that_ray_fails_is_followed_by_the_next() -> None:
