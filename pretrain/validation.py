@@ -7,6 +7,7 @@ from typing import get_args
 from brain_models.encoder import TokenKind
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
+from cluster.storage import store_for
 from data_sharding.errors import ShardError
 from data_sharding.joint import split_conflicts
 from pretrain.analysis.config import PROBED_SPLITS, report_problems
@@ -14,7 +15,10 @@ from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
 from pretrain.masking import masking_problems
 from pretrain.sets import OpenedSet, open_sets
+from training import registry
+from training.checkpoint import starting_point
 from training.config import validate_train
+from training.errors import CheckpointError, RegistryError
 
 REQUIRED = {"kind": "<bold|t1>", "shards": "<shard set>"}
 SET_NAME = re.compile("[a-z][a-z0-9_]*")
@@ -32,7 +36,7 @@ def validate(config: PretrainConfig) -> list[str]:
     ]
     if unreadable:
         return problems + unreadable
-    problems += registration_problems(config)
+    problems += registration_problems(config) + start_problems(config)
     try:
         sets = open_sets(config)
         for opened in sets.values():
@@ -91,6 +95,17 @@ def registration_problems(config: PretrainConfig) -> list[str]:
     if config.register is None or config.label in config.register.names:
         return []
     return [f"register.names: no name for {config.label}; add register.names.{config.label}=<name>"]
+
+
+def start_problems(config: PretrainConfig) -> list[str]:
+    """A checkpoint or registered model to start from that is not there: the run would claim its folder and end."""
+    try:
+        point = starting_point(store_for(config.run.folder), config.train.start)
+        if point.registered is not None and config.train.tracking.uri is not None:
+            registry.version_tags(point.registered, uri=config.train.tracking.uri)
+    except (CheckpointError, RegistryError, StorageError) as error:
+        return [str(error)]
+    return []
 
 
 def number_problems(config: PretrainConfig) -> list[str]:

@@ -263,6 +263,11 @@ def test_a_subject_trained_on_in_one_set_and_held_out_in_another_is_refused_by_n
         (["sets.anat.weight=0"], "sets.anat.weight: 0.0; must be above 0"),
         (["+sets.t1={kind: bold, shards: a, weight: 1}"], "sets.t1: use small letters, digits and _"),
         (["sets=null"], "kind: required; add kind=<bold|t1>, or give sets=... for a joint run"),
+        (["train.start.checkpoint=nowhere/step-1"], "nowhere/step-1 has no COMMIT.json"),
+        (
+            ["train.start.registered=a@candidate", "train.tracking.uri=sqlite:///nowhere.db"],
+            "there is no file nowhere.db",
+        ),
         (["+windows.fin=${windows.fine}"], "windows.fin: no set has this name; they are rest, fine, anat"),
         (["windows.fine.patch_voxels=0"], "windows.fine.patch_voxels: 0; must be above 0"),
         (["masking=future"], "set anat: masking.kind: 'future' needs windows of at least 2 tubelets"),
