@@ -88,6 +88,7 @@ def jobs_of_two_ranks(folder: Path) -> list[dict]:
     jobs.append({"engine": "zero2", "folder": str(folder / "poisoned"), "poisoned_scan": "scan-0019"})
     asked = {"engine": "zero2", "folder": str(folder / "asked"), "stop_at": 3, "stop_rank": 1}
     jobs += [asked, {**asked, "report": "again", "stop_at": None}]
+    jobs += [{"engine": stage, "folder": str(folder / f"sum-{stage}"), "measure_sum": True} for stage in ZERO]
     jobs.append({"engine": "zero2", "folder": str(folder / "bytes"), "measure": True})
     return jobs
 
@@ -188,6 +189,12 @@ def test_zero_2_halves_the_optimiser_of_a_rank_when_there_are_two(one_rank: Path
     assert whole == pytest.approx(12 * num_parameters, rel=0.01)
     for rank in (0, 1):
         assert report(two_ranks / "bytes", rank)["optimizer_bytes"] <= 0.55 * whole
+
+
+@pytest.mark.parametrize("engine", ZERO)
+def test_ranks_add_up_their_gradients_in_float32_in_bf16_too(two_ranks: Path, engine: str) -> None:
+    found = report(two_ranks / f"sum-{engine}")
+    assert found["norm"] == pytest.approx(found["norm_of_sum"], rel=1e-6)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_rerun_equals_the_uninterrupted_run(

@@ -5,7 +5,7 @@ A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill
 poisoned_scan, copy_of}. When the source is asked for step `kill_at` the process ends without any clean-up; for step
 `stop_at`, rank `stop_rank` gets SIGTERM. `kill_after_s`: by rank, when SIGKILL comes, counted from the first step;
 `slow_s`: how long a step and an upload take at least. A job with `measure` makes one update and reports the optimiser's
-bytes. `copy_of`: the folder that a job on one rank begins with a copy of.
+bytes; with `measure_sum`, how exactly ranks add up their gradients in bf16. `copy_of`: the folder that a job on one rank begins with a copy of.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_config
+from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_batch, toy_config
 
 from cluster.storage import LocalStore
 from training import loop
-from training.collectives import place
+from training.collectives import place, total
 from training.errors import TrainingError
 from training.loop import Services, fit
 from training.task import State, Task
@@ -90,10 +90,31 @@ def measure(job: dict) -> dict:
     return {"optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
 
 
+def measure_sum(job: dict) -> dict:
+    """The norm of a bf16 step's gradient, and that of the float32 sum of what the ranks would have made alone."""
+    from training.engine_deepspeed import DeepSpeedEngine
+
+    config = toy_config(Path(job["folder"]), engine=job["engine"])
+    settings = dataclasses.replace(config.engine, precision="bf16")
+    unclipped = dataclasses.replace(config.optimizer, clip_norm=1e9)
+    config = dataclasses.replace(config, engine=settings, optimizer=unclipped)
+    batch, alone = toy_batch(list(range(place().rank, 64, place().world_size)), 64), ToyTask(width=64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = alone(batch)["loss"]
+    loss.backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in alone.parameters() if parameter.grad is not None])
+    engine = DeepSpeedEngine(ToyTask(width=64), config, num_micro_batches=1)
+    engine.begin(0)
+    engine.backward(engine.losses(batch)["loss"])
+    norm = engine.step()
+    engine.close()
+    return {"norm": norm, "norm_of_sum": float(total(gradient).norm())}
+
+
 def run_job(job: dict) -> None:
     if job.get("copy_of"):
         shutil.copytree(job["copy_of"], job["folder"], dirs_exist_ok=True)
-    report = measure(job) if job.get("measure") else train(job)
+    report = measure(job) if job.get("measure") else measure_sum(job) if job.get("measure_sum") else train(job)
     path = Path(job["folder"]) / f"{job.get('report', 'report')}-{place().rank}.json"
     path.write_text(json.dumps(report))
 
