@@ -16,6 +16,7 @@ from finetune.labels import Labels, read_labels
 from finetune.tasks.adhd_classification import METRICS, AdhdClassification
 from finetune.train import build_task, fetch_backbone, fit_problems
 from training.config import CheckpointConfig, validate_train
+from training.engine import checkpoint_bytes
 from training.errors import RegistryError
 
 SPLITS = ("train", "validation", "test")
@@ -151,6 +152,7 @@ def plan(config: FinetuneConfig) -> str:
     drawn = config.train.steps * config.data.batch_size
     sample_bytes = task.num_frames * shard_set.space.num_voxels
     share = math.ceil(config.data.batch_size / config.cluster.num_workers)
+    saved = checkpoint_bytes(task, config.train.engine, num_ranks=config.cluster.num_workers)
     lines = {
         "set": f"{config.shards}, space {shard_set.space.name}, {shard_set.space.num_voxels:,} voxels",
         "labels": f"{sum(labels.is_case_of.values()):,} cases, {len(labels.is_case_of):,} labelled, "
@@ -159,19 +161,13 @@ def plan(config: FinetuneConfig) -> str:
         f"{too_short:,} of {len(runs):,} training runs are too short",
         "steps": f"{config.train.steps:,} of {config.data.batch_size} runs: {drawn / max(samples, 1):.1f} epochs",
         "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} a sample)",
-        "a checkpoint": f"{checkpoint_bytes(task) / 2**20:,.1f} MiB, the last {config.train.checkpoint.keep_last} kept",
+        "a checkpoint": f"{saved / 2**20:,.1f} MiB, the last {config.train.checkpoint.keep_last} kept",
         **{f"opens at step {step}": text for step, text in openings(task, config.train.steps).items()},
         "workers": f"{config.cluster.num_workers} ({config.cluster.kind}), "
         f"{math.ceil(share / config.data.micro_batch_size)} forward passes a step on each",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
-
-
-def checkpoint_bytes(task: AdhdClassification) -> int:
-    """Bytes of a commit's tensors: weights, buffers that travel with them, AdamW's two moments."""
-    moments = 8 * sum(parameter.numel() for parameter in task.parameters())
-    return sum(tensor.nbytes for tensor in task.state_dict().values()) + moments
 
 
 def openings(task: AdhdClassification, num_steps: int) -> dict[int, str]:

@@ -16,6 +16,7 @@ from pretrain.masked_volumes import MaskedVolumes
 from pretrain.reach import reach_of_groups
 from pretrain.sets import OpenedSet, open_sets
 from pretrain.train import build_task
+from training.engine import checkpoint_bytes
 
 BYTES_PER_VALUE = {"int8": 1, "float16": 2}  # in the shards
 STAGES = (0, 1, 2, 3)
@@ -74,7 +75,8 @@ def run_lines(config: PretrainConfig, task: MaskedVolumes, sets: Mapping[str, Op
         f"({config.data.micro_batch_size} samples, {engine.precision})",
         "memory a rank": f"{(whole + kept[engine.activation_checkpointing]) / MIB:,.1f} MiB as configured, buffers of "
         "the libraries not counted",
-        "a checkpoint": f"{checkpoint_bytes(task) / MIB:,.1f} MiB, the last {config.train.checkpoint.keep_last} kept",
+        "a checkpoint": f"{checkpoint_bytes(task, engine, num_ranks=num_ranks) / MIB:,.1f} MiB, the last "
+        f"{config.train.checkpoint.keep_last} kept",
         "workers": f"{num_ranks} ({config.cluster.kind}), {micro_batches(config)} forward passes a step on each",
     }
 
@@ -129,11 +131,6 @@ def activation_bytes(
     return max(
         bytes_kept(model.encoder, model.decoder, shape, precision=precision, recomputes=recomputes) for shape in shapes
     )
-
-
-def checkpoint_bytes(task: MaskedVolumes) -> int:
-    """Bytes of a commit's tensors: weights, buffers that travel with them, AdamW's two moments."""
-    return sum(tensor.nbytes for tensor in task.state_dict().values()) + 8 * count(task)
 
 
 def ridge_line(config: PretrainConfig, geometry: Geometry) -> str:

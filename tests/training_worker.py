@@ -5,7 +5,8 @@ A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill
 poisoned_scan, copy_of}. When the source is asked for step `kill_at` the process ends without any clean-up; for step
 `stop_at`, rank `stop_rank` gets SIGTERM. `kill_after_s`: by rank, when SIGKILL comes, counted from the first step;
 `slow_s`: how long a step and an upload take at least. A job with `measure` makes one update and reports the optimiser's
-bytes; with `measure_sum`, how exactly ranks add up their gradients in bf16. `copy_of`: the folder that a job on one rank begins with a copy of.
+bytes, one with `measure_sum` how exactly ranks add up their gradients in bf16. `copy_of`: the folder that a job on one
+rank begins with a copy of.
 """
 
 from __future__ import annotations

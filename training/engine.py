@@ -64,6 +64,18 @@ def make_engine(task: Task, config: TrainConfig, *, num_micro_batches: int) -> E
     return DeepSpeedEngine(task, config, num_micro_batches=num_micro_batches)
 
 
+def checkpoint_bytes(task: Task, config: EngineConfig, *, num_ranks: int) -> int:
+    """Bytes of a commit's tensors: weights, buffers that travel with them, AdamW's two moments.
+
+    ZeRO 1 and 2 store the weights twice, as the model sees them and as AdamW's own; of ZeRO 3 every rank stores the
+    buffers.
+    """
+    stage = config.zero_stage if config.kind == "deepspeed" else 0
+    weights = sum(parameter.nbytes for parameter in task.parameters())
+    buffers = sum(tensor.nbytes for tensor in task.state_dict().values()) - weights
+    return weights * (4 if stage in (1, 2) else 3) + buffers * (num_ranks if stage == 3 else 1)
+
+
 def own_device() -> torch.device:
     """This rank's GPU, or the CPU when none is visible."""
     if not torch.cuda.is_available():
