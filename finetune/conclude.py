@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,7 @@ def conclude(
     local = Path(setup.config.run.scratch) / f"{setup.config.run.name}-chosen-{place().rank:05d}"
     fetch_state(StartingPoint("named", store, folder, commit, None), local)
     engine.load(local)
+    shutil.rmtree(local)
     scores = {}
     for split in SPLITS:
         found = evaluate_split(task, source, engine, split, limit=None)
@@ -63,7 +65,10 @@ def conclude(
         if place().is_main:
             chosen = {registry.CHECKPOINT_HASH_TAG: commit_hash(store, folder)}
             publisher = Publisher(setup, result, commit, scores, {**tags, **chosen})
-            numbers = publisher.publish(task, probe, {**seconds, "evaluation": time.monotonic() - started})
+            try:
+                numbers = publisher.publish(task, probe, {**seconds, "evaluation": time.monotonic() - started})
+            finally:  # leave nothing on scratch: all of it is in the run folder
+                shutil.rmtree(publisher.folder, ignore_errors=True)
     barrier()
     engine.close()
     return numbers

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -50,9 +51,12 @@ def train(config: PretrainConfig) -> dict[str, object]:
     }
     summary = summarise(task, config, result, tables=tables, sets=sets)
     if result.is_main:
-        summary["report"] = exporter.report(result, tables)
-        summary["seen_before"] = held_out_seen(config, sets, seen_before(exporter.store))
-        exporter.publish(result, summary, tags)
+        try:
+            summary["report"] = exporter.report(result, tables)
+            summary["seen_before"] = held_out_seen(config, sets, seen_before(exporter.store))
+            exporter.publish(result, summary, tags)
+        finally:
+            exporter.clear()
     return summary
 
 
@@ -228,6 +232,11 @@ class Exporter:
                 experiment=config.train.tracking.experiment,
             )
         self.store.put("metrics.json", json.dumps(summary, indent=1, sort_keys=True).encode())
+
+    def clear(self) -> None:
+        """Leave nothing on scratch: all of it is in the run folder."""
+        shutil.rmtree(self.folder)
+        self.weights.unlink()
 
 
 def stem_spec(opened: OpenedSet) -> StemSpec:

@@ -159,6 +159,7 @@ def test_a_short_run_lowers_the_validation_loss_below_the_mean_and_its_bundle_lo
     config = config_of(shards, tmp_path, kind=kind)
     summary = train(config)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == json.loads(json.dumps(summary))
+    assert [path for path in Path(config.run.scratch).rglob("*") if path.suffix == ".safetensors"] == []
     report = summary["reconstruction"]["validation"]  # type: ignore[index]
     losses = validation_losses(tmp_path)
     assert losses[-1] < losses[0]
