@@ -140,6 +140,7 @@ class MaskedVolumes(Task):
             guesses = part.references.guess(batch.values.cpu(), batch.is_measured.cpu(), found.is_hidden.cpu())
             # Registered weights bring the voxel mean they were trained with; the references are about this run's own.
             shift = part.references.offset.to(truth.device) - self.encoder.stem(part.stem_name).voxel_offset
+            sums["total"] = part.by_region((truth - shift).square() * is_scored)  # about this run's training mean, too
             for name, values in guesses.items():
                 residual = values.to(truth.device) + shift - truth
                 sums[f"{ERROR_OF}{name}"] = part.by_region(residual.square() * is_scored)
