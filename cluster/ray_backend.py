@@ -107,6 +107,9 @@ class BoundTorchTrainer(TorchTrainer):
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # TorchTrainer is V1 or V2, by environment
         return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback | DatasetsCallback)]
 
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Leaves Ctrl-C to cluster.stopping: Ray would abort without a word, and without saving."""
+
     def _initialize_and_run_controller(self, **settings: object) -> Result:
         settings["failure_policy"] = OurErrorsAreFinal(cast(FailureConfig, self.run_config.failure_config))
         return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]

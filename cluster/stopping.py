@@ -1,17 +1,19 @@
 """Whether this process was asked to stop: by a signal, or by the cluster (see cluster.launch). Knows not what it runs.
 
-SIGTERM is what schedulers, spot machines and `ray job stop` send; SIGUSR1 what Slurm's --signal is commonly set to.
+SIGTERM is what schedulers, spot machines and `ray job stop` send; SIGUSR1 what Slurm's --signal is commonly set to;
+SIGINT is Ctrl-C.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -33,14 +35,17 @@ REQUEST = StopRequest()  # of this process
 
 @contextlib.contextmanager
 def listening(ask: Callable[[str], None]) -> Iterator[None]:
-    """For the length of the block a signal asks to stop instead of ending the process; only the main thread can hear
-    signals, elsewhere nothing changes."""
+    """For the length of the block a signal asks to stop instead of ending the process, which a second Ctrl-C ends; only
+    the main thread can hear signals, elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def heard(number: int, frame: FrameType | None) -> None:
         ask(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            print("\nstopping after the step under way; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, heard) for number in SIGNALS}
     try:

@@ -115,9 +115,12 @@ def main(
 @contextmanager
 def told_to_users() -> Iterator[None]:
     """Prints an error of ours with its name and exits 2, or with the `exit_status` of its class; any other passes with
-    its traceback."""
+    its traceback. Ctrl-C exits 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on from what was finished", file=sys.stderr)
+        sys.exit(130)
     except ValueError as error:  # as all of ours are
         if not is_for_users(error):
             raise

@@ -13,7 +13,7 @@ from test_training_checkpoints import run
 from test_training_engines import losses
 from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_config
 
-from cluster.stopping import REQUEST
+from cluster.stopping import REQUEST, listening
 from configs.entry import told_to_users
 from training.errors import StoppedError
 from training.loop import Services, fit
@@ -34,7 +34,7 @@ class SignallingSource(ToySource):
             yield batches, after
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_at_the_end_of_the_step_and_the_rerun_equals_the_uninterrupted_run(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -49,6 +49,21 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_rerun_equals_the_uninterr
     assert again.start == "own"
     assert again.metrics == whole.metrics
     assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_at_once_with_the_status_of_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    reasons: list[str] = []
+
+    def interrupt_twice() -> None:
+        with listening(reasons.append):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as caught, told_to_users():
+        interrupt_twice()
+    assert (reasons, caught.value.code) == (["SIGINT"], 130)
+    told = capsys.readouterr().err
+    assert "stopping after the step under way; Ctrl-C again ends at once\nstopped by Ctrl-C; the same command" in told
 
 
 def test_a_stopped_command_exits_with_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
