@@ -42,6 +42,7 @@ NODE_KEY = "scratch"  # of every node its own
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}  # Ray's 3 s until it kills are too few to finish a step and save
 COMMIT_VARIABLE = "CALLOSUM_GIT_COMMIT"  # what a registered model is tagged with: the copy on a node has no history
 RECONNECT_S = 120.0
+QUIET_S = 600.0  # of a log, after which it is asked for anew
 POLL_S = 0.5
 
 
@@ -258,7 +259,8 @@ async def print_log(client: JobSubmissionClient, submission_id: str) -> None:
     while True:
         num_seen = 0
         try:
-            async for text in client.tail_job_logs(submission_id):
+            log = client.tail_job_logs(submission_id)
+            while (text := await asyncio.wait_for(anext(log, None), QUIET_S)) is not None:
                 lost_at = None
                 new = text[max(num_printed - num_seen, 0) :]
                 num_seen += len(text)
@@ -266,9 +268,20 @@ async def print_log(client: JobSubmissionClient, submission_id: str) -> None:
                 print(new, end="", flush=True)
             return
         except (RuntimeError, OSError, ClientError) as error:
+            if isinstance(error, TimeoutError) and answers(client, submission_id):
+                continue  # nothing was said; or this connection died without a word
             lost_at = lost_at or time.monotonic()
             give_up_in_time(lost_at, error, submission_id)
             await asyncio.sleep(POLL_S)
+
+
+def answers(client: JobSubmissionClient, submission_id: str) -> bool:
+    """True when the job server still knows the job."""
+    try:
+        client.get_job_info(submission_id)
+    except (RuntimeError, OSError):
+        return False
+    return True
 
 
 def give_up_in_time(lost_at: float, error: Exception, submission_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,34 @@ class LostServer:
 
     def get_job_info(self, submission_id: str) -> SimpleNamespace:
         raise self.error
+
+
+class SilentConnections:
+    """A job server whose first connections die without a word, as those through a tunnel do."""
+
+    def __init__(self) -> None:
+        self.num_connections = 0
+
+    async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
+        self.num_connections += 1
+        yield "step 1\n"
+        if self.num_connections < 3:
+            await asyncio.sleep(60)
+        yield "step 2\n"
+
+    def get_job_info(self, submission_id: str) -> SimpleNamespace:
+        status = SimpleNamespace(value="SUCCEEDED", is_terminal=lambda: True)
+        return SimpleNamespace(status=status, message="", driver_exit_code=0)
+
+
+def test_a_log_that_falls_silent_is_asked_for_anew_and_each_line_printed_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "QUIET_S", 0.05)
+    server = SilentConnections()
+    assert follow(cast(JobSubmissionClient, server), "one-001") == 0
+    assert server.num_connections == 3
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
 
 
 def bad_gateway() -> ClientResponseError:
