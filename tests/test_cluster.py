@@ -232,6 +232,30 @@ def test_a_node_added_to_a_run_changes_no_bit_of_it_and_the_next_run_is_on_all_t
 
 
 @pytest.mark.faults
+def test_a_run_that_began_on_fewer_workers_grows_when_a_node_comes(
+    cluster: Cluster, undisturbed: list[float], record_property: Record
+) -> None:
+    record_property("fault", "a run of one worker with num_workers=2, min_workers=1; a second node comes")
+    cluster.net.lose_node("b")
+    try:
+        job = cluster.pretrain("grown", "cluster.min_workers=1")
+        wait_for_commit(cluster, job, 2)
+        (worker,) = cluster.net.hosts["head"].processes("ray::RayTrainWorker")
+        worker.suspend()  # else a run of seconds is over before Ray Train looks for nodes, once a minute
+    finally:
+        cluster.net.start_node("b")
+        cluster.net.wait_for_nodes()
+    came_at = time.monotonic()
+    text = job.succeeded()
+    record_property("recovery_s", time.monotonic() - came_at)
+    assert "Deciding to resize the worker group from 1 -> 2 workers" in text  # which counts as no failure
+    assert_as_undisturbed(cluster, "grown", text, rel=1e-4)
+    commits = sorted(cluster.run_folder("grown").glob("checkpoints/*/COMMIT.json"))
+    world_sizes = [json.loads(path.read_text())["world_size"] for path in commits]
+    assert (world_sizes[:2], world_sizes[-1]) == ([1, 1], 2)
+
+
+@pytest.mark.faults
 def test_a_tracking_server_that_is_away_stops_no_step_and_gets_every_row_once_later(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
