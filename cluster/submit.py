@@ -148,6 +148,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # one line for every file it does not upload
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client would take another one there before its argument
     try:
         return JobSubmissionClient(address)
     except ConnectionError as error:

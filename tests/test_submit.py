@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from yarl import URL
 
 from cluster import submit
 from cluster.errors import SubmitError
-from cluster.submit import Command, follow, is_relative_place, leaves, runtime_environment
+from cluster.submit import Command, connect, follow, is_relative_place, leaves, runtime_environment
 
 
 @pytest.mark.parametrize(
@@ -126,3 +127,16 @@ def test_a_job_server_that_is_lost_while_following_is_named_with_what_to_do(
     client = cast(JobSubmissionClient, LostServer(error, in_log=in_log))
     with pytest.raises(SubmitError, match=r"the job server has not answered .* the same command follows it again"):
         follow(client, "one-001")
+
+
+def test_the_address_given_is_asked_and_not_the_one_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as nobody, socket.socket() as other:
+        for each in (nobody, other):
+            each.bind(("127.0.0.1", 0))
+        other.listen()
+        other.settimeout(0.5)
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{other.getsockname()[1]}")
+        with pytest.raises(SubmitError, match=f"no Ray job server answers at .*:{nobody.getsockname()[1]};"):
+            connect(f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        with pytest.raises(TimeoutError):
+            other.accept()  # nobody called
