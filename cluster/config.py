@@ -14,7 +14,7 @@ class ClusterConfig:
     num_workers: int
     cpus_per_worker: int
     use_gpu: bool
-    max_failures: int  # restarts from the last commit; -1 means without limit
+    max_failures: int  # restarts from one and the same commit; -1 means without limit
     start_timeout_s: float  # how long to wait for all workers before giving up
     collective_timeout_s: float  # how long a rank waits for the others inside one collective
     min_workers: int | None  # go on with fewer when nodes are lost, at least this many; null: wait for all of them

@@ -21,11 +21,13 @@ READ_TIMEOUT_S = 10.0
 
 
 class Heartbeat:
-    """When this process last came to a step; before the first one nothing is expected of it."""
+    """When this process last came to a step, before the first one nothing is expected of it; and the name of the last
+    work it saved for good."""
 
     def __init__(self) -> None:
         self.last: float | None = None
         self.first_at: float | None = None  # seconds since 1970
+        self.saved: str | None = None
 
     def beat(self) -> None:
         self.last = time.monotonic()

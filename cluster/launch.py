@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import psutil
 
 from cluster.config import ClusterConfig
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StoreUnavailableError
 from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, Seat, stacks_of
 from cluster.outcome import Outcome, StartStamps, relayed
 from cluster.stopping import REQUEST, listening
@@ -119,10 +119,11 @@ def run_on_workers(
 
     Inside `function` a worker finds its place through torch.distributed (initialised when there are workers). An error
     of one of our classes ends the run and is raised here as itself; any other failure (a worker or a node died, a
-    collective gave up) restarts all workers up to `max_failures` times, and `function` is expected to go on from its
-    own last commit. So do workers that stopped because the end of a node of theirs was announced, however often, on
-    other nodes. They wait `start_timeout_s` for a lost node's successor; where `min_workers` is given, they go on
-    with the workers there are. The death of this process ends the run.
+    collective gave up, a store was away for too long) restarts all workers, up to `max_failures` times without work
+    saved in between, and `function` is expected to go on from its own last commit. So do workers that stopped because
+    the end of a node of theirs was announced, however often, on other nodes. They wait `start_timeout_s` for a lost
+    node's successor; where `min_workers` is given, they go on with the workers there are. The death of this process
+    ends the run.
     """
     if cluster.kind == "inline":
         return function(config)
@@ -143,8 +144,13 @@ class _NodeLeavesError(Exception):
 
 
 def is_our_error(error: BaseException) -> bool:
-    """True for an error one of our packages defined: a message for the user, which a restart would not cure."""
+    """True for an error one of our packages defined: a message for the user."""
     return type(error).__module__.split(".")[0] in OUR_PACKAGES
+
+
+def is_final(error: BaseException) -> bool:
+    """True for an error of ours that a restart would not cure, as it may where a store is away or its keys ran out."""
+    return is_our_error(error) and not isinstance(error, StoreUnavailableError)
 
 
 @contextmanager
@@ -219,31 +225,61 @@ def _on_node(node: str) -> dict[str, str]:
 def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: ClusterConfig, name: str) -> Result:
     import ray
 
-    launched_at, limit = time.time(), cluster.max_failures
+    launched_at = time.time()
     for variable, value in RAY_TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_timeout_s(cluster)))
+    import ray.train
+
+    here = _on_node(ray.get_runtime_context().get_node_id())  # a worker's node may be lost, and this with it
+    outcome: Any = ray.remote(num_cpus=0, label_selector=here)(Outcome).remote()
+    is_embedded = cluster.kind == "local" and "RAY_ADDRESS" not in os.environ
+    job = {
+        "function": function,
+        "config": config,
+        "outcome": outcome,
+        "folder": os.getcwd() if is_embedded else None,  # on other nodes the job's working_dir is current already
+        "num_threads": cluster.cpus_per_worker,
+        "is_terminal": sys.stdout.isatty(),
+        "report_after_s": REPORT_AT_SHARE * cluster.collective_timeout_s,
+        "started_at": psutil.Process().create_time(),
+        "launched_at": launched_at,
+    }
+    trainer, failed, is_asked = _trainer(job, cluster, name), None, False
+    try:
+        with (
+            listening(REQUEST.ask),
+            _repeating(lambda: _relay(outcome), "relay", every_s=RELAY_INTERVAL_S),
+            _repeating(lambda: _watch(outcome), "watch", every_s=WATCH_INTERVAL_S),
+        ):
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        failed = error
+    finally:
+        is_asked = REQUEST.reason is not None
+        REQUEST.take_back()
+    final: BaseException | None = ray.get(outcome.first_error.remote())
+    if final is not None:
+        reason = ray.get(outcome.stop_reason.remote()) or ""
+        if reason.startswith(LEAVING) and reason in str(final) and not is_asked:
+            raise _NodeLeavesError(final)
+        raise final
+    if failed is not None:
+        ours = [error for error in getattr(failed, "worker_failures", {}).values() if is_our_error(error)]
+        raise next(iter(ours), failed)
+    return ray.get(outcome.last_result.remote())
+
+
+def _trainer(job: dict[str, Any], cluster: ClusterConfig, name: str) -> Any:
+    """What starts the workers, and starts them again after failures that a restart may cure."""
     import ray.train
     from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
     from cluster.ray_backend import BoundTorchConfig, BoundTorchTrainer
 
-    here = _on_node(ray.get_runtime_context().get_node_id())  # a worker's node may be lost, and this with it
-    outcome: Any = ray.remote(num_cpus=0, label_selector=here)(Outcome).remote()
-    is_embedded = cluster.kind == "local" and "RAY_ADDRESS" not in os.environ
-    trainer = BoundTorchTrainer(
+    return BoundTorchTrainer(
         _on_worker,
-        train_loop_config={
-            "function": function,
-            "config": config,
-            "outcome": outcome,
-            "folder": os.getcwd() if is_embedded else None,  # on other nodes the job's working_dir is current already
-            "num_threads": cluster.cpus_per_worker,
-            "is_terminal": sys.stdout.isatty(),
-            "report_after_s": REPORT_AT_SHARE * cluster.collective_timeout_s,
-            "started_at": psutil.Process().create_time(),
-            "launched_at": launched_at,
-        },
+        train_loop_config=job,
         torch_config=BoundTorchConfig(timeout_s=int(cluster.collective_timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.num_workers) if cluster.min_workers else cluster.num_workers,
@@ -254,30 +290,11 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
             name=f"{name}-{time.time_ns()}",  # a name that was used before would silently resume that run
             storage_path=str(Path(cluster.scratch).absolute()),
             # By default Ray would wait for missing nodes again and again, for ever.
-            failure_config=FailureConfig(max_failures=limit, controller_failure_limit=limit),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
+            ),
         ),
     )
-    is_asked = False
-    try:
-        with (
-            listening(REQUEST.ask),
-            _repeating(lambda: _relay(outcome), "relay", every_s=RELAY_INTERVAL_S),
-            _repeating(lambda: _watch(outcome), "watch", every_s=WATCH_INTERVAL_S),
-        ):
-            trainer.fit()
-    except ray.train.TrainingFailedError:
-        if ray.get(outcome.first_error.remote()) is None:
-            raise
-    finally:
-        is_asked = REQUEST.reason is not None
-        REQUEST.take_back()
-    error = ray.get(outcome.first_error.remote())
-    if error is not None:
-        reason = ray.get(outcome.stop_reason.remote()) or ""
-        if reason.startswith(LEAVING) and reason in str(error) and not is_asked:
-            raise _NodeLeavesError(error)
-        raise error
-    return ray.get(outcome.last_result.remote())
 
 
 def _start_timeout_s(cluster: ClusterConfig) -> float:
@@ -295,7 +312,7 @@ def _on_worker(job: dict[str, Any]) -> None:
 
     outcome = job["outcome"]
     if ray.get(outcome.first_error.remote()) is not None:
-        return  # Ray Train restarts after every exception; a user's error would only come again
+        return  # Ray Train heard of what this error did to another rank before it heard of the error
     if job["folder"] is not None:
         os.chdir(job["folder"])
     torch.set_num_threads(job["num_threads"])
@@ -309,6 +326,8 @@ def _on_worker(job: dict[str, Any]) -> None:
             REQUEST.ask(reason)
         if is_main and HEARTBEAT.first_at is not None:
             start.tell(HEARTBEAT.first_at)
+        if HEARTBEAT.saved is not None:
+            outcome.add_saved.remote(HEARTBEAT.saved)
         if (silent_s := HEARTBEAT.silent_s()) > job["report_after_s"]:
             outcome.add_silence.remote(f"{seat} has come to no step for {silent_s:.0f} s")
 
@@ -319,7 +338,7 @@ def _on_worker(job: dict[str, Any]) -> None:
         ):
             result = job["function"](job["config"])
     except ValueError as error:
-        if is_our_error(error):
+        if is_final(error):
             ray.get(outcome.add_error.remote(error))
         raise
     finally:

@@ -26,6 +26,7 @@ class Outcome:
     seats: dict[int, Seat] = field(default_factory=dict)  # of the ranks that run now, or ran last
     silence: str | None = None  # the first rank's of this attempt that came to no step, until it is taken
     has_silence: bool = False
+    saved: str | None = None  # the last work that a failure does not lose
 
     def add_result(self, result: object) -> None:
         self.results.append(result)
@@ -60,6 +61,12 @@ class Outcome:
     def take_silence(self) -> str | None:
         taken, self.silence = self.silence, None
         return taken
+
+    def add_saved(self, name: str) -> None:
+        self.saved = name
+
+    def last_saved(self) -> str | None:
+        return self.saved
 
     def add_text(self, is_error: bool, text: str) -> None:
         self.texts.append((is_error, text))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import cast
 
@@ -27,7 +28,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.result import Result
 
-from cluster.launch import is_our_error
+from cluster.launch import is_final
 
 ANSWERS_WITHIN_S = 1.0
 
@@ -87,18 +88,28 @@ class BoundTorchConfig(TorchConfig):
         return BoundTorchBackend
 
 
-class OurErrorsAreFinal(DefaultFailurePolicy):
-    """Ray's own policy, except that an error of ours starts no workers again: it would only come again."""
+class PatientFailurePolicy(DefaultFailurePolicy):
+    """Ray's own policy, except that an error that would only come again is final, and that failures count anew once
+    work was saved after the last of them: a run of weeks outlives any number of lost nodes."""
+
+    def __init__(self, failure_config: FailureConfig, last_saved: Callable[[], str | None]) -> None:
+        super().__init__(failure_config)
+        self.last_saved = last_saved
+        self.saved_before: str | None = None
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         failures = training_failed_error.worker_failures if isinstance(training_failed_error, WorkerGroupError) else {}
-        if any(is_our_error(error) for error in failures.values()):
+        if any(is_final(error) for error in failures.values()):
             return FailureDecision.RAISE
+        saved = self.last_saved()
+        if saved != self.saved_before:
+            self.saved_before = saved
+            self._worker_group_failures = self._controller_failures = 0
         return super().make_decision(training_failed_error)
 
 
 class BoundTorchTrainer(TorchTrainer):
-    """TorchTrainer for which our errors are final, and without two helpers that cost seconds at every start: the actor
+    """TorchTrainer with the policy above, and without two helpers that cost seconds at every start: the actor
     that frees workers of a controller that died (one more import of torch; it asks a dashboard that an embedded Ray has
     not, complains every second, and the end of the job frees them anyway), and the one that hands out Ray Data sets, of
     which there are none."""
@@ -111,5 +122,8 @@ class BoundTorchTrainer(TorchTrainer):
         """Leaves Ctrl-C to cluster.stopping: Ray would abort without a word, and without saving."""
 
     def _initialize_and_run_controller(self, **settings: object) -> Result:
-        settings["failure_policy"] = OurErrorsAreFinal(cast(FailureConfig, self.run_config.failure_config))
+        outcome = self.train_loop_config["outcome"]  # type: ignore[attr-defined]
+        settings["failure_policy"] = PatientFailurePolicy(
+            cast(FailureConfig, self.run_config.failure_config), lambda: ray.get(outcome.last_saved.remote())
+        )
         return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]

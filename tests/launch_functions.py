@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from cluster.errors import StoreUnavailableError
+from cluster.hanging import HEARTBEAT
 from cluster.stopping import REQUEST
 from training.errors import StoppedError, TrainingError
 
@@ -62,3 +64,21 @@ def stop_when_asked(config: dict) -> str:
     if torch.distributed.get_rank() == 0:
         attempts.write_text(REQUEST.reason)
     raise StoppedError(f"stopped as asked by {REQUEST.reason}; run the same command again")
+
+
+def die_or_lose_the_store(config: dict) -> str:
+    """One letter for every attempt before this one: the first dies, later ones find the store away."""
+    attempts, is_main = Path(config["attempts"]), torch.distributed.get_rank() == 0
+    before = attempts.read_text() if attempts.exists() else ""
+    torch.distributed.barrier()
+    if len(before) == config["ends_after"]:
+        return before
+    if is_main:
+        attempts.write_text(before + "x")
+        HEARTBEAT.saved = f"attempt {before}" if config["saves"] else None
+        time.sleep(1)  # long enough to be heard
+        if not before:
+            os._exit(1)
+        raise StoreUnavailableError("the store is away")
+    torch.distributed.barrier()
+    return ""

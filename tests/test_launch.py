@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import ray
-from launch_functions import refuse, stop_when_asked, sum_of_ranks, wait_to_be_asked
+from launch_functions import die_or_lose_the_store, refuse, stop_when_asked, sum_of_ranks, wait_to_be_asked
 from ray.exceptions import RayError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.config import ClusterConfig, validate_cluster
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StoreUnavailableError
 from cluster.launch import _repeating, ray_session, run_on_workers
+from cluster.ray_backend import PatientFailurePolicy
 from cluster.stopping import REQUEST
 from configs.entry import compose
 from training.errors import TrainingError
@@ -76,6 +80,37 @@ def test_a_cluster_that_does_not_answer_and_gpus_that_are_not_there_are_told_bef
 def num_workers_started() -> int:
     actors = ray._private.state.actors().values()
     return sum(actor["ActorClassName"] == "RayTrainWorker" for actor in actors)
+
+
+def test_an_error_of_ours_is_final_unless_a_store_was_away_and_failures_count_from_the_last_saved_work() -> None:
+    saved: list[str | None] = [None]
+    policy = PatientFailurePolicy(FailureConfig(max_failures=1), lambda: saved[0])
+
+    def decided(error: Exception) -> FailureDecision:
+        return policy.make_decision(WorkerGroupError("failed", {1: error}))
+
+    assert decided(TrainingError("a message")) is FailureDecision.RAISE
+    assert decided(StoreUnavailableError("away")) is FailureDecision.RETRY
+    assert decided(RuntimeError("a peer died")) is FailureDecision.RAISE
+    for step in range(3):
+        saved[0] = f"step-{step}"
+        assert decided(RuntimeError("a peer died")) is FailureDecision.RETRY
+    assert decided(RuntimeError("a peer died")) is FailureDecision.RAISE
+
+
+@pytest.mark.faults
+def test_a_run_outlives_more_failures_than_are_allowed_when_it_saves_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    cluster = local_cluster(tmp_path, max_failures=1)
+    with ray_session(cluster):
+        saving = {"attempts": str(tmp_path / "saving"), "saves": True, "ends_after": 3}
+        assert run_on_workers(die_or_lose_the_store, saving, cluster=cluster, name="saving") == "xxx"
+        losing = {"attempts": str(tmp_path / "losing"), "saves": False, "ends_after": 3}
+        with pytest.raises(StoreUnavailableError, match=r"^the store is away$"):
+            run_on_workers(die_or_lose_the_store, losing, cluster=cluster, name="losing")
+    assert (tmp_path / "losing").read_text() == "xx"
 
 
 @pytest.mark.faults

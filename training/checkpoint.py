@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import cast
 
 from cluster.errors import StorageError, StoreUnavailableError
+from cluster.hanging import HEARTBEAT
 from cluster.storage import Store, store_for
 from training.collectives import barrier, from_main, place
 from training.config import CheckpointConfig, StartConfig
@@ -246,6 +247,7 @@ class Checkpoints:
             commit.files = self._all_receipts(folder, commit.world_size)
             self._check_is_newest()
             self.store.put_if_absent(f"{folder}/{COMMIT}", json.dumps(asdict(commit), indent=1).encode())
+            HEARTBEAT.saved = folder
             self._prune()
 
     def _check_is_newest(self) -> None:
