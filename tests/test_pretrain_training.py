@@ -185,8 +185,13 @@ def test_a_finished_run_is_looked_at_again_from_its_weights(shards: str, tmp_pat
         analyse_again(config)
     plain = config_of(shards, tmp_path, "train.steps=2", "train.evaluation.every_steps=2")
     assert set(train(plain)["report"]["bold"]) == {"seconds"}  # type: ignore[index]
-    maps = config_of(shards, tmp_path, "train.steps=2", *few, "report.maps.num_samples=4")
-    analyse_again(maps)
+    same = ["train.steps=2", "train.evaluation.every_steps=2", *few, "report.maps.num_samples=4"]
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    other = config_of(shards, tmp_path, *same, "train.seed=7", "masking.hidden_share=0.25")
+    with pytest.raises(PretrainError, match=r"masking.hidden_share: .* there, 0.25 here\n  - train.seed: 0 there, 7 "):
+        analyse_again(other)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    analyse_again(config_of(shards, tmp_path, *same))
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())["report"]["bold"]
     assert found["maps"]["validation"]["windows"] == 4
     assert found["contribution"]["windows"] == 3
@@ -195,6 +200,10 @@ def test_a_finished_run_is_looked_at_again_from_its_weights(shards: str, tmp_pat
     names = {path.name for path in (tmp_path / "run" / "report").iterdir()}
     assert {"reconstruction.csv", "bold_validation_r2.nii.gz", "bold_validation_maps.png"} <= names
     assert {"bold_contribution.csv", "bold_contribution.png"} <= names
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(summary | {"fingerprint": "0" * 64}))
+    with pytest.raises(PretrainError, match=r"was trained on the set 000000000000, what is there now is"):
+        analyse_again(config_of(shards, tmp_path, *same))
 
 
 def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: str, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from cluster.storage import Store
 from training.errors import TrainingError
 
+RECORD = "run.json"
+
 # Keys that cannot change a number of the run.
 FREE_KEYS = (
     "cluster",
@@ -58,23 +60,27 @@ def config_hash(config: Mapping[str, object]) -> str:
 def claim(store: Store, config: Mapping[str, object]) -> None:
     """Make the folder this configuration's own. Several ranks may call it: the first one writes."""
     record = {"config": decisive(config), "config_hash": config_hash(config), "run_key": uuid.uuid4().hex}
-    if not store.exists("run.json"):
-        store.put_if_absent("run.json", json.dumps(record, indent=1, sort_keys=True).encode())
+    if not store.exists(RECORD):
+        store.put_if_absent(RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
 
 
 def run_key(store: Store, config: Mapping[str, object]) -> str:
     """The claimed folder's own id, by which its MLflow run is found again; TrainingError when it is another run's."""
-    record = json.loads(store.read("run.json"))
-    stored = record["config"]
+    if differing := differences(store, config):
+        raise TrainingError(
+            f"{store.join(RECORD)} belongs to another configuration; choose another run.folder, delete this one, "
+            "or go back to:\n" + "\n".join(f"  - {line}" for line in differing)
+        )
+    return json.loads(store.read(RECORD))["run_key"]
+
+
+def differences(store: Store, config: Mapping[str, object]) -> list[str]:
+    """Keys by which this configuration would give other numbers than the one that claimed the folder, with both
+    values."""
+    stored = json.loads(store.read(RECORD))["config"]
     mine = json.loads(json.dumps(decisive(config)))
-    differing = [
+    return [
         f"{key}: {stored.get(key, 'absent')!r} there, {mine.get(key, 'absent')!r} here"
         for key in sorted(stored.keys() | mine.keys())
         if stored.get(key, "absent") != mine.get(key, "absent")
     ]
-    if differing:
-        raise TrainingError(
-            f"{store.join('run.json')} belongs to another configuration; choose another run.folder, delete this one, "
-            "or go back to:\n" + "\n".join(f"  - {line}" for line in differing)
-        )
-    return record["run_key"]

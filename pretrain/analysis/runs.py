@@ -10,11 +10,13 @@ from pretrain.analysis.examined import WEIGHTS, Examined, load_weights
 from pretrain.analysis.report import FOLDER, analyse
 from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
-from pretrain.sets import OpenedSet, open_sets
+from pretrain.sets import OpenedSet, open_sets, open_source
 from pretrain.tables import Table, as_csv
-from pretrain.train import build_task
+from pretrain.train import build_task, identity
 from training.artifacts import log_folder
+from training.collectives import place
 from training.engine import own_device
+from training.identity import RECORD, differences
 
 RECONSTRUCTION = "reconstruction.csv"
 
@@ -44,23 +46,41 @@ def report_run(
 def analyse_again(config: PretrainConfig) -> None:
     """Report on a finished run as the configuration now asks, and put the numbers into its metrics.json."""
     store = store_for(config.run.folder)
-    for name in ("metrics.json", WEIGHTS):
-        if not store.exists(name):
-            raise PretrainError(
-                f"run.folder={config.run.folder} holds no {name}: not a finished run; let 'python -m pretrain' finish "
-                "with the same run.folder"
-            )
-    summary = json.loads(store.read("metrics.json"))
+    check_is_of_run(store, config)
+    summary, sets = json.loads(store.read("metrics.json")), open_sets(config)
+    source = open_source(config, sets, place())
+    source.close()
+    if source.fingerprint != summary["fingerprint"]:
+        raise PretrainError(
+            f"{config.run.folder} was trained on the set {summary['fingerprint'][:12]}, what is there now is "
+            f"{source.fingerprint[:12]}; bring the set back that it was trained on"
+        )
     with tempfile.TemporaryDirectory(dir=made(Path(config.run.scratch))) as scratch:
         weights = Path(scratch) / WEIGHTS
         store.get_file(WEIGHTS, weights)
         run_id = summary["mlflow_run_id"]
-        found = report_run(config, open_sets(config), weights=weights, tables={}, mlflow_run_id=run_id)
+        found = report_run(config, sets, weights=weights, tables={}, mlflow_run_id=run_id)
     known = summary.get("report", {})
     summary["report"] = {name: known.get(name, {}) | numbers for name, numbers in found.items()}
     store.put("metrics.json", json.dumps(summary, indent=1, sort_keys=True).encode())
     print(json.dumps(summary["report"], indent=1))
     print(f"wrote {store.join(FOLDER)}")
+
+
+def check_is_of_run(store: Store, config: PretrainConfig) -> None:
+    """PretrainError unless the folder holds a finished run of this configuration, what cannot change a number left out:
+    other masks or another set would put numbers into metrics.json that are not the run's."""
+    for name in ("metrics.json", WEIGHTS, RECORD):
+        if not store.exists(name):
+            raise PretrainError(
+                f"run.folder={config.run.folder} holds no {name}: not a finished run; let 'python -m pretrain' finish "
+                "with the same run.folder"
+            )
+    if differing := differences(store, identity(config)):
+        raise PretrainError(
+            f"{store.join(RECORD)} is of another command; give the run's own, with nothing but report.* changed:\n"
+            + "\n".join(f"  - {line}" for line in differing)
+        )
 
 
 def plan(config: PretrainConfig) -> str:
