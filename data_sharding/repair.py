@@ -24,7 +24,7 @@ from data_sharding.writer import SHARD_FILE, Receipt, close_helpers, make_shard,
 if TYPE_CHECKING:
     from data_sharding.verify import Problem
 
-INLINE = ClusterConfig("inline", 1, 1, False, 0, 600.0, 600.0, None, "")
+INLINE = ClusterConfig("inline", 1, 1, False, 0, 600.0, 600.0, None, "unused")
 
 
 def repair(location: str, problems: list[Problem], *, overrides: list[str]) -> Iterator[str]:

@@ -184,8 +184,9 @@ def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_stat
     (folder / "no_folder").write_text("a file where a folder is asked for")
     assert len(submitted_parts(ray_head)) == 1
     failing = submit(f"data_sharding.phantom out={folder}/no_folder num_subjects=2 num_frames=12")
-    assert failing.returncode not in (0, 2)
-    assert "failed" in failing.stderr
+    assert failing.returncode == 2
+    assert len(submitted_parts(ray_head)) == 2  # it was the job that failed
+    assert f"PhantomError: {folder}/no_folder is a file" in failing.stdout + failing.stderr
 
 
 @pytest.mark.parametrize(
