@@ -13,7 +13,7 @@ import pandas as pd
 from brain_models.atlas import Atlas
 from brain_models.recipe import BoldPreprocessing, CleaningConfig
 from brain_models.space import BrainSpace
-from cluster.errors import StorageError
+from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage import Store, store_for
 from data_sharding import schema
 from data_sharding.errors import ShardError
@@ -49,6 +49,8 @@ def open_set(location: str, *, scratch: str | None = None) -> ShardSet:
     store = store_for(location)
     try:
         manifest = schema.Manifest.from_json(store.read(schema.MANIFEST), location)
+    except StoreUnavailableError:
+        raise
     except StorageError as error:
         hint = "its writing was not finished; run the same 'python -m data_sharding' again"
         if not store.list(schema.PLAN):

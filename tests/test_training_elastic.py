@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from test_training_engines import ZERO, exported, largest_difference, losses, report, run_launches
 
+from cluster.errors import StoreUnavailableError
 from cluster.storage import LocalStore
+from data_sharding.shard_set import open_set
 from training.checkpoint import Commit, StartingPoint, StoredFile
-from training.elastic import fetch_whole
+from training.elastic import fetch_state, fetch_whole
 from training.errors import CheckpointError
 
 FAULT_SECTION = "Training: another number of ranks goes on"
@@ -84,3 +86,20 @@ def test_what_rank_0_has_written_down_comes_with_the_whole_state(tmp_path: Path)
     store.put(f"{step}/whole/whole.safetensors", b"damaged")
     with pytest.raises(CheckpointError, match=r"safetensors is damaged: .*; delete .*/whole and run again to make it"):
         fetch_whole(StartingPoint("own", store, step, commit, None), tmp_path / "local")
+
+
+def test_a_store_that_goes_away_under_a_set_or_a_conversion_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is tried again, where a damaged checkpoint and a set that is not there are not."""
+
+    def away(*_: object) -> bytes:
+        raise StoreUnavailableError("no answer")
+
+    commit = Commit(1, 4, [StoredFile("a", 1, "", 0)], 2, "zero2", {}, "", "", None, {})
+    point = StartingPoint("own", LocalStore(str(tmp_path)), "checkpoints/step-00000004-a", commit, None)
+    monkeypatch.setattr(LocalStore, "get_file", away)
+    monkeypatch.setattr(LocalStore, "read", away)
+    for attempt in (lambda: fetch_state(point, tmp_path / "local"), lambda: open_set(str(tmp_path))):
+        with pytest.raises(StoreUnavailableError, match=r"^no answer$"):
+            attempt()

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,15 +44,15 @@ def fetch_state(point: StartingPoint, local: Path) -> None:
     if not is_elsewhere(point.commit):
         fetch(point, local, ranks={0, place().rank})
         return
-    problem: object = None
+    problem: Exception | None = None
     if place().is_main:
         try:
             make_whole(point, local)
         except (CheckpointError, StorageError) as error:  # told to every rank: they wait here
-            problem = str(error)
-    problem = from_main(problem)
+            problem = error
+    problem = cast("Exception | None", from_main(problem))
     if problem is not None:
-        raise CheckpointError(problem)
+        raise problem
     fetch_whole(point, local)
 
 
