@@ -9,10 +9,11 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from brain_models import bundle
 from brain_models.bundle import Bundle, HeadSpec, StemSpec
+from cluster.hanging import HEARTBEAT
 from cluster.storage import Store, store_for
 from finetune import report
 from finetune.baselines import fit_logistic, log_odds, site_prevalence
@@ -23,12 +24,12 @@ from finetune.promotion import promote, refusals
 from finetune.tasks.adhd_classification import AdhdClassification
 from training import registry
 from training.checkpoint import Commit, StartingPoint, commit_hash, committed_folders, read_commit
-from training.collectives import barrier, place
+from training.collectives import from_main, place
 from training.elastic import fetch_state
 from training.engine import make_engine
 from training.evaluation import evaluate as evaluate_split
 from training.loop import FitResult
-from training.seen_subjects import overlap, write_seen
+from training.seen_subjects import overlap, seen_before, write_seen
 
 if TYPE_CHECKING:
     from finetune.train import Setup
@@ -47,7 +48,8 @@ def conclude(
     """The numbers of metrics.json (empty on other ranks than 0, which only help to evaluate)."""
     started = time.monotonic()
     store = store_for(setup.config.run.folder)
-    folder, commit = choose_commit(store, setup)
+    # The one that rank 0 sees: an attempt that is not quite dead may commit another while ranks look.
+    folder, commit = cast("tuple[str, Commit]", from_main(choose_commit(store, setup) if place().is_main else None))
     task = setup.task()
     source = setup.source(task)
     engine = make_engine(task, setup.config.train, num_micro_batches=source.num_micro_batches)
@@ -60,18 +62,19 @@ def conclude(
         found = evaluate_split(task, source, engine, split, limit=None)
         scores[split] = task.scores(found.predictions)
     source.close()
-    numbers: dict[str, object] = {}
-    with engine.whole_parameters():
-        if place().is_main:
-            chosen = {registry.CHECKPOINT_HASH_TAG: commit_hash(store, folder)}
-            publisher = Publisher(setup, result, commit, scores, {**tags, **chosen})
-            try:
-                numbers = publisher.publish(task, probe, {**seconds, "evaluation": time.monotonic() - started})
-            finally:  # leave nothing on scratch: all of it is in the run folder
-                shutil.rmtree(publisher.folder, ignore_errors=True)
-    barrier()
-    engine.close()
-    return numbers
+    chosen = {registry.CHECKPOINT_HASH_TAG: commit_hash(store, folder)}
+    publisher = Publisher(setup, result, commit, scores, {**tags, **chosen})
+    try:
+        with engine.whole_parameters():
+            if place().is_main:
+                publisher.write_bundle(task)
+        engine.close()
+        HEARTBEAT.rest()  # from here on nobody waits for another rank, however long the baselines take
+        if not place().is_main:
+            return {}
+        return publisher.publish(probe, {**seconds, "evaluation": time.monotonic() - started})
+    finally:  # leave nothing on scratch: all of it is in the run folder
+        shutil.rmtree(publisher.folder, ignore_errors=True)
 
 
 def choose_commit(store: Store, setup: Setup) -> tuple[str, Commit]:
@@ -99,13 +102,12 @@ class Publisher:
         self.scores = scores
         self.tags = tags
         self.folder = Path(setup.config.run.scratch) / f"{setup.config.run.name}-results-{time.time_ns()}"
+        self.threshold = cut(setup.config.threshold, scores)
 
-    def publish(self, task: AdhdClassification, probe: ProbeResult | None, seconds: Mapping[str, float]) -> dict:
-        """Write and register everything; the numbers of metrics.json."""
+    def publish(self, probe: ProbeResult | None, seconds: Mapping[str, float]) -> dict[str, object]:
+        """Write and register everything, the bundle written before; the numbers of metrics.json."""
         started = time.monotonic()
-        threshold = cut(self.setup.config.threshold, self.scores)
-        self._write_bundle(task, threshold)
-        rows = {report.MODEL: self._classifier(self.scores, threshold, self._chosen(probe))} | self._baselines()
+        rows = {report.MODEL: self._classifier(self.scores, self.threshold, self._chosen(probe))} | self.baselines()
         seconds = {**seconds, "baselines": time.monotonic() - started}
         contents = report.ReportContents(
             title=f"{self.setup.config.run.name}: {self.setup.config.task.name.replace('_', ' ')}",
@@ -130,17 +132,13 @@ class Publisher:
         found = evaluate(scores["test"], threshold=threshold, config=self.setup.config.bootstrap)
         return report.Classifier(scores["test"], found, note)
 
-    def _baselines(self) -> dict[str, report.Classifier]:
-        """Connectivity + logistic and site alone, scored on the same subjects; learned on the train split only."""
+    def baselines(self) -> dict[str, report.Classifier]:
+        """Connectivity + logistic and site alone, scored on the subjects that the model was scored on (a run may be too
+        short for it); learned on the train split only."""
         config, labels = self.setup.config, self.setup.labels
-        tolerated = config.data.max_bad_fraction
-        table = read_connectomes(
-            self.setup.shard_set, config.task.atlas, splits=["train", *SPLITS], max_bad_fraction=tolerated
-        )
-        known = {
-            split: [subject for subject in table.subjects_of(split) if subject in labels.is_case_of]
-            for split in ["train", *SPLITS]
-        }
+        table = read_connectomes(self.setup.shard_set, config.task.atlas, ["train", *SPLITS], data=config.data)
+        known = {split: list(scores.subjects) for split, scores in self.scores.items()}
+        known["train"] = [subject for subject in table.subjects_of("train") if subject in labels.is_case_of]
         is_case, sites = labels.rows(known["train"])
         fit = fit_logistic(table.rows(known["train"]), is_case, sites=sites, config=config.baselines)
         connectivity, site_only = {}, {}
@@ -157,7 +155,8 @@ class Publisher:
             name: self._classifier(scores, cut(config.threshold, scores), note) for name, (scores, note) in rows.items()
         }
 
-    def _write_bundle(self, task: AdhdClassification, threshold: float) -> None:
+    def write_bundle(self, task: AdhdClassification) -> None:
+        """Write the bundle, locally; call it where parameters are whole."""
         setup = self.setup
         backbone = setup.backbone.load(setup.shard_set.space)
         stem: StemSpec = backbone.stems["bold"]
@@ -169,18 +168,19 @@ class Publisher:
             segment_frames=task.num_frames,
             positive=label.cases[0],
             negative=label.controls[0],
-            threshold=1 / (1 + math.exp(-threshold)),
+            threshold=1 / (1 + math.exp(-self.threshold)),
         )
         made_by = {"part": "finetune", "run": setup.config.run.name, "set": setup.shard_set.fingerprint}
         model = task.model
         saved = Bundle(model.encoder, backbone.spaces, backbone.stems, head, model, made_by)
         folder = bundle.save(self.folder / "bundle", saved)
-        seen = set(setup.shard_set.runs("bold", ["train"])["subject"])
-        write_seen(folder, seen, also=setup.backbone.seen or ())
+        before = seen_before(store_for(setup.config.run.folder))
+        if before is not None:  # else the bundle says that nobody knows whom it has seen
+            write_seen(folder, set(setup.shard_set.runs("bold", ["train"])["subject"]), also=before)
 
     def _overlap(self) -> tuple[str, ...] | None:
-        """Test subjects the backbone was pretrained on; None when the backbone does not say."""
-        seen = self.setup.backbone.seen
+        """Test subjects that the weights the run started from were trained on; None when these do not say."""
+        seen = seen_before(store_for(self.setup.config.run.folder))
         return None if seen is None else tuple(overlap(self.scores["test"].subjects, seen))
 
     def _history(self) -> dict[str, dict]:

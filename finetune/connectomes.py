@@ -5,16 +5,18 @@ What the baseline is made from. Reads no label.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from brain_models.atlas import Atlas
-from data_sharding.reader import BatchSource, ReaderConfig, ShardSet
+from data_sharding.reader import BatchSource, DataConfig, ReaderConfig, ShardSet
 from finetune.baselines import connectivity
 
 FRAMES_AT_ONCE = 8  # a run's last frames that fill no such window are left out: at most 7
+WINDOWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,19 @@ class Connectomes:
         return sorted(subject for subject, theirs in self.split_of.items() if theirs == split)
 
     def rows(self, subjects: list[str]) -> np.ndarray:
-        """[subject, pair of regions], in the order asked for."""
-        return np.stack([self.features[subject] for subject in subjects])
+        """[subject, pair of regions], in the order asked for; NaN for a subject without a connectome."""
+        unknown = np.full_like(next(iter(self.features.values())), np.nan)
+        return np.stack([self.features.get(subject, unknown) for subject in subjects])
 
 
-def read_connectomes(
-    shard_set: ShardSet, atlas_name: str, *, splits: list[str], max_bad_fraction: float
-) -> Connectomes:
-    """The connectivity of every subject with a BOLD run in these splits; damaged windows up to a share are left out."""
+def read_connectomes(shard_set: ShardSet, atlas_name: str, splits: list[str], *, data: DataConfig) -> Connectomes:
+    """The connectivity of every subject with a BOLD run in these splits, read as the run reads; damaged windows up to
+    its share are left out."""
     atlas = shard_set.atlases[atlas_name]
     by_subject: dict[str, list[np.ndarray]] = {}
     split_of = {}
     for split in splits:
-        for subject, series in _runs(shard_set, atlas, split, max_bad_fraction=max_bad_fraction):
+        for subject, series in _runs(shard_set, atlas, split, data):
             by_subject.setdefault(subject, []).append(connectivity(series))
             split_of[subject] = split
     features = {subject: _mean(runs) for subject, runs in by_subject.items()}
@@ -56,23 +58,10 @@ def _mean(runs: list[np.ndarray]) -> np.ndarray:
     return np.where(counts > 0, np.nansum(stacked, axis=0) / np.maximum(counts, 1), np.nan)
 
 
-def _runs(
-    shard_set: ShardSet, atlas: Atlas, split: str, *, max_bad_fraction: float
-) -> Iterator[tuple[str, np.ndarray]]:
+def _runs(shard_set: ShardSet, atlas: Atlas, split: str, data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(subject, region means [time, region]) of every run of a split."""
-    config = ReaderConfig(
-        kind="bold",
-        split=split,
-        window_frames=FRAMES_AT_ONCE,
-        batch_size=1,
-        micro_batch_size=16,
-        shuffle_shards=1,
-        seed=0,
-        num_workers=0,
-        prefetch=2,
-        reader="indexed",
-        max_bad_fraction=max_bad_fraction,
-    )
+    config = ReaderConfig.for_training(data, kind="bold", window_frames=FRAMES_AT_ONCE)
+    config = dataclasses.replace(config, micro_batch_size=WINDOWS_AT_ONCE)
     source = BatchSource(shard_set, config, rank=0, world_size=1)
     scan_id, subject, parts = "", "", list[np.ndarray]()
     try:

@@ -5,7 +5,9 @@ Knows no model and no shard: numbers and names in, text out.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -95,14 +97,16 @@ def write(contents: ReportContents, folder: Path) -> Path:
 
 def _scores_table(contents: ReportContents) -> str:
     """One line a subject and classifier, so that every number of the page can be computed again."""
-    lines = ["classifier,subject,site,is_case,score"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")  # which quotes a site's name with a comma
+    writer.writerow(["classifier", "subject", "site", "is_case", "score"])
     for name, row in contents.classifiers.items():
         scores = row.scores
         for subject, site, is_case, value in zip(
             scores.subjects, scores.sites, scores.is_case, scores.values, strict=True
         ):
-            lines.append(f"{name},{subject},{site},{int(is_case)},{value:.8g}")
-    return "\n".join(lines) + "\n"
+            writer.writerow([name, subject, site, int(is_case), f"{value:.8g}"])
+    return text.getvalue()
 
 
 def show_number(value: float) -> str:

@@ -25,10 +25,11 @@ from finetune.probe import ProbeResult, start_head
 from finetune.tasks.adhd_classification import AdhdClassification, build_model
 from training import registry
 from training.checkpoint import committed_folders
-from training.collectives import place
+from training.collectives import from_main, place
 from training.engine import own_device
+from training.identity import claim, run_key
 from training.loop import Services, fit
-from training.seen_subjects import read_seen
+from training.seen_subjects import BEFORE, keep_seen, read_seen
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def train(config: FinetuneConfig) -> dict[str, object]:
     labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
     setup = Setup(config, shard_set, labels, fetch_backbone(config))
     task = setup.task()
-    probe = start(task, setup)
+    is_new = claimed(config, setup.backbone)
+    probe = start(task, setup) if is_new else None
     prepared = time.monotonic()
     source = setup.source(task)
     services = Services(identity=identity(config), export=None, tags=lineage(setup))
@@ -79,10 +81,22 @@ def train(config: FinetuneConfig) -> dict[str, object]:
     return conclude(setup, result, probe=probe, tags=lineage(setup), seconds=seconds)
 
 
+def claimed(config: FinetuneConfig, backbone: Backbone) -> bool:
+    """True when the run begins, False when it goes on from a commit. Makes the run folder this run's own and notes in
+    it whom the backbone has seen: an alias may have moved to another one by the time the run goes on."""
+    store = store_for(config.run.folder)
+    claim(store, identity(config))
+    run_key(store, identity(config))  # refuses the folder of another run
+    is_new = not from_main(committed_folders(store))  # as rank 0 sees it: all begin, or all go on
+    if place().is_main and (is_new or not store.exists(BEFORE)):
+        keep_seen(backbone.folder, store)
+    return is_new
+
+
 def start(task: AdhdClassification, setup: Setup) -> ProbeResult | None:
-    """Start the head by a probe of the frozen encoder, unless the run goes on from a commit or starts at zero."""
+    """Start the head by a probe of the frozen encoder, unless it is to start at zero."""
     config = setup.config
-    if config.task.probe is None or committed_folders(store_for(config.run.folder)):
+    if config.task.probe is None:
         return None
     task.model.to(own_device())
     source = setup.source(task)

@@ -19,6 +19,7 @@ from finetune.evaluation import (
     subject_scores,
     within_site_auroc,
 )
+from finetune.promotion import refusals
 
 BOOTSTRAP = BootstrapConfig(num_resamples=200, confidence=0.95, seed=3)
 
@@ -131,3 +132,16 @@ def test_an_empty_split_is_refused() -> None:
     empty = Scores((), np.zeros(0), np.zeros(0, dtype=bool), np.zeros(0, dtype=str))
     with pytest.raises(FinetuneError, match="no labelled subject"):
         evaluate(empty, threshold=0.0, config=BOOTSTRAP)
+
+
+def test_champion_is_refused_for_overlap_for_ignorance_and_for_chance() -> None:
+    is_case = np.arange(40) % 2 == 0
+    sites = np.full(40, "a")
+    config = BootstrapConfig(num_resamples=50, confidence=0.95, seed=0)
+    names = tuple(f"s{index:02d}" for index in range(40))
+    good = evaluate(Scores(names, is_case + 0.1 * np.arange(40) % 1, is_case, sites), threshold=0.5, config=config)
+    flat = evaluate(Scores(names, np.zeros(40), is_case, sites), threshold=0.5, config=config)
+    assert refusals(good, [], needed_low=0.5) == []
+    assert refusals(good, ["s01"], needed_low=0.5) == ["the backbone saw 1 of the test subjects"]
+    assert refusals(good, None, needed_low=0.5) == ["the backbone does not say which subjects it saw"]
+    assert refusals(flat, [], needed_low=0.5) == ["within-site AUROC's lower end 0.500 is not above 0.5"]

@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -23,20 +24,24 @@ from data_sharding.errors import ShardError
 from data_sharding.phantom import PhantomConfig, write_phantom
 from data_sharding.reader import ShardSet, open_set
 from finetune import compare
+from finetune.conclude import Publisher
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from finetune.connectomes import read_connectomes
 from finetune.errors import FinetuneError
-from finetune.evaluation import BootstrapConfig, Scores, evaluate
+from finetune.evaluation import Scores
+from finetune.labels import read_labels
 from finetune.planning import plan, validate
 from finetune.predict import find_scans, predict, scan_table
 from finetune.predict import validate as predict_problems
-from finetune.promotion import refusals
 from finetune.summary import show
-from finetune.train import fetch_backbone, train
+from finetune.train import Setup, fetch_backbone, train
 from tests.test_shards import copy_set, flip
 from training import registry
+from training.checkpoint import Commit
 from training.errors import TrainingError
+from training.loop import FitResult
 from training.runs import list_models
+from training.seen_subjects import FILE as SEEN
 from training.seen_subjects import hash_subject, overlap, read_seen, write_seen
 
 NUM_SUBJECTS = 32
@@ -172,6 +177,33 @@ def test_the_new_bundle_has_seen_its_training_subjects_and_those_of_its_backbone
     assert overlap(["0001", "sub-0001", "unknown"], {hash_subject("0001")}) == ["0001", "sub-0001"]
 
 
+def test_a_backbone_that_does_not_say_whom_it_saw_is_followed_by_a_bundle_that_does_not_either(
+    place: Place, tmp_path: Path
+) -> None:
+    silent = write_backbone(tmp_path / "silent", open_set(str(place.shards)))
+    (silent / SEEN).unlink()
+    few = [f"encoder={silent}", f"run.folder={tmp_path}/run", f"run.scratch={tmp_path}", "train.steps=2"]
+    config = place.config(*few, "task.probe=null", "train.tracking.uri=null", "train.schedule.warmup_steps=1")
+    assert train(config)["overlap"] is None
+    assert read_seen(tmp_path / "run" / "bundle") is None
+    # Said later, by whatever the same name means then, it is not of the weights that the run started from.
+    write_seen(silent, ["0001"])
+    assert train(config)["overlap"] is None
+
+
+def test_baselines_are_scored_on_the_subjects_that_the_model_was_scored_on(place: Place) -> None:
+    config, shard_set = place.config(), open_set(str(place.shards))
+    labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
+    scores = {}
+    for split in ("validation", "test"):
+        names = sorted(shard_set.runs("bold", [split])["subject"])[1:]  # as if the first one's run were too short
+        is_case, sites = labels.rows(names)
+        scores[split] = Scores(tuple(names), np.arange(len(names), dtype=float), is_case, sites)
+    setup = Setup(config, shard_set, labels, fetch_backbone(config))
+    for row in Publisher(setup, cast(FitResult, None), cast(Commit, None), scores, {}).baselines().values():
+        assert row.scores.subjects == scores["test"].subjects
+
+
 def test_tags_name_set_backbone_and_why_a_model_is_no_champion(place: Place, numbers: dict) -> None:
     tags = registry.version_tags(numbers["registered"][0], uri=place.uri)
     assert tags["callosum.set_fingerprint"] == open_set(str(place.shards)).fingerprint
@@ -180,22 +212,9 @@ def test_tags_name_set_backbone_and_why_a_model_is_no_champion(place: Place, num
     assert tags["callosum.overlap"] == "0"
 
 
-def test_champion_is_refused_for_overlap_for_ignorance_and_for_chance() -> None:
-    is_case = np.arange(40) % 2 == 0
-    sites = np.full(40, "a")
-    config = BootstrapConfig(num_resamples=50, confidence=0.95, seed=0)
-    names = tuple(f"s{index:02d}" for index in range(40))
-    good = evaluate(Scores(names, is_case + 0.1 * np.arange(40) % 1, is_case, sites), threshold=0.5, config=config)
-    flat = evaluate(Scores(names, np.zeros(40), is_case, sites), threshold=0.5, config=config)
-    assert refusals(good, [], needed_low=0.5) == []
-    assert refusals(good, ["s01"], needed_low=0.5) == ["the backbone saw 1 of the test subjects"]
-    assert refusals(good, None, needed_low=0.5) == ["the backbone does not say which subjects it saw"]
-    assert refusals(flat, [], needed_low=0.5) == ["within-site AUROC's lower end 0.500 is not above 0.5"]
-
-
 def test_connectivity_of_the_shards_is_that_of_the_runs_region_means(place: Place) -> None:
     shard_set = open_set(str(place.shards))
-    table = read_connectomes(shard_set, "template", splits=["test"], max_bad_fraction=0.0)
+    table = read_connectomes(shard_set, "template", ["test"], data=place.config().data)
     assert len(table.subjects_of("test")) == 10
     num_pairs = table.num_regions * (table.num_regions - 1) // 2
     assert table.rows(table.subjects_of("test")).shape == (10, num_pairs)
@@ -209,8 +228,9 @@ def test_connectomes_tolerate_as_much_damage_as_the_run(place: Place, tmp_path: 
         at = schema.NPY_HEADER_BYTES + frame * shard_set.space.num_voxels
         flip(tmp_path / "damaged" / row.shard, row.offset + at)
     with pytest.raises(ShardError, match="damaged samples"):
-        read_connectomes(shard_set, "template", splits=["test"], max_bad_fraction=0.0)
-    table = read_connectomes(shard_set, "template", splits=["test"], max_bad_fraction=1.0)
+        read_connectomes(shard_set, "template", ["test"], data=place.config().data)
+    tolerant = place.config("data.max_bad_fraction=1", "data.reader=stream").data
+    table = read_connectomes(shard_set, "template", ["test"], data=tolerant)
     assert len(table.subjects_of("test")) == 10
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.storage import LocalStore
+from finetune.cells import read_answer
 from finetune.evaluation import BootstrapConfig, Scores, evaluate
 from finetune.report import MODEL, Classifier, ReportContents, render, show_interval, write
 
@@ -53,6 +55,18 @@ def test_page_needs_no_other_file_and_escapes_names(contents: ReportContents) ->
         assert outside not in page.split("</style>")[1].replace('xlink:href="#', ""), outside
     assert "north&lt;1&gt;" in page
     assert "<td>north<1>" not in page
+
+
+def test_scores_are_read_back_by_a_comparison_also_where_a_sites_name_has_a_comma(
+    contents: ReportContents, tmp_path: Path
+) -> None:
+    row = contents.classifiers[MODEL]
+    scores = dataclasses.replace(row.scores, sites=np.repeat(["New York, NYU", 'the "old" scanner', "west"], 10))
+    write(dataclasses.replace(contents, classifiers={MODEL: dataclasses.replace(row, scores=scores)}), tmp_path)
+    found = read_answer(LocalStore(str(tmp_path))).scores[MODEL]
+    assert found.sites.tolist() == scores.sites.tolist()
+    assert found.is_case.tolist() == scores.is_case.tolist()
+    np.testing.assert_allclose(found.values, scores.values - 0.5, atol=1e-6)
 
 
 def test_page_is_the_same_text_every_time(contents: ReportContents) -> None:
