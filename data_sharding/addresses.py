@@ -82,9 +82,9 @@ class AddressBook:
             chunk += 1
         return WindowRead(self.shards[int(self.runs.shard[run])], tuple(spans))
 
-    def label(self, run: int, first_frame: int) -> str:
-        """The name of a sample in messages and in the quarantine."""
-        return f"{self.scan_ids[run]}:{first_frame}"
+    def label(self, run: int, slot: int) -> str:
+        """The name of a sample in the quarantine; not by its first frame, which is another one in every epoch."""
+        return f"{self.scan_ids[run]}:{slot}"
 
 
 def run_table(shard_set: ShardSet, *, kind: str, split: str, window_frames: int) -> RunTable:

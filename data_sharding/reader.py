@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ class DataState:
     seed: int
     samples_consumed: int
     samples_digest: str  # of what was read for them, 64 bits in hexadecimal; the ranks' add up to the run's
-    quarantine: list[str]  # damaged samples met so far, as scan_id:first_frame
+    quarantine: list[str]  # damaged samples met so far, as scan_id:slot
 
     def to_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -191,6 +191,8 @@ class BatchSource:
         parts = [DataState.from_dict(state) for state in states]
         assert len({part.samples_consumed for part in parts}) == 1, "states of different steps"
         merged = sorted({sample for part in parts for sample in part.quarantine})
+        if merged:  # each rank has counted its own
+            self._check_tolerance(merged, self.book(self.config.split))
         digest = added([part.samples_digest for part in parts])
         return dataclasses.replace(parts[0], samples_digest=digest, quarantine=merged).to_dict()
 
@@ -254,7 +256,7 @@ class BatchSource:
     def _batch(self, book: AddressBook, samples: Samples, weight: np.ndarray, fetched: Fetched) -> StoredBatch:
         run, first_frame = samples.run.copy(), samples.first_frame.copy()
         for row, reason in fetched.failures:
-            self._quarantine(book.label(run[row], first_frame[row]), reason, book)
+            self._quarantine(book.label(run[row], samples.slot[row]), reason, book)
             run[row], first_frame[row] = self._put_substitute(book, samples.seed[row], row, fetched)
             if samples.epoch[row] < 0:
                 weight[row] = 0  # a substitute would count twice in a metric
@@ -269,12 +271,18 @@ class BatchSource:
         )
 
     def _quarantine(self, sample: str, reason: str, book: AddressBook) -> None:
-        self.quarantine.setdefault(sample, reason)
-        limit = self.config.max_bad_fraction * book.runs.num_samples
-        if len(self.quarantine) > limit:
+        if sample not in self.quarantine:
+            self.quarantine[sample] = reason
+            self._check_tolerance(self.quarantine, book, last=f"; last: {reason}")
+
+    def _check_tolerance(self, quarantine: Iterable[str], book: AddressBook, *, last: str = "") -> None:
+        """ShardError when more samples of the book's split are damaged than are tolerated."""
+        scan_ids = set(book.scan_ids)
+        num_damaged = sum(sample.rpartition(":")[0] in scan_ids for sample in quarantine)
+        if num_damaged > self.config.max_bad_fraction * book.runs.num_samples:
             raise ShardError(
-                f"{len(self.quarantine)} damaged samples, more than max_bad_fraction={self.config.max_bad_fraction} of "
-                f"{book.runs.num_samples}; last: {reason}"
+                f"{num_damaged} damaged samples, more than max_bad_fraction={self.config.max_bad_fraction} of "
+                f"{book.runs.num_samples}{last}"
             )
 
     def _put_substitute(self, book: AddressBook, seed: int, row: int, fetched: Fetched) -> tuple[int, int]:

@@ -191,12 +191,12 @@ def test_a_damaged_sample_is_replaced_counted_and_kept_out_of_metrics(location: 
     assert (scan_id, 4) in evaluated
 
 
-def damaged_copy(location: str, target: Path) -> tuple[str, str]:
-    """A copy of the set with every frame of one chunk of a training run flipped."""
+def damaged_copy(location: str, target: Path, split: str = "train") -> tuple[str, str]:
+    """A copy of the set with every frame of one chunk of a run of this split flipped."""
     copy_set(Path(location), target)
     shard_set = open_set(str(target))
-    rows = shard_set.index[(shard_set.index.kind == schema.BOLD) & (shard_set.index.split == "train")]
-    row = rows[(rows.first_frame == 8) & (rows.num_frames == 8)].iloc[0]
+    rows = shard_set.index[(shard_set.index.kind == schema.BOLD) & (shard_set.index.split == split)]
+    row = rows[(rows.first_frame == 8) & (rows.num_frames >= 8)].sort_values("num_frames", kind="stable").iloc[0]
     for frame in range(8):
         flip(target / row.shard, row.offset + schema.NPY_HEADER_BYTES + frame * shard_set.space.num_voxels + 3)
     return str(target), row.member
@@ -206,6 +206,36 @@ def test_more_damage_than_tolerated_stops_with_the_place(location: str, tmp_path
     damaged, member = damaged_copy(location, tmp_path / "copy")
     with pytest.raises(ShardError, match=rf"damaged samples, more than max_bad_fraction=0\.0.*{member}: frame \d"):
         steps_of(source_of(damaged), 20)
+
+
+def test_damage_that_is_met_in_every_epoch_is_counted_once(location: str, tmp_path: Path) -> None:
+    damaged, _ = damaged_copy(location, tmp_path / "copy")
+    source = source_of(damaged, max_bad_fraction=1.0, window_frames=6)  # 40 frames: the phase is one of five
+    *_, (_, state) = itertools.islice(source.steps(source.initial_state()), source.num_samples_per_epoch)
+    quarantine = state["quarantine"]
+    assert isinstance(quarantine, list)
+    assert 0 < len(quarantine) <= 3  # the chunk has eight frames
+
+
+def test_damage_in_one_split_does_not_use_up_what_another_tolerates(location: str, tmp_path: Path) -> None:
+    damaged, _ = damaged_copy(location, tmp_path / "copy")
+    again, _ = damaged_copy(damaged, tmp_path / "again", split="validation")
+    num_windows = len(rows_of(list(source_of(location).evaluation("validation", limit=None))))
+    source = source_of(again, max_bad_fraction=2 / num_windows)
+    list(source.evaluation("train", limit=None))
+    assert len(source.quarantine) == 2
+    assert len(rows_of(list(source.evaluation("validation", limit=None)))) == num_windows - 2
+    with pytest.raises(ShardError, match="2 damaged samples, more than"):
+        list(source_of(again, max_bad_fraction=1 / num_windows).evaluation("validation", limit=None))
+
+
+def test_the_damage_that_ranks_have_met_is_tolerated_together(location: str) -> None:
+    source = source_of(location, max_bad_fraction=1 / source_of(location).num_samples_per_epoch)
+    scan_id = source.book("train").scan_ids[0]
+    states = [source.initial_state() | {"quarantine": [f"{scan_id}:{slot}"]} for slot in (0, 0, 1)]
+    assert source.merge_states(states[:2])["quarantine"] == [f"{scan_id}:0"]
+    with pytest.raises(ShardError, match="2 damaged samples, more than max_bad_fraction"):
+        source.merge_states(states)
 
 
 def test_what_no_split_or_window_holds_is_said(location: str) -> None:
