@@ -17,12 +17,14 @@ import numpy as np
 
 from cluster.launch import ray_session, run_on_workers
 from cluster.storage import Store, store_for
+from data_sharding.reader import open_set
 from finetune.config import CompareConfig, FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.evaluation import Scores
 from finetune.paired import Readings
 from finetune.report import MODEL
-from finetune.train import identity, train
+from finetune.train import GOLDEN, identity, train
+from training.checkpoint import file_sha256
 from training.identity import config_hash
 from training.tracking import mlflow_environment
 
@@ -132,7 +134,18 @@ def is_finished(store: Store, run: FinetuneConfig) -> bool:
     if not (store.exists("metrics.json") and store.exists("scores.csv")):  # scores.csv is written last
         return False
     lineage = json.loads(store.read("metrics.json"))["lineage"]
-    return bool(lineage["config hash"] == config_hash(identity(run)))
+    if lineage["config hash"] != config_hash(identity(run)):
+        return False
+    now = {"callosum.set_fingerprint": open_set(run.shards).fingerprint}
+    if (Path(run.encoder) / GOLDEN).exists():  # a registered version cannot change, a folder can
+        now["callosum.backbone_output"] = file_sha256(Path(run.encoder) / GOLDEN)
+    if changed := [name for name, value in now.items() if lineage.get(name, value) != value]:
+        raise FinetuneError(
+            f"{store.location}: was made before {run.shards} or {run.encoder} was written anew ("
+            + ", ".join(f"{name} {lineage[name][:12]}, now {now[name][:12]}" for name in changed)
+            + "); cells of both would be compared: choose another run.folder, or delete this one"
+        )
+    return True
 
 
 def read_answer(store: Store) -> Answer:
@@ -140,6 +153,10 @@ def read_answer(store: Store) -> Answer:
     numbers = json.loads(store.read("metrics.json"))
     rows: dict[str, list[dict[str, str]]] = {}
     for row in csv.DictReader(io.StringIO(store.read("scores.csv").decode())):
+        if None in row:  # more columns than the header has
+            raise FinetuneError(
+                f"{store.join('scores.csv')}: older code did not quote a comma in it; delete this file and run again"
+            )
         rows.setdefault(row["classifier"], []).append(row)
     scores = {}
     for name, theirs in rows.items():

@@ -24,12 +24,14 @@ from finetune.labels import Labels, read_labels
 from finetune.probe import ProbeResult, start_head
 from finetune.tasks.adhd_classification import AdhdClassification, build_model
 from training import registry
-from training.checkpoint import committed_folders
+from training.checkpoint import committed_folders, file_sha256
 from training.collectives import from_main, place
 from training.engine import own_device
 from training.identity import claim, run_key
 from training.loop import Services, fit
 from training.seen_subjects import BEFORE, keep_seen, read_seen
+
+GOLDEN = "golden.npy"  # of a bundle: a small file that other weights give another content
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def lineage(setup: Setup) -> dict[str, str]:
         "callosum.space_fingerprint": shard_set.space.fingerprint,
         "callosum.atlas": config.task.atlas,
         "callosum.backbone": config.encoder,
+        "callosum.backbone_output": file_sha256(setup.backbone.folder / GOLDEN),
     }
     passed_on = ("set_fingerprint", "checkpoint_hash", "git_commit", "masking")
     theirs = {name: setup.backbone.tags.get(f"callosum.{name}") for name in passed_on}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from cluster.storage import LocalStore
 from configs.entry import compose
 from configs.parse import parse
-from finetune.cells import Answer, Cell, arms_of, cell_config, cells_of, readings
+from finetune import cells
+from finetune.cells import Answer, Cell, arms_of, cell_config, cells_of, is_finished, read_answer, readings
 from finetune.compare import pair_problems
 from finetune.comparison import Comparison, as_markdown, compare
 from finetune.comparison_figure import draw
@@ -18,6 +23,7 @@ from finetune.errors import FinetuneError
 from finetune.evaluation import Scores, within_site_auroc
 from finetune.report import MODEL
 from finetune.train import identity
+from training.checkpoint import file_sha256
 from training.identity import config_hash
 
 NUM_SUBJECTS = 48
@@ -65,14 +71,14 @@ def test_units_are_encoders_where_an_arm_has_several_and_seeds_where_it_has_one(
 
 def test_a_cell_differs_from_another_only_by_encoder_seed_mode_and_place() -> None:
     config = make_config("encoder=region")
-    cells = cells_of(config)
-    assert len({cell.folder for cell in cells}) == len(cells) == 3 * 2 * 2 * 3
-    assert cells[0].arm == "region"  # the reference is first
-    run = cell_config(config, cells[-1])
+    all_cells = cells_of(config)
+    assert len({cell.folder for cell in all_cells}) == len(all_cells) == 3 * 2 * 2 * 3
+    assert all_cells[0].arm == "region"  # the reference is first
+    run = cell_config(config, all_cells[-1])
     assert (run.encoder, run.train.seed, run.data.seed, run.task.probe and run.task.probe.seed) == ("t1@x", 5, 5, 5)
     assert run.train.run.folder == run.run.folder == "b/cells/tube-1-full-seed5"
     assert run.task.unfreezing.first_block_opens_at_step == 0
-    probe = cell_config(config, next(cell for cell in cells if cell.mode == "probe"))
+    probe = cell_config(config, next(cell for cell in all_cells if cell.mode == "probe"))
     assert probe.task.unfreezing.first_block_opens_at_step == config.train.steps
 
 
@@ -132,3 +138,32 @@ def test_cells_scored_on_different_subjects_are_refused() -> None:
     other = Scores(("x", *scores.subjects[1:]), scores.values, scores.is_case, scores.sites)
     with pytest.raises(FinetuneError, match="scored on other subjects than the first cell"):
         readings(answers | {last: Answer({MODEL: other}, 0)}, last.mode)
+
+
+def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "golden.npy").write_bytes(b"one")
+    config = make_config(encoders=f"[{tmp_path},b@x]")
+    run = cell_config(config, cells_of(config)[0])
+    monkeypatch.setattr(cells, "open_set", lambda location: SimpleNamespace(fingerprint="11"))
+    made_of = {"callosum.set_fingerprint": "11", "callosum.backbone_output": file_sha256(tmp_path / "golden.npy")}
+    lineage = {"config hash": config_hash(identity(run)), **made_of}
+    (tmp_path / "metrics.json").write_text(json.dumps({"lineage": lineage}))
+    (tmp_path / "scores.csv").touch()
+    store = LocalStore(tmp_path)
+    assert is_finished(store, run)
+    assert not is_finished(store, dataclasses.replace(run, choose="last"))
+    (tmp_path / "golden.npy").write_bytes(b"other")
+    with pytest.raises(FinetuneError, match=r"written anew \(callosum.backbone_output 7692c3ad3540, now d9298a10d1b0"):
+        is_finished(store, run)
+    monkeypatch.setattr(cells, "open_set", lambda location: SimpleNamespace(fingerprint="22"))
+    with pytest.raises(FinetuneError, match=r"\(callosum.set_fingerprint 11, now 22, callosum.backbone_output"):
+        is_finished(store, run)
+
+
+def test_scores_that_older_code_wrote_with_a_comma_too_many_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"classifiers": {MODEL: {"threshold": 0}}, "overlap": []}))
+    (tmp_path / "scores.csv").write_text(f"classifier,subject,site,is_case,score\n{MODEL},s1,York, UK,1,0.5\n")
+    with pytest.raises(FinetuneError, match=r"scores.csv: older code did not quote a comma"):
+        read_answer(LocalStore(tmp_path))
