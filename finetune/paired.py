@@ -3,11 +3,12 @@
 Seeds are to a model what readers are to a radiograph, so the variances are those of multi-reader multi-case studies
 (Obuchowski and Rockette 1995, Commun. Stat. Simul. Comput. 24:285): of a mean over seeds, what seeds differ by, plus
 what subjects move all seeds by together. The second comes from a bootstrap that draws the same subjects for every arm
-and seed, inside strata of site and class, one fewer than a stratum has (Rao and Wu 1988, JASA 83:231: else few subjects
-look too certain). Each part has its own Student quantile and the squares are added (Howe 1974, JASA 69:789). Pairs are
-corrected by Holm 1979. Not a percentile bootstrap over seeds as well: with two or three seeds its intervals held the
-truth in 81 to 100 % of simulated studies; nor pooled degrees of freedom (Hillis 2007): with two seeds, two corrected
-comparisons erred in 5 to 16 % (docs/experiments.md). Scores in, verdicts out.
+and seed, inside strata of site and class, one fewer than a stratum has (Rao and Wu 1988, JASA 83:231: else few
+subjects look too certain; subjects alone in theirs are joined). Each part has its own Student quantile and the
+squares are added (Howe 1974, JASA 69:789). Pairs are corrected by Holm 1979. Not a percentile bootstrap over seeds as
+well: with two or three seeds its intervals held the truth in 81 to 100 % of simulated studies; nor pooled degrees of
+freedom (Hillis 2007): with two seeds, two corrected comparisons erred in 5 to 16 % (docs/experiments.md). Scores in,
+verdicts out.
 """
 
 from __future__ import annotations
@@ -63,14 +64,35 @@ class Difference:
 
 def resampled_metrics(readings: Readings, metric: Metric, config: BootstrapConfig) -> dict[str, np.ndarray]:
     """[1 + resample, unit] of every arm; row 0 is the metric of the subjects as they are."""
-    strata = np.char.add(readings.sites.astype(str), readings.is_case.astype(int).astype(str))
-    weights = subject_weights(strata, config)
+    weights = subject_weights(strata_of(readings), config)
     found = {}
     for arm, values in readings.values.items():
         flat = rearrange(values, "unit repeat subject -> (unit repeat) subject")
         numbers = weighted_metric(flat, readings, weights=weights, metric=metric)
+        numbers = numbers[np.isfinite(numbers).all(axis=1)]  # no draw without a pair of one site, whatever the arm
         found[arm] = rearrange(numbers, "draw (unit repeat) -> draw unit repeat", unit=len(values)).mean(axis=-1)
     return found
+
+
+def strata_of(readings: Readings) -> np.ndarray:
+    """[subject]: the number of each one's stratum of site and class.
+
+    A subject alone in its stratum could not be drawn otherwise and would count as certain, so those of a class make one
+    stratum; a single one of them joins the smallest stratum of its class.
+    """
+    _, of_subject, sizes = np.unique(
+        np.char.add(readings.sites.astype(str), readings.is_case.astype(int).astype(str)),
+        return_inverse=True,
+        return_counts=True,
+    )
+    for of_class in (readings.is_case, ~readings.is_case):
+        alone = np.flatnonzero(of_class & (sizes[of_subject] == 1))
+        others = [stratum for stratum in np.unique(of_subject[of_class]) if sizes[stratum] > 1]
+        if len(alone) > 1:
+            of_subject[alone] = of_subject[alone[0]]
+        elif len(alone) and others:
+            of_subject[alone] = min(others, key=sizes.__getitem__)
+    return of_subject
 
 
 def subject_weights(strata: np.ndarray, config: BootstrapConfig) -> np.ndarray:
@@ -80,7 +102,7 @@ def subject_weights(strata: np.ndarray, config: BootstrapConfig) -> np.ndarray:
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
         size = len(members)
-        if size > 1:  # a subject alone in its stratum cannot be drawn otherwise
+        if size > 1:  # else it is all there is of a class
             counts = generator.multinomial(size - 1, np.full(size, 1 / size), size=config.num_resamples)
             weights[1:, members] = counts * size / (size - 1)
     return weights
@@ -104,7 +126,8 @@ def weighted_metric(values: np.ndarray, readings: Readings, *, weights: np.ndarr
     by_control = einsum(case_weights, won * counts, "draw case, model case control -> draw model control")
     won_weight = einsum(by_control, control_weights, "draw model control, draw control -> draw model")
     pairs = einsum(case_weights, counts, control_weights, "draw case, case control, draw control -> draw")
-    return won_weight / pairs[:, None]
+    with np.errstate(invalid="ignore"):  # NaN where a draw leaves no pair
+        return won_weight / pairs[:, None]
 
 
 def estimate(draws: np.ndarray, *, spare_subjects: int, confidence: float, null: float) -> Estimate:
@@ -154,7 +177,7 @@ def holm(values: list[float]) -> list[float]:
 
 def spare_subjects(readings: Readings) -> int:
     """Subjects less strata of site and class: the degrees of freedom of the subjects' spread."""
-    return len(readings.sites) - len({*zip(readings.sites.tolist(), readings.is_case.tolist(), strict=True)})
+    return len(readings.sites) - len(np.unique(strata_of(readings)))
 
 
 def differences(

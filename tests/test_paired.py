@@ -16,6 +16,7 @@ from finetune.paired import (
     holm,
     resampled_metrics,
     spare_subjects,
+    strata_of,
     subject_weights,
     verdict,
 )
@@ -91,6 +92,40 @@ def test_resamples_keep_every_stratums_weight_and_a_mean_varies_as_theory_says()
     values = np.random.default_rng(0).normal(size=4)
     means = weights[1:, strata == "a0"] @ values / 4
     assert means.var() == pytest.approx(values.var(ddof=1) / 4, rel=0.1)  # a plain bootstrap gives three quarters of it
+
+
+def test_a_subject_alone_in_its_site_and_class_is_drawn_with_others_of_its_class() -> None:
+    sites = np.array(["a", "a", "b", "c", "d", "d", "d", "e"])
+    is_case = np.array([True, True, True, True, False, False, False, False])
+    readings = Readings({}, is_case, sites)
+    together = [[0, 1], [2, 3], [4, 5, 6, 7]]  # the one control alone joins the smallest stratum of controls
+    strata = strata_of(readings)
+    assert sorted(np.flatnonzero(strata == one).tolist() for one in np.unique(strata)) == together
+    assert spare_subjects(readings) == 8 - 3
+
+
+def test_sites_with_one_case_and_one_control_do_not_make_intervals_too_short() -> None:
+    generator = np.random.default_rng(1)
+    sites = np.repeat([f"s{number:02d}" for number in range(13)], [2] * 12 + [12])
+    is_case, covered = np.arange(len(sites)) % 2 == 0, 0
+    for seed in range(100):
+        person = is_case + generator.normal(size=len(sites))
+        values = {arm: person + 0.8 * generator.normal(size=(1, 1, len(sites))) for arm in ("plain", "second")}
+        readings = Readings(values, is_case, sites)
+        draws = resampled_metrics(readings, "balanced_accuracy", BootstrapConfig(120, 0.95, seed))
+        difference, spare = draws["second"] - draws["plain"], spare_subjects(readings)
+        found = estimate(difference, spare_subjects=spare, confidence=0.95, null=0.0)
+        covered += found.low <= 0 <= found.high
+    assert covered >= 85  # 88; 58 where those subjects were never drawn otherwise
+
+
+def test_a_draw_without_a_pair_of_one_site_is_left_out() -> None:
+    sites, is_case = np.array(["a", "a", "b", "b"]), np.array([True, False, True, False])
+    values = {arm: np.arange(4.0)[None, None] for arm in ("plain", "second")}
+    draws = resampled_metrics(Readings(values, is_case, sites), "within_site_auroc", CONFIG)
+    assert np.isfinite(draws["plain"]).all()
+    assert 1 < len(draws["plain"]) < 1 + CONFIG.num_resamples
+    assert len(draws["plain"]) == len(draws["second"])
 
 
 def test_holm_is_the_step_down_of_its_paper() -> None:
