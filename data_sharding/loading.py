@@ -31,7 +31,7 @@ def _in_processes(
     # Not fork: an S3 client and the threads of a training process do not survive it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_sharding.fetch"])
-    yield from DataLoader(
+    loader: DataLoader[Fetched] = DataLoader(
         fetcher,  # type: ignore[arg-type]
         sampler=reads,
         batch_size=None,
@@ -41,6 +41,13 @@ def _in_processes(
         worker_init_fn=partial(_take_environment, dict(os.environ)),
         multiprocessing_context=context,
     )
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:  # a batch whose memory only the dead process could hand over
+        raise RuntimeError(
+            f"a loader process ended before its batches were taken over ({error!r}); most often the system killed it "
+            "for want of memory: lower data.num_workers or data.prefetch"
+        ) from error
 
 
 def _take_environment(environment: dict[str, str], worker: int) -> None:

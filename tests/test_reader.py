@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -236,6 +237,17 @@ def test_the_damage_that_ranks_have_met_is_tolerated_together(location: str) -> 
     assert source.merge_states(states[:2])["quarantine"] == [f"{scan_id}:0"]
     with pytest.raises(ShardError, match="2 damaged samples, more than max_bad_fraction"):
         source.merge_states(states)
+
+
+def test_a_loader_process_that_is_killed_ends_the_reading_with_its_name(location: str) -> None:
+    source = source_of(location, num_workers=1)
+    steps = source.steps(source.initial_state())
+    next(steps)
+    ours = psutil.Process()
+    loaders = [child for child in ours.children(recursive=True) if child.ppid() != ours.pid]
+    max(loaders, key=psutil.Process.create_time).kill()
+    with pytest.raises(RuntimeError, match=r"loader process|DataLoader worker"):  # its batch was on the way, or not
+        list(itertools.islice(steps, 20))
 
 
 def test_what_no_split_or_window_holds_is_said(location: str) -> None:
