@@ -77,6 +77,18 @@ def test_the_masking_experiment_pretrains_every_arm_and_seed_alike_and_compares_
     }
 
 
+def test_the_masking_experiment_does_not_take_a_store_that_fails_for_a_backbone_that_is_not_there(
+    tmp_path: Path,
+) -> None:
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho no credentials >&2\nexit 1\n")
+    failing.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = bash("bash pretrain/launch/region_vs_random.sh", LAUNCH="echo", SHARDS="/brains", PATH=path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no credentials" in done.stderr
+
+
 def test_a_stage_passes_its_variables_and_arguments_on() -> None:
     def shown(script: str, arguments: str) -> list[str]:
         variables = {"LAUNCH": "echo", "SHARDS": "/somewhere", "NAME": "mine", "OUT": "/runs/one"}

@@ -33,13 +33,17 @@ FINETUNE=${FINETUNE:-}                           # and of python -m finetune.com
 LAUNCH=${LAUNCH:-${SUBMIT:+bash cluster/submit.sh}}  # a Ray job that is checked, followed, and taken up again
 LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS; echo: only show commands
 
-# A finished backbone has written metrics.json, wherever it lives; training it again would register a new version.
+# A finished backbone has written metrics.json, wherever it lives; training it again would register a new version. A
+# store that does not answer ends the script: it says nothing about what is finished.
 is_finished() {
-    python - "$1" <<'PYTHON'
+    local found
+    found=$(python - "$1" <<'PYTHON'
 import sys
 from cluster.storage import store_for
-sys.exit(not store_for(sys.argv[1]).exists("metrics.json"))
+print(store_for(sys.argv[1]).exists("metrics.json"))
 PYTHON
+    ) || exit 1
+    [[ $found == True ]]
 }
 
 ENCODERS=""
