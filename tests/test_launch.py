@@ -23,6 +23,8 @@ from cluster.stopping import REQUEST
 from configs.entry import compose
 from training.errors import TrainingError
 
+FAULT_SECTION = "Workers on Ray"
+
 
 def local_cluster(folder: Path, *, max_failures: int = 1) -> ClusterConfig:
     return ClusterConfig("local", 2, 1, False, max_failures, 120, 60, None, str(folder / "ray"))

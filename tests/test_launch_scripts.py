@@ -15,6 +15,8 @@ from finetune.cells import arms_of
 from finetune.config import CompareConfig, FinetuneConfig
 from pretrain.config import PretrainConfig
 
+FAULT_SECTION = "Launch scripts"
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/launch/*.sh"))
 INLINE = "engine=plain cluster=inline cluster.num_workers=1 data.num_workers=0"

@@ -29,6 +29,8 @@ from tests.test_pretrain_training import TINY
 from training.collectives import Place
 from training.engine import checkpoint_bytes
 
+FAULT_SECTION = "Joint runs of several ranks"
+
 BATCH_SIZE = 6
 SPLITS = ["splits.rule=ranked", "splits.num_validation=1", "splits.num_test=1"]
 

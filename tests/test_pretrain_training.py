@@ -36,6 +36,8 @@ from pretrain.validation import validate
 from training import registry
 from training.seen_subjects import hash_subject, keep_seen, read_seen, seen_before, write_seen
 
+FAULT_SECTION = "What commits say was read"
+
 TINY = [  # a model that trains in seconds, in this process
     "engine=plain",
     "cluster=inline",

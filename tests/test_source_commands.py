@@ -14,6 +14,8 @@ from data_sharding.shard_set import open_set
 from data_sharding.sources import kinds_of_source
 from data_sharding.verify import verify
 
+FAULT_SECTION = "Commands of the sources' headers"
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 COMMAND = re.compile(r"^# +python (-m .*)$", flags=re.MULTILINE)
 HEADERS = {path.stem: path for path in (CONFIGS / "dataset").glob("*.yaml") if COMMAND.search(path.read_text())}

@@ -203,6 +203,8 @@ echo "127.0.0.1 "
 """
 COMMAND = """
 import os, signal, stat, sys, time, ray
+
+FAULT_SECTION = "A Slurm job"
 signal.signal(signal.SIGUSR1, lambda number, frame: (print("SAVED", flush=True), sys.exit(75)))
 ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
 mode = stat.S_IMODE(os.stat(os.environ["RAY_AUTH_TOKEN_PATH"]).st_mode)
