@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from brain_models import bundle
 from brain_models.bundle import Bundle, HeadSpec, StemSpec
-from cluster.hanging import HEARTBEAT
 from cluster.storage import Store, store_for
 from finetune import report
 from finetune.baselines import fit_logistic, log_odds, site_prevalence
@@ -69,7 +68,7 @@ def conclude(
             if place().is_main:
                 publisher.write_bundle(task)
         engine.close()
-        HEARTBEAT.rest()  # from here on nobody waits for another rank, however long the baselines take
+        # From here on nobody waits for another rank, however long the baselines take.
         if not place().is_main:
             return {}
         return publisher.publish(probe, {**seconds, "evaluation": time.monotonic() - started})

@@ -15,6 +15,7 @@ from torch import Tensor
 from training_toys import ToyBatch, ToySource, ToyTask, toy_config
 
 from cluster.errors import StorageError, StoreUnavailableError
+from cluster.hanging import HEARTBEAT
 from cluster.storage import LocalStore
 from training import checkpoint
 from training.checkpoint import (
@@ -101,6 +102,13 @@ def check_one_rank_went_on(copy: Path, *, uninterrupted: Path) -> None:
     point.commit = read_commit(point.store, point.folder)
     with pytest.raises(CheckpointError, match=r"whole\.safetensors is damaged: sha256"):
         fetch_state(point, damaged / "fetched")
+
+
+def test_once_training_is_over_no_step_is_expected(trained: TrainConfig) -> None:
+    """Or a long report would be told as a rank that hangs."""
+    run(trained)
+    assert HEARTBEAT.first_at is not None
+    assert HEARTBEAT.silent_s() == 0.0
 
 
 def test_however_long_an_upload_takes_no_more_than_an_interval_lies_between_a_step_and_the_newest_commit(

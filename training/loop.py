@@ -135,6 +135,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
                 raise stopped(run, done)
         run.tracing.finish(config.steps)
         result = finish(run, started)
+    HEARTBEAT.rest()  # no step is to come, however long reports, baselines and registration take
     result.mlflow_run_id = run.tracker.run_id  # known for sure once the tracker is closed
     return result
 
