@@ -257,6 +257,7 @@ class Network:
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
         command += [f"--temp-dir={self.ray_folder}/{name}"]  # each has a disk of its own
         if is_head:
+            (self.ray_folder / name / "ray_current_cluster").unlink(missing_ok=True)  # a new machine has none
             command += ["--head", f"--port={GCS_PORT}", "--dashboard-host=127.0.0.1"]
         else:
             command += [f"--address={self.hosts['head'].address}:{GCS_PORT}"]
@@ -273,6 +274,18 @@ class Network:
         """kill -9 of every process of a node, and its namespace with it."""
         self.hosts.pop(name).remove()
         self.servers.pop(name).wait()
+
+    def announce_end(self, name: str, *, in_s: int) -> None:
+        """What a cloud's notice leads to: Ray gives the node no new work."""
+        head, address = self.hosts["head"], self.hosts[name].address
+        nodes = (
+            f"[node['NodeID'] for node in ray.nodes() if node['Alive'] and node['NodeManagerAddress'] == '{address}']"
+        )
+        script = f"import ray; ray.init('auto', logging_level='ERROR'); print({nodes}[0])"
+        node = head.run(sys.executable, "-c", script).stdout.split()[-1]
+        words = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back")
+        drained = head.run("ray", "drain-node", "--node-id", node, *words, "--deadline-remaining-seconds", str(in_s))
+        assert drained.returncode == 0, drained.stderr
 
     def wait_for_nodes(self) -> None:
         """Returns when every started node has joined and the head takes jobs."""

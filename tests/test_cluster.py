@@ -232,6 +232,32 @@ def test_a_node_added_to_a_run_changes_no_bit_of_it_and_the_next_run_is_on_all_t
 
 
 @pytest.mark.faults
+def test_a_run_leaves_a_node_that_announces_its_end_without_repeating_a_step(
+    cluster: Cluster, undisturbed: list[float], record_property: Record
+) -> None:
+    record_property("fault", "a node announces its end in 60 s, another is added, max_failures=0")
+    job = cluster.pretrain("drained", "cluster.max_failures=0")
+    wait_for_commit(cluster, job, 2)
+    (worker,) = cluster.net.hosts["b"].processes("ray::RayTrainWorker")
+    worker.suspend()  # else a run of seconds is over before the command that announces has started
+    cluster.net.start_node("c")
+    cluster.net.announce_end("b", in_s=60)
+    announced_at = time.monotonic()
+    worker.resume()
+    try:
+        text = job.succeeded()
+        record_property("recovery_s", time.monotonic() - announced_at)
+    finally:
+        cluster.net.lose_node("c")
+        cluster.net.lose_node("b")
+        cluster.net.start_node("b")
+        cluster.net.wait_for_nodes()
+    assert re.search(r"stopped .* the announced end of node \w+.*going on on other nodes", text), text
+    assert num_repeated(text) == 0
+    assert_as_undisturbed(cluster, "drained", text)
+
+
+@pytest.mark.faults
 def test_a_run_that_began_on_fewer_workers_grows_when_a_node_comes(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
@@ -245,14 +271,11 @@ def test_a_run_that_began_on_fewer_workers_grows_when_a_node_comes(
     finally:
         cluster.net.start_node("b")
         cluster.net.wait_for_nodes()
-    came_at = time.monotonic()
     text = job.succeeded()
-    record_property("recovery_s", time.monotonic() - came_at)
     assert "Deciding to resize the worker group from 1 -> 2 workers" in text  # which counts as no failure
     assert_as_undisturbed(cluster, "grown", text, rel=1e-4)
-    commits = sorted(cluster.run_folder("grown").glob("checkpoints/*/COMMIT.json"))
-    world_sizes = [json.loads(path.read_text())["world_size"] for path in commits]
-    assert (world_sizes[:2], world_sizes[-1]) == ([1, 1], 2)
+    commits = [json.loads(path.read_text()) for path in sorted(cluster.run_folder("grown").glob("*/*/COMMIT.json"))]
+    assert [commits[number]["world_size"] for number in (0, 1, -1)] == [1, 1, 2]
 
 
 @pytest.mark.faults
