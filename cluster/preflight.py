@@ -144,13 +144,12 @@ def wait_for_places(cluster: ClusterConfig) -> None:
     more, or the run would give up: a cluster may have no worker before somebody wants one."""
     from ray.autoscaler.sdk import request_resources
 
-    place = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     give_up_at = time.monotonic() + cluster.start_timeout_s
     last_sign_at = None
     try:
         while not has_places(cluster) and time.monotonic() < give_up_at:
             if last_sign_at is None:
-                request_resources(bundles=[place] * cluster.num_workers)
+                request_resources(bundles=[place_of_worker(cluster)] * cluster.num_workers)
                 print(f"waiting at most {cluster.start_timeout_s:.0f} s for nodes, if any are coming", flush=True)
             if last_sign_at is None or are_nodes_coming():
                 last_sign_at = time.monotonic()
@@ -166,9 +165,18 @@ def has_places(cluster: ClusterConfig) -> bool:
     """True when the nodes there are have CPUs and GPUs for as many workers as the run needs."""
     import ray
 
-    resources, num_workers = ray.cluster_resources(), cluster.min_workers or cluster.num_workers
-    has_gpus = not cluster.use_gpu or resources.get("GPU", 0) >= num_workers
-    return has_gpus and resources.get("CPU", 0) >= num_workers * cluster.cpus_per_worker
+    resources = ray.cluster_resources()
+    return all(resources.get(resource, 0) >= number for resource, number in least_places(cluster).items())
+
+
+def place_of_worker(cluster: ClusterConfig) -> dict[str, int]:
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+
+
+def least_places(cluster: ClusterConfig) -> dict[str, int]:
+    """What the fewest workers that the run starts with take together."""
+    num_workers = cluster.min_workers or cluster.num_workers
+    return {resource: num_workers * number for resource, number in place_of_worker(cluster).items()}
 
 
 def are_nodes_coming() -> bool:
@@ -253,15 +261,13 @@ def capacity(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
     """CPUs and GPUs of the whole cluster against those of all workers."""
     import ray
 
-    resources, cluster = ray.cluster_resources(), needs.cluster
-    num_workers = cluster.min_workers or cluster.num_workers
-    num_cpus = num_workers * cluster.cpus_per_worker
+    resources, least = ray.cluster_resources(), least_places(needs.cluster)
     found = resources.get("CPU", 0)
-    rows = [Row("CPUs", f"{found:.0f} on {len(nodes)} nodes", f"{num_cpus}", found >= num_cpus)]
-    if cluster.use_gpu:
+    rows = [Row("CPUs", f"{found:.0f} on {len(nodes)} nodes", f"{least['CPU']}", found >= least["CPU"])]
+    if "GPU" in least:
         memory = ", ".join(f"{node.host} {node.num_gpus} x {node.gpu_bytes / 2**30:.0f} GiB" for node in nodes)
         num_gpus = min(int(resources.get("GPU", 0)), sum(node.num_gpus for node in nodes))
-        rows.append(Row("GPUs", f"{num_gpus} ({memory})", f"{num_workers}", num_gpus >= num_workers))
+        rows.append(Row("GPUs", f"{num_gpus} ({memory})", f"{least['GPU']}", num_gpus >= least["GPU"]))
     return rows
 
 
