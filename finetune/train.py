@@ -89,7 +89,8 @@ def claimed(config: FinetuneConfig, backbone: Backbone) -> bool:
     store = store_for(config.run.folder)
     claim(store, identity(config))
     run_key(store, identity(config))  # refuses the folder of another run
-    is_new = not from_main(committed_folders(store))  # as rank 0 sees it: all begin, or all go on
+    # As rank 0 sees it: all begin, or all go on.
+    is_new = not from_main(committed_folders(store) if place().is_main else None)
     if place().is_main and (is_new or not store.exists(BEFORE)):
         keep_seen(backbone.folder, store)
     return is_new

@@ -83,7 +83,7 @@ def starting_point(store: Store, start: StartConfig) -> StartingPoint:
     reason to fall through to the next choice."""
     # 1. The run folder's own latest commit: the same command was run before, so go on. From the one that rank 0 sees:
     # an attempt that is not quite dead may commit another while ranks look one after the other.
-    folders = cast("list[str]", from_main(committed_folders(store)))
+    folders = cast("list[str]", from_main(committed_folders(store) if place().is_main else None))
     if folders:
         return StartingPoint("own", store, folders[-1], read_commit(store, folders[-1]), None)
     # 2. A checkpoint named in the configuration: go on from where another run was, with its step and data order.

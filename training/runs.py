@@ -13,7 +13,7 @@ from cluster.errors import StorageError
 from cluster.storage import store_for
 from training.checkpoint import committed_folders
 from training.errors import RegistryError
-from training.tracking import known_server, mlflow_environment
+from training.tracking import known_server, last_steps, mlflow_environment
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -39,7 +39,7 @@ def list_runs(uri: str) -> list[str]:
 
 def describe(run: Run, uri: str) -> list[str]:
     """One run's lines."""
-    steps = {row.key: row.step for row in run.data.to_proto().metrics}  # of each metric's newest row
+    steps = last_steps(run)
     step = next((steps[key] for key in STEP_KEYS if key in steps), None)
     lines = [f"{run.info.run_name}  {run.info.status}" + (f"  step {step}" if step is not None else "")]
     if folder := run.data.params.get("train.run.folder"):

@@ -20,6 +20,7 @@ from training.config import TrackingConfig
 from training.errors import RegistryError
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ def known_server(uri: str) -> str:
     if scheme == "sqlite" and not file.exists():
         raise RegistryError(f"{uri}: there is no file {file}; check the address and the folder you are in")
     return uri
+
+
+def last_steps(run: Run) -> dict[str, int]:
+    """The last step of each metric: its newest row comes with the run, so that no history has to be read."""
+    return {row.key: row.step for row in run.data.to_proto().metrics}
 
 
 def mlflow_environment(timeout_s: float) -> None:
@@ -198,8 +204,7 @@ class Sender:
         found = client.search_runs([experiment], filter_string=f"tags.`{RUN_KEY_TAG}` = '{self.label.run_key}'")
         if found:
             run = found[0]
-            # A metric's newest row, which comes with the run, is that of its last step: no history has to be read.
-            self.last_steps = {row.key: row.step for row in run.data.to_proto().metrics}
+            self.last_steps = last_steps(run)
             client.set_terminated(run.info.run_id, "RUNNING")
         else:
             tags = {**self.label.tags, RUN_KEY_TAG: self.label.run_key}
