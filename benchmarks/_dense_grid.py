@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from brain_models.atlas import Atlas
 from brain_models.encoder import BrainEncoder, EncoderConfig
 from brain_models.space import require_grid, space_from_mask
-from data_sharding.batch import Batch
-from pretrain.geometry import Geometry
-from pretrain.masked_set import at
-from pretrain.masking import MaskingConfig
+from data_sharding.read.batch import Batch
+from pretrain.masked.geometry import Geometry
+from pretrain.masked.masked_set import at
+from pretrain.masked.masking import MaskingConfig
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
 

@@ -19,10 +19,10 @@ import torch
 from _measure import Row, arguments_of, cpu_seconds, report
 from _task import Workload, geometry_of, packed_task, stored_batches, train_config
 
-from data_sharding.batch import Batch, decode
-from pretrain.masked_set import at
-from pretrain.masked_volumes import MaskedVolumes
-from training.engine import Engine, make_engine
+from data_sharding.read.batch import Batch, decode
+from pretrain.masked.masked_set import at
+from pretrain.masked.masked_volumes import MaskedVolumes
+from training.engine.engines import Engine, make_engine
 
 BUDGET = 0.05
 

@@ -26,11 +26,11 @@ from webdataset.writer import TarWriter
 
 from brain_models.preprocess import NOT_MEASURED
 from data_sharding import schema
-from data_sharding.batch import decode
 from data_sharding.checksums import crc32_of_frames
-from data_sharding.fetch import Fetcher, FetchSettings, FrameSpan, WindowRead
-from data_sharding.loading import fetched_in_order
-from data_sharding.packing import npy_bytes
+from data_sharding.read.batch import decode
+from data_sharding.read.fetch import Fetcher, FetchSettings, FrameSpan, WindowRead
+from data_sharding.read.loading import fetched_in_order
+from data_sharding.write.packing import npy_bytes
 
 NUM_VOXELS = 272_554
 NUM_ROTATING = 8

@@ -26,9 +26,9 @@ from _measure import Row, arguments_of, report
 
 from brain_models.space import SpaceConfig
 from data_sharding import schema
-from data_sharding.addresses import run_table
-from data_sharding.order import SampleOrder, rank_share
-from data_sharding.reader import BatchSource, ReaderConfig, open_set
+from data_sharding.read.addresses import run_table
+from data_sharding.read.order import SampleOrder, rank_share
+from data_sharding.read.reader import BatchSource, ReaderConfig, open_set
 from data_sharding.spaces import make_space
 
 NUM_FRAMES, CHUNK_FRAMES, WINDOW_FRAMES = 300, 64, 20

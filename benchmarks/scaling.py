@@ -25,7 +25,7 @@ import torch.distributed
 from _measure import Row, about, arguments_of, markdown
 from _task import Workload, geometry_of, packed_task, stored_batches, train_config
 
-from training.engine import make_engine
+from training.engine.engines import make_engine
 
 AIM = 1.7
 

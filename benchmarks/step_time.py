@@ -33,8 +33,8 @@ from _dense_grid import DenseGrid
 from _measure import Row, about, arguments_of, markdown
 from _task import Workload, geometry_of, model_config, packed_task, peak_tflops, stored_batches, train_config
 
-from data_sharding.batch import StoredBatch
-from training.engine import make_engine
+from data_sharding.read.batch import StoredBatch
+from training.engine.engines import make_engine
 from training.task import Cost
 
 VARIANTS = ("plain", "compiled", "recomputed", "compiled+recomputed", "dense")

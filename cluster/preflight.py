@@ -21,9 +21,9 @@ import yaml
 
 from cluster.config import ClusterConfig
 from cluster.errors import PreflightError
-from cluster.launch import ray_session
-from cluster.node_check import Link, NodeFacts, clock_s, node_facts
-from cluster.storage import store_for
+from cluster.ray.launch import ray_session
+from cluster.ray.node_check import Link, NodeFacts, clock_s, node_facts
+from cluster.storage.stores import store_for
 
 MAX_CLOCK_SKEW_S = 2.0  # an S3 server refuses requests 15 min off; metrics of several nodes should stay in order
 MIN_LINK_SHARE = 0.5  # of the fastest: one slow link slows every step of every rank

@@ -1,4 +1,4 @@
-"""Whether this process was asked to stop: by a signal, or by the cluster (see cluster.launch). Knows not what it runs.
+"""Whether this process was asked to stop: by a signal, or by the cluster (see cluster.ray.launch).
 
 SIGTERM is what schedulers, spot machines and `ray job stop` send; SIGUSR1 what Slurm's --signal is commonly set to;
 SIGINT is Ctrl-C.

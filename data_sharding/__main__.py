@@ -15,9 +15,9 @@ Groups:   dataset=bids|adhd200|mica_mics|hcp_motor|algonauts2023 (docs/datasets.
 from __future__ import annotations
 
 from configs.entry import main
-from data_sharding.build import build
 from data_sharding.config import ShardingConfig, validate_config
-from data_sharding.prepare import describe
+from data_sharding.write.build import build
+from data_sharding.write.prepare import describe
 
 
 def run() -> None:

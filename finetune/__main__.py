@@ -13,11 +13,11 @@ metrics.json (every number with its interval, beside the baselines), scores.csv 
 Then classify scans: python -m finetune.predict classifier=models:/finetune-adhd_classification@candidate scans=[...]
 """
 
-from cluster.launch import run_on_workers
+from cluster.ray.launch import run_on_workers
 from configs.entry import main
 from finetune.config import FinetuneConfig
 from finetune.planning import plan, validate
-from finetune.summary import show
+from finetune.report.summary import show
 from finetune.train import train
 
 

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from brain_models import bundle
 from brain_models.bundle import Bundle, HeadSpec, StemSpec
-from cluster.storage import Store, store_for
-from finetune import report
-from finetune.baselines import fit_logistic, log_odds, site_prevalence
-from finetune.connectomes import read_connectomes
-from finetune.evaluation import Scores, choose_threshold, evaluate
-from finetune.probe import ProbeResult
+from cluster.storage.stores import Store, store_for
 from finetune.promotion import promote, refusals
+from finetune.report import page as report
 from finetune.tasks.adhd_classification import AdhdClassification
-from training import registry
+from finetune.tasks.subject_prediction.baselines import fit_logistic, log_odds, site_prevalence
+from finetune.tasks.subject_prediction.connectomes import read_connectomes
+from finetune.tasks.subject_prediction.evaluation import Scores, choose_threshold, evaluate
+from finetune.tasks.subject_prediction.probe import ProbeResult
 from training.checkpoint import Commit, StartingPoint, commit_hash, committed_folders, read_commit
 from training.collectives import from_main, place
-from training.elastic import fetch_state
-from training.engine import make_engine
+from training.engine.elastic import fetch_state
+from training.engine.engines import make_engine
 from training.evaluation import evaluate as evaluate_split
 from training.loop import FitResult
-from training.seen_subjects import overlap, seen_before, write_seen
+from training.registry import models as registry
+from training.registry.seen_subjects import overlap, seen_before, write_seen
 
 if TYPE_CHECKING:
     from finetune.train import Setup

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import ClusterConfig
-from data_sharding.reader import DataConfig
-from finetune.baselines import LogisticConfig
-from finetune.evaluation import BootstrapConfig
-from finetune.paired import Metric
+from data_sharding.read.reader import DataConfig
+from finetune.compare.paired import Metric
 from finetune.tasks.adhd_classification import AdhdConfig
+from finetune.tasks.subject_prediction.baselines import LogisticConfig
+from finetune.tasks.subject_prediction.evaluation import BootstrapConfig
 from training.config import RunConfig, TrainConfig
 
 

@@ -7,16 +7,16 @@ import math
 from brain_models.errors import BundleError
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
-from data_sharding.addresses import run_table
 from data_sharding.errors import ShardError
-from data_sharding.reader import ShardSet, open_set
+from data_sharding.read.addresses import run_table
+from data_sharding.read.reader import ShardSet, open_set
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
-from finetune.labels import Labels, read_labels
 from finetune.tasks.adhd_classification import METRICS, AdhdClassification
+from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.train import build_task, fetch_backbone, fit_problems
 from training.config import CheckpointConfig, validate_train
-from training.engine import checkpoint_bytes
+from training.engine.engines import checkpoint_bytes
 from training.errors import RegistryError
 
 SPLITS = ("train", "validation", "test")

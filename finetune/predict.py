@@ -84,7 +84,7 @@ def predict(config: PredictConfig) -> pd.DataFrame:
     """The model's table, one row a scan; also written to config.out."""
     import mlflow
 
-    from training.tracking import known_server, mlflow_environment
+    from training.watch.tracking import known_server, mlflow_environment
 
     table = scan_table(find_scans(config.scans), brain_masks=config.brain_masks)
     mlflow_environment(timeout_s=60)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.evaluation import Evaluation
-from training.tracking import mlflow_environment
+from finetune.tasks.subject_prediction.evaluation import Evaluation
+from training.watch.tracking import mlflow_environment
 
 ALIAS = "champion"
 

@@ -15,21 +15,21 @@ import torch
 from brain_models import bundle
 from brain_models.bundle import Bundle
 from brain_models.space import BrainSpace
-from cluster.storage import store_for
-from data_sharding.reader import BatchSource, ReaderConfig, ShardSet, open_set
+from cluster.storage.stores import store_for
+from data_sharding.read.reader import BatchSource, ReaderConfig, ShardSet, open_set
 from finetune.conclude import conclude
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
-from finetune.labels import Labels, read_labels
-from finetune.probe import ProbeResult, start_head
 from finetune.tasks.adhd_classification import AdhdClassification, build_model
-from training import registry
+from finetune.tasks.subject_prediction.labels import Labels, read_labels
+from finetune.tasks.subject_prediction.probe import ProbeResult, start_head
 from training.checkpoint import committed_folders, file_sha256
 from training.collectives import from_main, place
-from training.engine import own_device
+from training.engine.engines import own_device
 from training.identity import claim, run_key
 from training.loop import Services, fit
-from training.seen_subjects import BEFORE, keep_seen, read_seen
+from training.registry import models as registry
+from training.registry.seen_subjects import BEFORE, keep_seen, read_seen
 
 GOLDEN = "golden.npy"  # of a bundle: a small file that other weights give another content
 

@@ -14,7 +14,7 @@ The same command with the same run.folder goes on where the run stopped. Results
 (r2 of hidden voxels about the training mean, beside the mean, neighbour and ridge baselines) and <run.folder>/bundle.
 """
 
-from cluster.launch import run_on_workers
+from cluster.ray.launch import run_on_workers
 from configs.entry import main
 from pretrain.config import PretrainConfig
 from pretrain.planning import plan

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import ClusterConfig
-from data_sharding.reader import DataConfig
-from pretrain.analysis.config import ReportConfig
-from pretrain.baselines import BaselineConfig
-from pretrain.geometry import WindowConfig
-from pretrain.masked_set import LossConfig
-from pretrain.masked_volumes import ModelConfig
-from pretrain.masking import MaskingConfig
+from data_sharding.read.reader import DataConfig
+from pretrain.baselines.guesses import BaselineConfig
+from pretrain.masked.geometry import WindowConfig
+from pretrain.masked.masked_set import LossConfig
+from pretrain.masked.masked_volumes import ModelConfig
+from pretrain.masked.masking import MaskingConfig
+from pretrain.report.config import ReportConfig
 from training.config import RunConfig, TrainConfig
 
 

@@ -5,18 +5,18 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from data_sharding.addresses import run_table
-from data_sharding.joint import sets_of_steps
-from pretrain.baselines import ridge_bytes
+from data_sharding.read.addresses import run_table
+from data_sharding.read.joint import sets_of_steps
+from pretrain.baselines.guesses import ridge_bytes
 from pretrain.config import PretrainConfig
-from pretrain.costs import bytes_kept
-from pretrain.geometry import Geometry
-from pretrain.masked_set import MaskedSet
-from pretrain.masked_volumes import MaskedVolumes
-from pretrain.reach import reach_of_groups
-from pretrain.sets import OpenedSet, open_sets
+from pretrain.masked.costs import bytes_kept
+from pretrain.masked.geometry import Geometry
+from pretrain.masked.masked_set import MaskedSet
+from pretrain.masked.masked_volumes import MaskedVolumes
+from pretrain.masked.reach import reach_of_groups
+from pretrain.masked.sets import OpenedSet, open_sets
 from pretrain.train import build_task
-from training.engine import checkpoint_bytes
+from training.engine.engines import checkpoint_bytes
 
 BYTES_PER_VALUE = {"int8": 1, "float16": 2}  # in the shards
 STAGES = (0, 1, 2, 3)

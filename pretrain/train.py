@@ -17,18 +17,18 @@ import torch
 
 from brain_models import bundle
 from brain_models.bundle import Bundle, StemSpec
-from cluster.storage import store_for
-from pretrain.analysis.examined import WEIGHTS, save_weights
+from cluster.storage.stores import store_for
+from pretrain.baselines.references import fit_references, voxel_statistics
 from pretrain.config import PretrainConfig
-from pretrain.masked_volumes import MaskedVolumes
-from pretrain.references import fit_references, voxel_statistics
-from pretrain.sets import OpenedSet, open_sets, open_source, training_subset
-from pretrain.tables import Table, as_report, reconstruction_table
-from pretrain.untrained import open_sentinels
-from training import registry
+from pretrain.masked.masked_volumes import MaskedVolumes
+from pretrain.masked.sets import OpenedSet, open_sets, open_source, training_subset
+from pretrain.masked.untrained import open_sentinels
+from pretrain.report.examined import WEIGHTS, save_weights
+from pretrain.report.tables import Table, as_report, reconstruction_table
 from training.collectives import place
 from training.loop import FitResult, Services, fit
-from training.seen_subjects import overlap, seen_before, write_seen
+from training.registry import models as registry
+from training.registry.seen_subjects import overlap, seen_before, write_seen
 from training.task import Task
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class Exporter:
 
     def report(self, result: FitResult, tables: Mapping[str, Table]) -> dict[str, object]:
         """What the run says about itself: numbers for metrics.json, files in the run folder and in MLflow."""
-        from pretrain.analysis.runs import report_run  # needs matplotlib, scikit-learn and nibabel
+        from pretrain.report.runs import report_run  # needs matplotlib, scikit-learn and nibabel
 
         run_id = result.mlflow_run_id
         return report_run(self.config, self.sets, weights=self.weights, tables=tables, mlflow_run_id=run_id)

@@ -7,18 +7,18 @@ from typing import get_args
 from brain_models.encoder import TokenKind
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
-from cluster.storage import store_for
+from cluster.storage.stores import store_for
 from data_sharding.errors import ShardError
-from data_sharding.joint import split_conflicts
-from pretrain.analysis.config import PROBED_SPLITS, report_problems
+from data_sharding.read.joint import split_conflicts
 from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
-from pretrain.masking import masking_problems
-from pretrain.sets import OpenedSet, open_sets
-from training import registry
+from pretrain.masked.masking import masking_problems
+from pretrain.masked.sets import OpenedSet, open_sets
+from pretrain.report.config import PROBED_SPLITS, report_problems
 from training.checkpoint import starting_point
 from training.config import validate_train
 from training.errors import CheckpointError, RegistryError
+from training.registry import models as registry
 
 REQUIRED = {"kind": "<bold|t1>", "shards": "<shard set>"}
 SET_NAME = re.compile("[a-z][a-z0-9_]*")

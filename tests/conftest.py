@@ -10,4 +10,6 @@ from jaxtyping import install_import_hook
 
 from tests.fault_report import pytest_runtest_makereport  # noqa: F401  (a hook: lines for docs/faults.md)
 
-install_import_hook(["brain_models", "pretrain.masking", "finetune.evaluation"], "beartype.beartype")
+install_import_hook(
+    ["brain_models", "pretrain.masked.masking", "finetune.tasks.subject_prediction.evaluation"], "beartype.beartype"
+)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from brain_models.encoder import EncoderConfig
-from data_sharding.batch import Batch
-from pretrain.geometry import Geometry
-from pretrain.masked_set import LossConfig, SetSpec
-from pretrain.masked_volumes import DecoderConfig, MaskedVolumes, ModelConfig
-from pretrain.masking import MaskingConfig
+from data_sharding.read.batch import Batch
+from pretrain.masked.geometry import Geometry
+from pretrain.masked.masked_set import LossConfig, SetSpec
+from pretrain.masked.masked_volumes import DecoderConfig, MaskedVolumes, ModelConfig
+from pretrain.masked.masking import MaskingConfig
 from tests.phantom_spaces import ball
 
 FILE = Path(__file__).with_suffix(".json")

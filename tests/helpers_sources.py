@@ -14,11 +14,11 @@ from brain_models.space import BrainSpace
 from configs.entry import compose
 from configs.parse import parse
 from data_sharding import schema, sources
-from data_sharding.build import build
 from data_sharding.config import ShardingConfig
+from data_sharding.read.shard_set import ShardSet, open_set
 from data_sharding.scans import Found
-from data_sharding.shard_set import ShardSet, open_set
 from data_sharding.spaces import make_space
+from data_sharding.write.build import build
 
 AS_IT_IS = [  # cleaning that changes no value
     "preprocessing.cleaning.high_pass_hz=null",
@@ -29,7 +29,7 @@ AS_IT_IS = [  # cleaning that changes no value
 def write_phantom(layout: str, out: Path, *, num_subjects: int = 3, seed: int = 0) -> Path:
     """The folder of a data set's phantom."""
     out.mkdir(parents=True, exist_ok=True)
-    importlib.import_module(f"data_sharding.source_phantoms.{layout}").write(out, num_subjects, seed)
+    importlib.import_module(f"data_sharding.phantoms.{layout}").write(out, num_subjects, seed)
     return out
 
 

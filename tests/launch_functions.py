@@ -1,4 +1,4 @@
-"""What tests/test_launch.py runs on workers: they import it, so it is a module of its own."""
+"""What tests/cluster/test_launch.py runs on workers: they import it, so it is a module of its own."""
 
 from __future__ import annotations
 

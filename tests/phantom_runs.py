@@ -12,11 +12,11 @@ from brain_models.atlas import Atlas, template_parcellation
 from brain_models.space import BrainSpace, space_from_mask
 from configs.entry import compose
 from configs.parse import parse
-from data_sharding.batch import Batch
-from data_sharding.phantom.config import PhantomConfig
-from data_sharding.phantom.population import Population, load_population
-from data_sharding.phantom.scans import bold_frames, brain_voxels, field_of_view, subject_tissue
-from data_sharding.phantom.subject import Subject, draw_subject
+from data_sharding.phantoms.study.config import PhantomConfig
+from data_sharding.phantoms.study.population import Population, load_population
+from data_sharding.phantoms.study.scans import bold_frames, brain_voxels, field_of_view, subject_tissue
+from data_sharding.phantoms.study.subject import Subject, draw_subject
+from data_sharding.read.batch import Batch
 
 SPACING_MM = 12.0
 NUM_FRAMES = 96

@@ -21,7 +21,7 @@ import botocore.loaders
 import botocore.session
 import pytest
 
-from cluster import s3_client, s3_create
+from cluster.storage import s3_client, s3_create
 
 BIN = Path(sys.executable).parent
 ACCESS_KEY = "AKIDEXAMPLEOFTESTS"

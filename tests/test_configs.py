@@ -11,8 +11,8 @@ import configs
 from configs.entry import compose, main
 from configs.parse import ConfigError, parse
 from data_sharding.config import ShardingConfig
-from data_sharding.phantom.config import PhantomConfig
-from data_sharding.source_phantoms.__main__ import SourcePhantomConfig
+from data_sharding.phantoms.study.config import PhantomConfig
+from data_sharding.source_phantoms import SourcePhantomConfig
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from pretrain.config import PretrainConfig
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs.entry import compose
 from configs.parse import parse
-from finetune.cells import arms_of
+from finetune.compare.cells import arms_of
 from finetune.config import CompareConfig, FinetuneConfig
 from pretrain.config import PretrainConfig
 

@@ -28,7 +28,7 @@ import torch
 import torch.distributed
 from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_batch, toy_config
 
-from cluster.storage import LocalStore
+from cluster.storage.stores import LocalStore
 from training import loop
 from training.collectives import place, total
 from training.errors import TrainingError
@@ -75,7 +75,7 @@ class SlowStore(LocalStore):
 
 def measure(job: dict) -> dict:
     """Bytes of this rank's optimiser after one update: fp32 weights and moments."""
-    from training.engine_deepspeed import DeepSpeedEngine
+    from training.engine.deepspeed import DeepSpeedEngine
 
     config = toy_config(Path(job["folder"]), engine=job["engine"])
     source = ToySource()
@@ -93,7 +93,7 @@ def measure(job: dict) -> dict:
 
 def measure_sum(job: dict) -> dict:
     """The norm of a bf16 step's gradient, and that of the float32 sum of what the ranks would have made alone."""
-    from training.engine_deepspeed import DeepSpeedEngine
+    from training.engine.deepspeed import DeepSpeedEngine
 
     config = toy_config(Path(job["folder"]), engine=job["engine"])
     settings = dataclasses.replace(config.engine, precision="bf16")

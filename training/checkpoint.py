@@ -22,7 +22,7 @@ from typing import cast
 
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.hanging import HEARTBEAT
-from cluster.storage import Store, store_for
+from cluster.storage.stores import Store, store_for
 from training.collectives import barrier, from_main, place
 from training.config import CheckpointConfig, StartConfig
 from training.errors import CheckpointError

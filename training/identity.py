@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Mapping
 
-from cluster.storage import Store
+from cluster.storage.stores import Store
 from training.errors import TrainingError
 
 RECORD = "run.json"

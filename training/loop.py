@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cluster.hanging import HEARTBEAT
 from cluster.stopping import REQUEST, listening
-from cluster.storage import Store, store_for
-from training import identity, registry
+from cluster.storage.stores import Store, store_for
+from training import identity
 from training.checkpoint import (
     SCHEMA,
     SPOOL,
@@ -32,20 +32,21 @@ from training.checkpoint import (
 )
 from training.collectives import barrier, from_main, gather, place
 from training.config import TrainConfig
-from training.elastic import fetch_state
-from training.engine import Engine, make_engine
+from training.engine.elastic import fetch_state
+from training.engine.engines import Engine, make_engine
 from training.errors import StoppedError, TrainingError
 from training.evaluation import Evaluation, evaluate
-from training.meter import Meter, peak_tflops_of
-from training.progress import Progress
-from training.seen_subjects import copy_seen, keep_seen
-from training.spikes import FILE as SPIKES
-from training.spikes import RECENT, Spikes
+from training.registry import models as registry
+from training.registry.seen_subjects import copy_seen, keep_seen
 from training.step import Ahead, not_finite, scans_of_all_ranks, seed_of, share
-from training.system_metrics import Nodes
 from training.task import Batch, Source, State, Task
-from training.tracing import Tracing
-from training.tracking import Ending, RunLabel, Sender, Spool, Tracker, last_step
+from training.watch.meter import Meter, peak_tflops_of
+from training.watch.progress import Progress
+from training.watch.spikes import FILE as SPIKES
+from training.watch.spikes import RECENT, Spikes
+from training.watch.system_metrics import Nodes
+from training.watch.tracing import Tracing
+from training.watch.tracking import Ending, RunLabel, Sender, Spool, Tracker, last_step
 
 
 @dataclass

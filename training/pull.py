@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 from cluster.errors import StorageError
-from cluster.storage import refusal_is_an_error
-from training import registry
+from cluster.storage.stores import refusal_is_an_error
 from training.errors import RegistryError
+from training.registry import models as registry
 
 
 def pull_to(model: str, folder: Path, *, uri: str) -> Path:

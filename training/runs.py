@@ -10,10 +10,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from cluster.errors import StorageError
-from cluster.storage import store_for
+from cluster.storage.stores import store_for
 from training.checkpoint import committed_folders
 from training.errors import RegistryError
-from training.tracking import known_server, last_steps, mlflow_environment
+from training.watch.tracking import known_server, last_steps, mlflow_environment
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from training.collectives import gather, total
 from training.errors import TrainingError
-from training.meter import Meter
 from training.task import Batch, State
+from training.watch.meter import Meter
 
 MAX_NAMED_SCANS = 20
 Step = tuple[Sequence[Batch], State]

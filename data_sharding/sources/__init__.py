@@ -27,7 +27,7 @@ REFUSALS_SHOWN = 5
 
 def find(source: SourceConfig, privacy: PrivacyConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
     """Every scan of the source that suits the space, with what was refused, and no more about people than allowed."""
-    from data_sharding.privacy import kept_private
+    from data_sharding.sources.privacy import kept_private
 
     found = kept_private(source_module(source.kind).find(source, space, accepts_raw=accepts_raw), privacy)
     if found.scans:

@@ -20,10 +20,16 @@ from brain_models.bundle import Bundle
 from brain_models.heads import Classifier, HeadConfig
 from brain_models.patches import PatchLayout
 from brain_models.run_classifier import RunClassifier
-from data_sharding.reader import Batch
-from finetune.evaluation import Scores, auroc, balanced_accuracy, subject_scores, within_site_auroc
-from finetune.labels import LabelConfig, Labels
-from finetune.probe import ProbeConfig
+from data_sharding.read.reader import Batch
+from finetune.tasks.subject_prediction.evaluation import (
+    Scores,
+    auroc,
+    balanced_accuracy,
+    subject_scores,
+    within_site_auroc,
+)
+from finetune.tasks.subject_prediction.labels import LabelConfig, Labels
+from finetune.tasks.subject_prediction.probe import ProbeConfig
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
 

@@ -39,7 +39,7 @@ is_finished() {
     local found
     found=$(python - "$1" <<'PYTHON'
 import sys
-from cluster.storage import store_for
+from cluster.storage.stores import store_for
 print(store_for(sys.argv[1]).exists("metrics.json"))
 PYTHON
     ) || exit 1

@@ -1,0 +1,261 @@
+"""Bytes at a location (a folder, or s3://bucket/prefix) behind one small interface.
+
+Names are relative to the location, with `/`. A `put` is seen whole or not at all. Knows nothing about what is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from cluster.errors import StorageError
+
+Names = list[str]
+
+# Files being written start with this and are never listed: a killed writer leaves one behind.
+PARTIAL_PREFIX = ".partial-"
+
+
+FREE_SPACE = "free some, or give another location"
+NO_FOLDER = "a file lies where a folder is needed; give another location"
+ALLOW_WRITING = "have writing allowed there (with hard links), or give another location"
+REFUSALS = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: ALLOW_WRITING,
+    errno.EPERM: ALLOW_WRITING,
+    errno.EROFS: ALLOW_WRITING,
+    errno.ENOTSUP: ALLOW_WRITING,
+    errno.EEXIST: NO_FOLDER,
+    errno.ENOTDIR: NO_FOLDER,
+}
+
+
+@dataclass(frozen=True)
+class CreateGuarantee:
+    """What `put_if_absent` promises at a location: exactly one winner whatever happens, or only under a condition."""
+
+    is_exact: bool
+    words: str
+
+
+class RangeReader(Protocol):
+    """One open object: many small reads without opening it again."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Store(Protocol):
+    """What every store can do. A missing name raises StorageError, except in `exists` and `delete`."""
+
+    location: str
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes: ...
+
+    def open_ranges(self, name: str) -> RangeReader: ...
+
+    def get_file(self, name: str, local: Path) -> None: ...
+
+    def put(self, name: str, source: bytes | Path) -> None: ...
+
+    def put_if_absent(self, name: str, data: bytes) -> bool: ...
+
+    def create_guarantee(self) -> CreateGuarantee: ...
+
+    def list(self, prefix: str = "") -> Names: ...
+
+    def exists(self, name: str) -> bool: ...
+
+    def size(self, name: str) -> int: ...
+
+    def delete(self, name: str) -> None: ...
+
+    def join(self, name: str) -> str: ...
+
+
+def store_for(location: str | Path) -> Store:
+    """The store of a location: s3://bucket/prefix, or a local folder (made at the first write)."""
+    text = str(location)
+    if text.startswith("s3://"):
+        from cluster.storage.s3 import S3Store  # boto3 takes half a second to import, and most commands never touch it
+
+        return S3Store(text)
+    if "://" in text:
+        raise StorageError(f"{text}: only local folders and s3:// are supported; copy the data to one of them")
+    return LocalStore(text)
+
+
+def checked_name(name: str, location: str) -> str:
+    """The name itself, if it stays inside the location; StorageError otherwise."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise StorageError(f"{name!r} is not a name inside {location}; give a relative path without '..'")
+    return name
+
+
+def is_hidden(name: str) -> bool:
+    """True for what a killed writer may have left behind, which no list shows."""
+    return name.rpartition("/")[2].startswith(PARTIAL_PREFIX)
+
+
+class LocalRangeReader:
+    """An open local file read by position, so threads may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer from `offset`; StorageError when the file ends before."""
+        num_done = 0
+        while num_done < len(buffer):
+            num_read = os.preadv(self.descriptor, [buffer[num_done:]], offset + num_done)
+            if num_read == 0:
+                raise StorageError(
+                    f"{self.path} ends before byte {offset + len(buffer)}; it is cut short, restore or rewrite it"
+                )
+            num_done += num_read
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class LocalStore:
+    """A local folder, or one on a file system every node mounts."""
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = str(location)
+        self.root = Path(location)
+
+    def join(self, name: str) -> str:
+        return str(self._path(name))
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        path = self._path(name)
+        with _missing_is_an_error(path), path.open("rb") as file:
+            file.seek(offset)
+            data = file.read() if size is None else file.read(size)
+        if size is not None and len(data) != size:
+            raise StorageError(f"{path} ends before byte {offset + size}; it is cut short, restore or rewrite it")
+        return data
+
+    def open_ranges(self, name: str) -> LocalRangeReader:
+        path = self._path(name)
+        with _missing_is_an_error(path):
+            return LocalRangeReader(path)
+
+    def get_file(self, name: str, local: Path) -> None:
+        """Copy an object to a local file, which appears whole or not at all."""
+        path = self._path(name)
+        with _missing_is_an_error(path):
+            _write_atomically(local, path)
+
+    def put(self, name: str, source: bytes | Path) -> None:
+        _write_atomically(self._path(name), source)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """True when this call created the object, False when it was there before; of several callers one gets True."""
+        path = self._path(name)
+        with refusal_is_an_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial_file(path.parent) as partial:
+                _fill(partial, data)
+                try:
+                    os.link(partial, path)  # unlike rename, link fails when the target exists: also on NFS
+                except FileExistsError:
+                    return False
+            sync_folder(path.parent)
+        return True
+
+    def create_guarantee(self) -> CreateGuarantee:
+        return CreateGuarantee(True, "exactly one writer creates a name: a hard link fails when its target exists")
+
+    def list(self, prefix: str = "") -> Names:
+        """Every name that starts with `prefix`, sorted, in all folders below."""
+        start = self.root / prefix.rpartition("/")[0]
+        files = (Path(folder) / name for folder, _, names in os.walk(start) for name in names)
+        relative = (file.relative_to(self.root).as_posix() for file in files)
+        return sorted(name for name in relative if name.startswith(prefix) and not is_hidden(name))
+
+    def exists(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def size(self, name: str) -> int:
+        path = self._path(name)
+        with _missing_is_an_error(path):
+            return path.stat().st_size
+
+    def delete(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.root / checked_name(name, self.location)
+
+
+@contextlib.contextmanager
+def _missing_is_an_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StorageError(f"{path} does not exist; check the location, or write it first") from error
+
+
+@contextlib.contextmanager
+def refusal_is_an_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        refused = os.strerror(error.errno)
+        raise StorageError(f"{path} cannot be written: {refused}; {REFUSALS[error.errno]}") from error
+
+
+@contextlib.contextmanager
+def partial_file(folder: Path) -> Iterator[Path]:
+    """A new empty file that no list shows, removed at the end if it has not become something else."""
+    descriptor, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, dir=folder)
+    os.fchmod(descriptor, 0o644)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _fill(path: Path, source: bytes | Path) -> None:
+    with path.open("wb") as file:
+        if isinstance(source, bytes):
+            file.write(source)
+        else:
+            with source.open("rb") as original:
+                shutil.copyfileobj(original, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_atomically(path: Path, source: bytes | Path) -> None:
+    with refusal_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_file(path.parent) as partial:
+            _fill(partial, source)
+            os.replace(partial, path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # otherwise a power cut may forget the new name though the bytes are on disk
+    finally:
+        os.close(descriptor)

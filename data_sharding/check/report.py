@@ -1,0 +1,231 @@
+"""Writes one HTML page about a shard set: what it holds, how good it is, what was refused, how its splits compare."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from data_sharding import schema
+from data_sharding.check import report_figures as figures
+from data_sharding.hashing import hash_names
+from data_sharding.read.shard_set import ShardSet
+from data_sharding.splits import SPLITS
+
+REPORT = "report.html"
+SCANS_IN_MEAN = 40
+REFUSED_SHOWN = 500
+WORST_REGIONS = 12
+MAX_CATEGORIES = 12
+BALANCE = ("site", "sex", "gender", "age", "diagnosis", "dx", "group", "handedness")
+
+MEASURES = {  # column of quality.parquet: (label, acceptance rule that limits it)
+    "mean_framewise_displacement_mm": ("mean framewise displacement (mm)", "max_mean_fd_mm"),
+    "median_dvars": ("median DVARS (robust units)", None),
+    "tsnr": ("temporal signal to noise, median over voxels", "min_tsnr"),
+    "coverage": ("share of the space measured", "min_coverage"),
+    "lowest_region_coverage": ("coverage of the worst covered region", "min_region_coverage"),
+    "clipped_fraction": ("share of values clipped", "max_clipped_fraction"),
+    "num_frames": ("frames", "min_frames"),
+    "censored_share": ("share of frames censored", "max_censored_fraction"),
+}
+
+
+@dataclass
+class MeanMaps:
+    """Averages over scans, [voxel]; NaN where no scan measured."""
+
+    bold: np.ndarray | None  # each run by its own median
+    tsnr: np.ndarray | None
+    t1: np.ndarray | None  # in standard deviations
+    num_runs: int
+    num_t1: int
+
+
+def render(shard_set: ShardSet) -> str:
+    """The page as HTML text."""
+    manifest = shard_set.manifest
+    quality = shard_set.quality.assign(
+        censored_share=shard_set.quality.num_censored / shard_set.quality.num_frames.clip(lower=1)
+    )
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(resources.files("data_sharding.check").joinpath(REPORT).read_text(encoding="utf-8"))
+    return page.render(
+        manifest=manifest,
+        location=shard_set.location,
+        splits=split_rows(shard_set),
+        figures=_distributions(quality, manifest.preprocessing["acceptance"]),
+        unknown=_unknown(quality),
+        images=_images(shard_set),
+        regions=worst_regions(shard_set),
+        balance=[split_balance(shard_set.subjects, column) for column in balance_columns(shard_set.subjects)],
+        refused=manifest.refused[:REFUSED_SHOWN],
+        reasons=Counter(_kind_of_reason(refusal) for refusal in manifest.refused).most_common(),
+    )
+
+
+def split_rows(shard_set: ShardSet) -> list[dict[str, Any]]:
+    """Subjects, scans, frames and hours of each split that has any."""
+    rows = []
+    for split in SPLITS:
+        quality = shard_set.quality[shard_set.quality.split == split]
+        runs = quality[quality.kind == "bold"]
+        counts = Counter(quality.kind)
+        if len(quality):
+            rows.append(
+                {"split": split, "subjects": quality.subject.nunique(), "runs": counts["bold"], "t1": counts["t1"]}
+                | {"others": len(quality) - counts["bold"] - counts["t1"], "frames": int(runs.num_frames.sum())}
+                | {"hours": float((runs.num_frames * runs.repetition_time_s).sum() / 3600)}
+            )
+    return rows
+
+
+def balance_columns(subjects: pd.DataFrame) -> list[str]:
+    """The columns that splits are compared by: known names, in a fixed order."""
+    by_name = {str(column).lower(): str(column) for column in subjects.columns}
+    return [by_name[name] for name in BALANCE if name in by_name]
+
+
+def split_balance(subjects: pd.DataFrame, column: str) -> dict[str, Any]:
+    """One table: how a column is spread in each split; numbers as mean, deviation and range, the rest as counts."""
+    splits = [split for split in SPLITS if (subjects.split == split).any()]
+    parts = {split: subjects.loc[subjects.split == split, column] for split in splits}
+    if pd.api.types.is_numeric_dtype(subjects[column]) and subjects[column].nunique() > MAX_CATEGORIES:
+        rows = {
+            "mean": [f"{part.mean():.1f}" for part in parts.values()],
+            "standard deviation": [f"{part.std():.1f}" for part in parts.values()],
+            "range": [f"{part.min():.1f} to {part.max():.1f}" for part in parts.values()],
+        }
+    else:
+        named = {split: part.astype("object").where(part.notna(), "missing").map(str) for split, part in parts.items()}
+        common = [name for name, _ in Counter(value for part in named.values() for value in part).most_common()]
+        rows = {
+            name: [f"{int((part == name).sum())} ({(part == name).mean():.0%})" for part in named.values()]
+            for name in sorted(common[:MAX_CATEGORIES])
+        }
+    missing = [int(part.isna().sum()) for part in parts.values()]
+    if any(missing) and "missing" not in rows:
+        rows["missing"] = [str(count) for count in missing]
+    return {"column": column, "splits": splits, "rows": rows}
+
+
+def worst_regions(shard_set: ShardSet) -> list[dict[str, Any]]:
+    """The atlas regions that are covered worst on average over the BOLD runs."""
+    coverage = shard_set.region_coverage
+    runs = set(shard_set.quality.scan_id[shard_set.quality.kind == "bold"])
+    coverage = coverage[coverage.index.isin(runs)]
+    if coverage.empty or not len(coverage.columns):
+        return []
+    mean = coverage.mean().sort_values(kind="stable")[:WORST_REGIONS]
+    rows = []
+    for key, share in mean.items():
+        atlas, _, label = str(key).rpartition("/")
+        name = shard_set.atlases[atlas].names.get(int(label), label) if atlas in shard_set.atlases else label
+        below = int((coverage[key] < 0.5).sum())
+        rows.append({"atlas": atlas, "name": name, "mean": float(share), "below": below, "num_runs": len(coverage)})
+    return rows
+
+
+def mean_maps(shard_set: ShardSet) -> MeanMaps:
+    """Averages over at most SCANS_IN_MEAN scans of each kind, chosen by hash: the same at every call."""
+    runs, images = (_chosen(shard_set, kind) for kind in (schema.MEAN, schema.T1))
+    num_voxels = shard_set.space.num_voxels
+    bold, tsnr, t1 = (_Mean(num_voxels) for _ in range(3))
+    scales = {row.key: row for row in shard_set.index[shard_set.index.kind == schema.SCALE].itertuples()}
+    for row in runs.itertuples():
+        mean, scale = _array(shard_set, row), _array(shard_set, scales[row.key])
+        is_measured = scale > 0
+        bold.add(mean / np.median(mean[is_measured]), is_measured)
+        tsnr.add(mean / np.where(is_measured, scale, 1), is_measured)
+    for row in images.itertuples():
+        values = _array(shard_set, row).astype(np.float32)
+        t1.add(np.nan_to_num(values), np.isfinite(values))
+    return MeanMaps(bold.values(), tsnr.values(), t1.values(), len(runs), len(images))
+
+
+class _Mean:
+    """A mean per voxel over the scans that measured it."""
+
+    def __init__(self, num_voxels: int) -> None:
+        self.total = np.zeros(num_voxels)
+        self.count = np.zeros(num_voxels)
+
+    def add(self, values: np.ndarray, is_measured: np.ndarray) -> None:
+        self.total += np.where(is_measured, values, 0)
+        self.count += is_measured
+
+    def values(self) -> np.ndarray | None:
+        if not self.count.any():
+            return None
+        return np.where(self.count > 0, self.total / np.maximum(self.count, 1), np.nan)
+
+
+def _chosen(shard_set: ShardSet, kind: str) -> pd.DataFrame:
+    rows = shard_set.index[shard_set.index.kind == kind]
+    order = np.argsort(hash_names(rows.scan_id.tolist()), kind="stable")
+    return rows.iloc[order[:SCANS_IN_MEAN]]
+
+
+def _array(shard_set: ShardSet, row: Any) -> np.ndarray:
+    return np.load(io.BytesIO(shard_set.store.read(row.shard, row.offset, row.size)), allow_pickle=False)
+
+
+def _distributions(quality: pd.DataFrame, acceptance: dict[str, float | None]) -> list[str]:
+    drawn = []
+    runs = quality[quality.kind == "bold"]
+    for column, (label, rule) in MEASURES.items():
+        known = runs[runs[column].notna()]
+        if len(known):
+            groups = {site or "all": part[column].to_numpy() for site, part in known.groupby("site", sort=True)}
+            drawn.append(figures.distribution(groups, label=label, limit=acceptance[rule] if rule else None))
+    return drawn
+
+
+def _unknown(quality: pd.DataFrame) -> list[str]:
+    """What is not known of some runs, in words."""
+    runs = quality[quality.kind == "bold"]
+    counts = {label: int(runs[column].isna().sum()) for column, (label, _) in MEASURES.items()}
+    return [f"{label}: unknown for {count} of {len(runs)} runs" for label, count in counts.items() if count]
+
+
+def _images(shard_set: ShardSet) -> list[tuple[str, str]]:
+    """(caption, <img>) of the mean images; none for spaces without a voxel grid."""
+    if shard_set.space.kind != "volume":
+        return []
+    maps = mean_maps(shard_set)
+    name, atlas = next(iter(shard_set.atlases.items()), ("", None))
+    outlined = f", outlines of {name}" if atlas else ""
+    labels = None if atlas is None else atlas.labels
+    drawn = []
+    for values, caption, colours in (
+        (maps.bold, f"Mean BOLD over {maps.num_runs} runs, each divided by its median{outlined}", "gray"),
+        (maps.tsnr, f"Temporal signal to noise over {maps.num_runs} runs (mean / robust deviation)", "viridis"),
+        (maps.t1, f"Mean T1 over {maps.num_t1} scans, in standard deviations above the darkest 2 %{outlined}", "gray"),
+    ):
+        if values is None:
+            continue
+        shown = values - np.nanpercentile(values, 2) if values is maps.t1 else values
+        upper = float(np.nanpercentile(shown, 99))
+        outlines = None if values is maps.tsnr else labels
+        drawn.append(
+            (
+                caption,
+                figures.slices(shown, shard_set.space, label=caption, outlines=outlines, colours=colours, upper=upper),
+            )
+        )
+    return drawn
+
+
+def _kind_of_reason(refusal: schema.Refusal) -> str:
+    """A reason without the file's name and numbers, so that equal reasons count together."""
+    text = refusal.reason.replace(refusal.path, "").lstrip(" :")
+    words = ["#" if any(letter.isdigit() for letter in word) else word for word in text.split()]
+    return " ".join(words[:12])

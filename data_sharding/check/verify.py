@@ -1,0 +1,177 @@
+"""Re-reads a whole shard set and names the first bad byte range of each object that is not as written."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from isal import isal_zlib
+
+from cluster.errors import StorageError
+from cluster.storage.stores import RangeReader
+from data_sharding import schema
+from data_sharding.read.shard_set import ShardSet, open_set
+
+BLOCK_BYTES = 1 << 23  # what is in memory of a shard
+
+
+@dataclass
+class Problem:
+    """Something that is not as the manifest says; bytes first..last of the object, where they are known."""
+
+    name: str
+    first_byte: int | None
+    last_byte: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        where = "" if self.first_byte is None else f" bytes {self.first_byte}-{self.last_byte}"
+        return f"{self.name}{where}: {self.reason}"
+
+
+def verify(location: str) -> list[Problem]:
+    """Every problem of the set: tables first, then shards in their order; empty when all is as written."""
+    shard_set = open_set(location)
+    problems = list(_object_problems(shard_set))
+    is_index_good = schema.INDEX not in {problem.name for problem in problems}
+    if not problems:
+        problems += _table_problems(shard_set)
+    for entry in shard_set.manifest.shards:
+        rows = shard_set.index[shard_set.index.shard == entry.name].sort_values("offset") if is_index_good else None
+        problems += shard_problems(shard_set, entry, rows)
+    return problems
+
+
+def _object_problems(shard_set: ShardSet) -> Iterator[Problem]:
+    """Space, atlases and tables against their hashes."""
+    for name, sha256 in shard_set.manifest.tables.items():
+        try:
+            found = hashlib.sha256(shard_set.store.read(name)).hexdigest()
+        except StorageError as error:
+            yield Problem(name, None, None, str(error))
+            continue
+        if found != sha256:
+            yield Problem(name, None, None, f"its SHA-256 is {found}, the manifest says {sha256}")
+
+
+def _table_problems(shard_set: ShardSet) -> Iterator[Problem]:
+    manifest = shard_set.manifest
+    units = shard_set.subjects if shard_set.stimuli is None else shard_set.stimuli
+    splits = dict(zip(units.index, units.split, strict=True))
+    fingerprint = schema.set_fingerprint(shard_set.space.fingerprint, manifest.shards, splits)
+    if fingerprint != manifest.fingerprint:
+        yield Problem(schema.MANIFEST, None, None, "the set's fingerprint does not follow from its shards and splits")
+    if len(shard_set.index) != manifest.counts["members"]:
+        found = len(shard_set.index)
+        yield Problem(schema.INDEX, None, None, f"{found} rows, the manifest counts {manifest.counts['members']}")
+    if strangers := sorted(set(shard_set.index.shard) - {shard.name for shard in manifest.shards}):
+        yield Problem(schema.INDEX, None, None, f"names shards that the manifest does not: {strangers[:3]}")
+    unit_of_row = shard_set.index["subject" if shard_set.stimuli is None else "stimulus"]
+    wrong = unit_of_row[unit_of_row.map(splits) != shard_set.index.split]
+    if len(wrong):
+        name = schema.SUBJECTS if shard_set.stimuli is None else schema.STIMULI
+        yield Problem(schema.INDEX, None, None, f"{wrong.iloc[0]} has another split than in {name}")
+
+
+def shard_problems(shard_set: ShardSet, entry: schema.ShardEntry, rows: pd.DataFrame | None) -> list[Problem]:
+    """The first thing that is wrong with a shard: its size, its members against the index, its checksums, its hash.
+
+    Without `rows` (the index is damaged itself) only size and hash are compared.
+    """
+    try:
+        size = shard_set.store.size(entry.name)
+        if size < entry.bytes:
+            return [Problem(entry.name, size, entry.bytes - 1, "missing: the shard is cut short")]
+        if size > entry.bytes:
+            return [Problem(entry.name, entry.bytes, size - 1, "more bytes than were written")]
+        reader = shard_set.store.open_ranges(entry.name)
+        try:
+            return list(_content_problems(_Sequential(reader, entry.bytes), entry, rows))[:1]
+        finally:
+            reader.close()
+    except StorageError as error:
+        return [Problem(entry.name, None, None, str(error))]
+
+
+class _Sequential:
+    """A shard read front to back in large blocks, hashed as it goes by."""
+
+    def __init__(self, reader: RangeReader, num_bytes: int) -> None:
+        self.reader = reader
+        self.num_bytes = num_bytes
+        self.position = 0
+        self.digest = hashlib.sha256()
+        self._block = memoryview(b"")
+
+    def pieces(self, num_bytes: int) -> Iterator[memoryview]:
+        """The next bytes, in pieces of at most a block."""
+        while num_bytes:
+            if not len(self._block):
+                self._block = memoryview(bytearray(min(BLOCK_BYTES, self.num_bytes - self.position)))
+                self.reader.read_into(self.position, self._block)
+                self.digest.update(self._block)
+            piece = self._block[:num_bytes]
+            self._block = self._block[len(piece) :]
+            self.position += len(piece)
+            num_bytes -= len(piece)
+            yield piece
+
+    def read(self, num_bytes: int) -> bytes:
+        return b"".join(self.pieces(num_bytes))
+
+    def skip_to(self, position: int) -> None:
+        for _ in self.pieces(position - self.position):
+            pass
+
+
+def _content_problems(content: _Sequential, entry: schema.ShardEntry, rows: pd.DataFrame | None) -> Iterator[Problem]:
+    for row in () if rows is None else rows.itertuples():
+        problem = _header_problem(content, entry, row)
+        if problem is None:
+            found = 0
+            for piece in content.pieces(row.size):
+                found = isal_zlib.crc32(piece, found)
+            problem = None if found == row.crc32 else _damage(content.reader, entry.name, row)
+        if problem is not None:
+            yield problem
+            return
+        content.skip_to(content.position + -content.position % schema.TAR_BLOCK_BYTES)
+    content.skip_to(entry.bytes)
+    if content.digest.hexdigest() != entry.sha256:
+        reason = "sha256 differs from the manifest's"
+        reason += "" if rows is None else ", in bytes no checksum covers (tar headers, padding, end)"
+        yield Problem(entry.name, 0, entry.bytes - 1, reason)
+
+
+def _header_problem(content: _Sequential, entry: schema.ShardEntry, row: Any) -> Problem | None:
+    first = content.position
+    block = content.read(min(schema.TAR_BLOCK_BYTES, entry.bytes - first))
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        found = f"{member.name} of {member.size} bytes at {first + schema.TAR_BLOCK_BYTES}"
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        found = f"no tar header ({error})"
+    expected = f"{row.member} of {row.size} bytes at {row.offset}"
+    if found == expected:
+        return None
+    reason = f"the index expects member {expected}, the tar has {found}"
+    return Problem(entry.name, first, first + schema.TAR_BLOCK_BYTES - 1, reason)
+
+
+def _damage(reader: RangeReader, name: str, row: Any) -> Problem:
+    """The bad bytes of a member whose checksum fails: down to the frame where frames have checksums."""
+    reason = f"{row.member} (scan {row.scan_id}) does not match its checksum"
+    expected = np.frombuffer(bytes.fromhex(row.frame_crc32), dtype="<u4")
+    for frame in range(len(expected)):
+        num_bytes = (row.size - schema.NPY_HEADER_BYTES) // len(expected)
+        first = row.offset + schema.NPY_HEADER_BYTES + frame * num_bytes
+        values = bytearray(num_bytes)
+        reader.read_into(first, memoryview(values))
+        if isal_zlib.crc32(values) != expected[frame]:
+            return Problem(name, first, first + num_bytes - 1, f"frame {frame} of {reason}")
+    return Problem(name, row.offset, row.offset + row.size - 1, reason)

@@ -1,0 +1,166 @@
+"""An opened shard set: its manifest and tables. Needs no NIfTI library, and reads no voxel."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+
+from brain_models.atlas import Atlas
+from brain_models.recipe import BoldPreprocessing, CleaningConfig
+from brain_models.space import BrainSpace
+from cluster.errors import StorageError, StoreUnavailableError
+from cluster.storage.stores import Store, store_for
+from data_sharding import schema
+from data_sharding.errors import ShardError
+from data_sharding.read.file_cache import CachedFile
+from data_sharding.read.index_file import IndexFile, opened_index
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    Loaded = TypeVar("Loaded")
+
+RUN_COLUMNS = [
+    "scan_id",
+    "subject",
+    "session",
+    "task",
+    "run",
+    "site",
+    "split",
+    "num_frames",
+    "repetition_time_s",
+    "censored",
+    "shard",
+]
+
+
+def open_set(location: str, *, scratch: str | None = None) -> ShardSet:
+    """The complete set at a location; ShardError when there is none, or one of another schema.
+
+    Below `scratch`, a folder of this node, its processes share one copy of the index of a set that is far away.
+    """
+    store = store_for(location)
+    try:
+        manifest = schema.Manifest.from_json(store.read(schema.MANIFEST), location)
+    except StoreUnavailableError:
+        raise
+    except StorageError as error:
+        hint = "its writing was not finished; run the same 'python -m data_sharding' again"
+        if not store.list(schema.PLAN):
+            hint = f"write one with 'python -m data_sharding source.root=<scans> out={location}'"
+        raise ShardError(f"{location} holds no shard set (no {schema.MANIFEST}): {hint}") from error
+    return ShardSet(store, manifest, scratch=scratch)
+
+
+class ShardSet:
+    """Manifest, space, subjects and index of one set; tables are read when first asked for."""
+
+    def __init__(self, store: Store, manifest: schema.Manifest, *, scratch: str | None = None) -> None:
+        self.store = store
+        self.scratch = scratch
+        self.manifest = manifest
+        self.location = store.location
+        self.fingerprint = manifest.fingerprint
+        self._scans: dict[str, pd.DataFrame] = {}
+
+    @cached_property
+    def space(self) -> BrainSpace:
+        space = self._loaded(schema.SPACE, BrainSpace.load)
+        if space.fingerprint != self.manifest.space["fingerprint"]:
+            raise ShardError(f"{self.location}/{schema.SPACE} is not the space of the manifest; write the set again")
+        return space
+
+    @cached_property
+    def subjects(self) -> pd.DataFrame:
+        """participants.tsv's columns and `split`, indexed by subject_id."""
+        return self._table(schema.SUBJECTS).set_index("subject_id")
+
+    @cached_property
+    def stimuli(self) -> pd.DataFrame | None:
+        """The images of a set of responses with their `split`, indexed by stimulus_id; None for sets of scans."""
+        if not self.store.exists(schema.STIMULI):
+            return None
+        return self._table(schema.STIMULI).set_index("stimulus_id")
+
+    @cached_property
+    def index(self) -> pd.DataFrame:
+        """One row a tar member; columns as in schema.INDEX_COLUMNS. Whole: a large one takes gigabytes."""
+        return self._table(schema.INDEX)
+
+    @cached_property
+    def atlases(self) -> dict[str, Atlas]:
+        return {name: self._loaded(f"{schema.ATLASES}{name}.npz", Atlas.load) for name in self.manifest.atlases}
+
+    def runs(self, kind: str, splits: list[str]) -> pd.DataFrame:
+        """One row a scan of this kind ("bold" or "t1") in these splits, sorted by scan_id."""
+        if kind not in schema.KIND_OF_SCAN:
+            raise ShardError(f"{kind!r} is no kind of scan; use one of {', '.join(schema.KIND_OF_SCAN)}")
+        rows = self.scans(kind)
+        return rows[rows.split.isin(splits)][RUN_COLUMNS].reset_index(drop=True)
+
+    def scans(self, kind: str) -> pd.DataFrame:
+        """One row a scan of this kind, of all splits, sorted by scan_id, with its `row` in the index."""
+        if kind not in self._scans:
+            rows = self.index_file.rows(schema.KIND_OF_SCAN[kind], RUN_COLUMNS)
+            self._scans[kind] = rows.sort_values("scan_id", ignore_index=True)
+        return self._scans[kind]
+
+    @cached_property
+    def index_file(self) -> IndexFile:
+        """The index for those who need little of it."""
+        sha256 = self.manifest.tables[schema.INDEX]
+        return IndexFile(opened_index(self.store, sha256=sha256, scratch=self.scratch))
+
+    @cached_property
+    def quality(self) -> pd.DataFrame:
+        """One row a scan: frames, motion, DVARS, signal to noise, coverage, what was clipped and censored."""
+        return self._table(schema.QUALITY)
+
+    @cached_property
+    def region_coverage(self) -> pd.DataFrame:
+        """The measured share of every region, [scan, <atlas>/<label>], indexed by scan_id."""
+        return self._table(schema.REGION_COVERAGE).set_index("scan_id")
+
+    @property
+    def max_censored_fraction(self) -> float:
+        """Windows with more censored frames than this share are not drawn."""
+        return float(self.manifest.preprocessing["max_censored_fraction"])
+
+    @cached_property
+    def cached_shards(self) -> dict[str, CachedFile]:
+        """What a node's cache needs to know of every shard, by name."""
+        return {shard.name: CachedFile(shard.name, shard.bytes, shard.sha256) for shard in self.manifest.shards}
+
+    def frame_type(self, kind: str) -> Literal["int8", "float16"]:
+        """How a frame of this kind is stored."""
+        return self.manifest.preprocessing["storage"]["bold_type"] if kind == "bold" else "float16"
+
+    def bold_preprocessing(self) -> BoldPreprocessing:
+        """What a served model must do to a run so that it looks like those of this set."""
+        made = self.manifest.preprocessing
+        return BoldPreprocessing(
+            cleaning=CleaningConfig(**made["cleaning"]),
+            stored_as=self.frame_type("bold"),
+            unknown_orientation=made["acceptance"]["unknown_orientation"],
+            needs_confounds=bool(made["cleaning"]["confounds"]) or made["frames_dropped"] > 0,
+        )
+
+    def needs_brain_mask(self, kind: str) -> bool:
+        """True when scans of this kind were packed inside brain masks, so that a served scan needs one too."""
+        return self.manifest.preprocessing["scans_with_brain_mask"][kind] > 0
+
+    def _table(self, name: str) -> pd.DataFrame:
+        return pd.read_parquet(io.BytesIO(self.store.read(name)))
+
+    def _loaded(self, name: str, load: Callable[[Path], Loaded]) -> Loaded:
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / Path(name).name
+            self.store.get_file(name, local)
+            return load(local)

@@ -1,0 +1,72 @@
+"""Write a tiny phantom of one data set, in its exact layout: to try its source without the restricted data.
+
+Example:
+  python -m data_sharding.source_phantoms layout=adhd200 out=out/adhd200
+
+Required: layout=bids|adhd200|mica_mics|hcp_motor|algonauts2023  out=<new folder>
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.entry import main
+from data_sharding import phantoms
+from data_sharding.errors import SourceError
+
+NO_DATASET = ("fields", "study")
+
+
+@dataclass
+class SourcePhantomConfig:
+    """Which phantom, and where."""
+
+    layout: str
+    out: str
+    num_subjects: int
+    seed: int
+
+
+def datasets() -> list[str]:
+    """The data sets that have a phantom."""
+    names = (module.name for module in pkgutil.iter_modules(phantoms.__path__))
+    return sorted(name for name in names if name not in NO_DATASET)
+
+
+def validate(config: SourcePhantomConfig) -> list[str]:
+    """All problems of a configuration."""
+    problems = []
+    if config.layout not in datasets():
+        problems.append(f"layout: {config.layout!r} is not one of {', '.join(datasets())}")
+    if config.num_subjects < 2:
+        problems.append(f"num_subjects: {config.num_subjects}; give at least 2")
+    return problems
+
+
+def run(config: SourcePhantomConfig) -> None:
+    """Writes the folder and says what comes next."""
+    out = Path(config.out)
+    if out.exists() and any(out.iterdir()):
+        raise SourceError(f"{out} is not empty; give a new out=")
+    out.mkdir(parents=True, exist_ok=True)
+    importlib.import_module(f"{phantoms.__name__}.{config.layout}").write(out, config.num_subjects, config.seed)
+    print(f"wrote {out}; its commands are at the top of configs/dataset/{config.layout}.yaml")
+
+
+def plan(config: SourcePhantomConfig) -> str:
+    """Returns what would be written."""
+    return f"a {config.layout} phantom of {config.num_subjects} subjects into {config.out}, seed {config.seed}"
+
+
+if __name__ == "__main__":
+    main(
+        part="source_phantoms",
+        schema=SourcePhantomConfig,
+        help_text=__doc__ or "",
+        run=run,
+        validate=validate,
+        plan=plan,
+    )

@@ -1,0 +1,124 @@
+"""Sources on object storage: a local view of the tree that headers and tables can be read from, and files on demand.
+
+Promise: no source knows where its scans lie. The view holds every name; small files are whole, of large ones only the
+beginning is there, extended without taking space to the true size. Packing fetches the scan it works on, and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brain_models.errors import ScanError
+from cluster.errors import StorageError
+from cluster.storage.stores import Store, store_for
+from data_sharding.errors import SourceError
+
+if TYPE_CHECKING:
+    from data_sharding.write.packing import PackRequest
+
+REMOTE = "s3://"
+HEAD_BYTES = 1 << 18  # holds every NIfTI header and nearly every CIFTI one
+WHOLE_BYTES = 1 << 22  # tables, sidecars, small masks
+MAX_HEADER_BYTES = 1 << 26
+NIFTI2 = (540).to_bytes(4, "little")
+READS_AT_ONCE = 16
+MAX_FILES = 2_000_000
+
+
+class UnreachableError(Exception):
+    """The store did not give the file: says nothing about the scan."""
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """A folder to find scans in, and where its files really lie."""
+
+    root: str
+    location: str
+
+    def original(self, path: Path) -> str:
+        """Where a file of the view is to be read from; other paths stay what they are."""
+        text = str(path.absolute())
+        return text if self.root == self.location else text.replace(f"{self.root}/", f"{self.location}/", 1)
+
+    def reworded(self, message: str) -> str:
+        """A message of the source with the places the user knows."""
+        return message.replace(self.root, self.location)
+
+
+@contextlib.contextmanager
+def source_view(location: str) -> Iterator[SourceView]:
+    """The source itself where it is a folder; for s3:// a local view of it, gone at the end of the block."""
+    if not location.startswith(REMOTE):
+        yield SourceView(location, location)
+        return
+    store = store_for(location)
+    names = store.list()
+    if not names:
+        raise SourceError(f"source.root: {location} holds nothing; check the bucket and the prefix")
+    if len(names) > MAX_FILES:
+        raise SourceError(f"source.root: {location} holds {len(names)} objects; give a narrower prefix")
+    with tempfile.TemporaryDirectory(prefix="callosum-source-") as folder:
+        root = Path(folder).resolve()
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            list(pool.map(lambda name: _put_head(store, name, root), names))
+        yield SourceView(str(root), store.location)
+
+
+def _put_head(store: Store, name: str, root: Path) -> None:
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise SourceError(f"source.root: {store.location} holds the name {name!r}, which leaves the folder; rename it")
+    size = store.size(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        if size:
+            file.write(_head(store, name, size))
+        os.truncate(file.fileno(), size)
+
+
+def _head(store: Store, name: str, size: int) -> bytes:
+    if size <= WHOLE_BYTES:
+        return store.read(name, 0, size)
+    head = store.read(name, 0, HEAD_BYTES)
+    if name.endswith(".nii") and head[:4] == NIFTI2:  # CIFTI: what its rows and columns mean stands before the data
+        data_offset = int.from_bytes(head[168:176], "little")
+        if HEAD_BYTES < data_offset <= MAX_HEADER_BYTES:
+            return store.read(name, 0, min(size, data_offset))
+    return head
+
+
+def fetched(request: PackRequest, folder: Path, *, max_bytes: int) -> PackRequest:
+    """The request with every s3:// file of it in `folder`. ScanError for a file beyond `max_bytes`."""
+
+    def local(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: local(item) for name, item in value.items()}
+        if not (isinstance(value, str) and value.startswith(REMOTE)):
+            return value
+        return str(_fetch(value, folder, max_bytes))
+
+    places = {name: local(getattr(request, name)) for name in ("path", "brain_mask", "confounds", "files")}
+    return dataclasses.replace(request, **places)
+
+
+def _fetch(location: str, folder: Path, max_bytes: int) -> Path:
+    parent, _, name = location.rpartition("/")
+    store = store_for(parent)
+    target = folder / location.removeprefix(REMOTE)
+    try:
+        size = store.size(name)
+        if size > max_bytes:
+            raise ScanError(f"{location} has {size} bytes, more than limits.download_mb allows; raise it")
+        store.get_file(name, target)
+    except StorageError as error:
+        raise UnreachableError(str(error)) from error
+    return target

@@ -1,0 +1,188 @@
+"""Writes the shards of a plan that are missing: here, or as Ray tasks, a bounded number at a time.
+
+Promise: a task that dies is started again, whatever killed it; a shard that keeps killing its tasks ends the run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cluster.config import ClusterConfig
+from cluster.ray.launch import ray_session
+from cluster.storage.stores import Store
+from configs.entry import is_for_users
+from data_sharding import schema
+from data_sharding.config import ShardingConfig
+from data_sharding.errors import ShardError
+from data_sharding.write.plan import SetPlan, ShardPlan, absolute
+from data_sharding.write.writer import Receipt, close_helpers, finished_receipt, write_shard
+
+MAX_DEATHS = 5  # of one shard's tasks, before the shard itself is to blame
+RECEIPTS_AT_ONCE = 16
+
+Step = Callable[[ShardPlan, Receipt], None]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def write_shards(store: Store, plan: SetPlan, config: ShardingConfig) -> list[Receipt]:
+    """The receipts of all planned shards; those already written are kept."""
+    receipts = _finished(store, plan)
+    missing = [shard for shard in plan.shards if shard.number not in receipts]
+    if receipts:
+        print(f"{len(receipts)} of {len(plan.shards)} shards are written already", flush=True)
+    write = partial(write_shard, out=anywhere(config.out), limits=config.limits)
+    written = each_result(write, missing, config.cluster, label=_label)
+    try:
+        with _progress(missing, num_shards=len(plan.shards), num_written=len(receipts)) as advance:
+            for shard, receipt in written:
+                receipts[shard.number] = receipt
+                advance(shard, receipt)
+    finally:
+        close_helpers()
+    return [receipts[shard.number] for shard in plan.shards]
+
+
+def _finished(store: Store, plan: SetPlan) -> dict[int, Receipt]:
+    """What an earlier run left: a listing, then only receipts that are there, some at once."""
+    there = set(store.list(schema.RECEIPTS))
+    candidates = [shard for shard in plan.shards if shard.receipt_name in there]
+    with ThreadPoolExecutor(RECEIPTS_AT_ONCE) as pool:
+        found = list(pool.map(lambda shard: finished_receipt(store, shard), candidates))
+    return {shard.number: receipt for shard, receipt in zip(candidates, found, strict=True) if receipt is not None}
+
+
+def anywhere(location: str) -> str:
+    """The location as a process in another folder knows it."""
+    return location if "://" in location else absolute(Path(location))
+
+
+def each_result(
+    function: Callable[[Item], Result], items: list[Item], cluster: ClusterConfig, *, label: Callable[[Item], str]
+) -> Iterator[tuple[Item, Result]]:
+    """(item, function(item)) of every item, as they are done: here, or as Ray tasks."""
+    if cluster.kind == "inline":
+        for item in items:
+            yield item, function(item)
+    elif items:
+        with ray_session(cluster):
+            yield from _by_ray(function, items, cluster, label=label)
+
+
+def _by_ray(
+    function: Callable[[Item], Result], items: list[Item], cluster: ClusterConfig, *, label: Callable[[Item], str]
+) -> Iterator[tuple[Item, Result]]:
+    """Tasks on Ray, at most `cluster.num_workers` in flight, so memory and scratch space stay bounded."""
+    import ray
+
+    task: Any = ray.remote(num_cpus=cluster.cpus_per_worker, max_retries=0)(_call_quietly)
+    deaths = Counter[str]()
+    waiting = list(reversed(items))
+    running: dict[object, Item] = {}
+    while waiting or running:
+        while waiting and len(running) < cluster.num_workers:
+            item = waiting.pop()
+            running[task.remote(function, item)] = item
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        item = running.pop(done)
+        try:
+            result = ray.get(done)
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.NodeDiedError,
+        ) as error:
+            deaths[label(item)] += 1
+            if deaths[label(item)] > MAX_DEATHS:
+                raise _kept_dying(label(item), error) from error
+            print(f"the worker of {label(item)} died ({type(error).__name__}); it is done again", flush=True)
+            waiting.append(item)
+            continue
+        if isinstance(result, ValueError):
+            raise result
+        yield item, result
+
+
+def _label(shard: ShardPlan) -> str:
+    scans = ", ".join(request.scan_id for request in shard.requests[:5])
+    return f"{shard.name} ({scans}{', ...' if len(shard.requests) > 5 else ''})"
+
+
+def _kept_dying(label: str, error: Exception) -> ShardError:
+    return ShardError(
+        f"{label} killed its worker {MAX_DEATHS + 1} times ({type(error).__name__}); lower cluster.num_workers, or "
+        "give the nodes more memory"
+    )
+
+
+def _call_quietly(function: Callable[[Item], Result], item: Item) -> Result | ValueError:
+    """The result, or our error as a value: Ray would wrap a raised one in its own class and traceback."""
+    try:
+        return function(item)
+    except ValueError as error:  # as all of ours are
+        if not is_for_users(error):
+            raise
+        return error
+
+
+@contextmanager
+def _progress(missing: list[ShardPlan], *, num_shards: int, num_written: int) -> Iterator[Step]:
+    """What to call after every shard: moves a bar on a terminal, prints a line elsewhere."""
+    num_scans = sum(len(shard.requests) for shard in missing)
+    if not sys.stdout.isatty():
+        yield _lines(num_scans, num_shards=num_shards, num_written=num_written)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("scans"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("left")) as bar:
+        task = bar.add_task("scans", total=num_scans, note="")
+        done = _Done(num_written)
+
+        def advance(shard: ShardPlan, receipt: Receipt) -> None:
+            done.add(shard, receipt)
+            bar.update(task, completed=done.scans, note=f"{done.rate:.1f}/s, {done.refused} refused")
+
+        yield advance
+
+
+def _lines(num_scans: int, *, num_shards: int, num_written: int) -> Step:
+    done = _Done(num_written)
+
+    def advance(shard: ShardPlan, receipt: Receipt) -> None:
+        done.add(shard, receipt)
+        print(
+            f"shards {done.shards}/{num_shards}  scans {done.scans}/{num_scans}  refused {done.refused}  "
+            f"{done.rate:.1f} scans/s  {(num_scans - done.scans) / done.rate:.0f} s left",
+            flush=True,
+        )
+
+    return advance
+
+
+@dataclass
+class _Done:
+    """What is done so far; scans and their rate are those of this run."""
+
+    shards: int  # with those written earlier
+    scans: int = 0
+    refused: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, shard: ShardPlan, receipt: Receipt) -> None:
+        self.shards += 1
+        self.scans += len(shard.requests)
+        self.refused += len(receipt.refused)
+
+    @property
+    def rate(self) -> float:
+        return self.scans / (time.monotonic() - self.started)

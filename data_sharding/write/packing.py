@@ -1,0 +1,296 @@
+"""One scan -> its tar members: the only code that decides what bytes a scan becomes. Depends on nothing but both."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from brain_models.atlas import Atlas
+from brain_models.cleaning import CleanedRun, clean_bold
+from brain_models.errors import ScanError
+from brain_models.preprocess import (
+    PackedScan,
+    StandardisedRun,
+    dvars,
+    pack_bold,
+    pack_t1,
+    standardise_bold,
+    standardise_t1,
+)
+from brain_models.recipe import BoldType, CleaningConfig
+from brain_models.space import BrainSpace
+from brain_models.transform import Transform
+from data_sharding import schema
+from data_sharding.checksums import crc32, crc32_of_frames
+from data_sharding.config import AcceptanceConfig
+from data_sharding.scans import NEVER_IN_A_KEY
+from data_sharding.write.quality import ScanQuality, region_coverage, run_quality, scan_quality, why_refused
+
+WRITE_BYTES = 1 << 20
+
+
+@dataclass
+class PackRequest:
+    """What packing one scan needs, in plain values: it travels to a child process as JSON."""
+
+    scan_id: str
+    kind: str
+    path: str
+    brain_mask: str | None
+    confounds: str | None
+    repetition_time_s: float
+    num_frames: int  # of the file
+    entities: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)  # what else the scan consists of, by role
+    events: list[dict[str, Any]] = field(default_factory=list)
+    sidecar: dict[str, object] = field(default_factory=dict)
+    stimulus: str = ""
+    row: int = 0
+    is_raw: bool = False  # in its own space: it is sampled through its transform
+    transform: str | None = None
+    private: list[list[str]] = field(default_factory=list)  # [text, what stands for it in any message]
+
+
+@dataclass
+class PackSettings:
+    """What packing does to every scan of a set."""
+
+    chunk_frames: int
+    bold_type: BoldType
+    cleaning: CleaningConfig
+    acceptance: AcceptanceConfig
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> PackSettings:
+        made = {"cleaning": CleaningConfig(**raw["cleaning"]), "acceptance": AcceptanceConfig(**raw["acceptance"])}
+        return cls(**(raw | made))
+
+
+@dataclass(frozen=True)
+class PackContext:
+    """What all scans of a set share."""
+
+    space: BrainSpace
+    atlases: dict[str, Atlas]
+    settings: PackSettings
+
+
+@dataclass
+class Member:
+    """One tar member of a scan; `offset` counts from the start of the scan's part of the shard."""
+
+    member: str
+    key: str
+    kind: str
+    offset: int
+    size: int
+    crc32: int
+    first_frame: int
+    num_frames: int
+    frame_crc32: str  # of an array with checksums beside it
+    censored: str  # of a run's mean.npy and of its region series
+
+
+Entry = tuple[dict[str, Any], int, int]  # what TarWriter writes, first frame, number of frames
+
+
+@dataclass
+class Packed:
+    """An accepted scan: what is to be written of it, and how good it is."""
+
+    entries: Iterator[Entry]
+    quality: ScanQuality
+    regions: dict[str, float]  # measured share by <atlas>/<label>
+
+
+@dataclass
+class Part:
+    """A scan's part of a tar: its members, and its bytes without the end mark that follows them."""
+
+    members: list[Member]
+    payload: int
+    quality: ScanQuality
+    regions: dict[str, float]
+
+
+def write_part(request: PackRequest, context: PackContext, path: Path) -> Part:
+    """The scan's part of a tar, written to `path`. Raises ScanError where the scan cannot be packed or accepted."""
+    from webdataset.writer import TarWriter  # imports torch where there is one: a second that no planning needs
+
+    packed = _pack(request, context)
+    members: list[Member] = []
+    position = 0
+    owner = {"user": schema.TAR_OWNER, "group": schema.TAR_OWNER}
+    # tarfile writes 10 KiB at a time, which takes the system three times as long.
+    with path.open("wb", buffering=WRITE_BYTES) as file, TarWriter(file, mtime=0, encoder=False, **owner) as writer:
+        for entry, first_frame, num_frames in packed.entries:
+            key = entry["__key__"]
+            assert not NEVER_IN_A_KEY.search(key), key
+            checksums = entry[schema.CRC][schema.NPY_HEADER_BYTES :].hex() if schema.CRC in entry else ""
+            for kind in sorted(kind for kind in entry if kind != "__key__"):
+                name = f"{key}.{kind}"
+                assert len(name) <= schema.MAX_NAME_LENGTH, name
+                start, data = position + schema.TAR_BLOCK_BYTES, entry[kind]
+                frame_crc32 = checksums if kind in schema.CHECKED_BY_FRAME else ""
+                censored = packed.quality.censored if kind in (schema.MEAN, schema.PARCELS) else ""
+                numbers = (start, len(data), crc32(data), first_frame, num_frames)
+                members.append(Member(name, key, kind, *numbers, frame_crc32, censored))
+                position += schema.tar_bytes(len(data))
+            writer.write(entry)
+            assert writer.tarstream.offset == position, "a tar header took more than one block"
+    return Part(members, position, packed.quality, packed.regions)
+
+
+def _pack(request: PackRequest, context: PackContext) -> Packed:
+    if request.kind == "bold":
+        return _pack_run(request, context)
+    if request.kind == "t1":
+        return _pack_image(request, context)
+    return packing_kinds().PACK[request.kind](request, context)
+
+
+def packing_kinds() -> ModuleType:
+    """The module of the other kinds, which itself builds on this one; imported before any scan is packed."""
+    from data_sharding.write import packing_kinds as module
+
+    return module
+
+
+def _pack_image(request: PackRequest, context: PackContext) -> Packed:
+    packed = _on_volume(pack_t1, request, context)
+    regions = region_coverage(context.atlases, packed.is_measured)
+    quality = scan_quality(packed.is_measured, regions, conflict_mm=packed.header.conflict_mm)
+    require_accepted(quality, request, context)
+    stored = standardise_t1(packed)
+    described = {"mean": stored.mean, "std": stored.std, **quality_fields(quality)}
+    entry = {
+        "__key__": schema.stats_key(request.scan_id),
+        schema.T1: npy_bytes(stored.values),
+        schema.CRC: npy_bytes(crc32_of_frames(stored.values[None])),
+        schema.META: json_bytes(request, context.space, described),
+    }
+    return Packed(iter([(entry, 0, 1)]), quality, regions)
+
+
+def _pack_run(request: PackRequest, context: PackContext) -> Packed:
+    run = cleaned_run(request, context)
+    stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
+    frames = frame_table(run, stored)
+    regions = region_coverage(context.atlases, stored.is_measured)
+    quality = run_quality(run, stored, frames[:, 1], regions)
+    require_accepted(quality, request, context)
+    described = {
+        "repetition_time_s": request.repetition_time_s,
+        "num_regressors": len(run.regressors),
+        **quality_fields(quality),
+    }
+    return Packed(_run_entries(request, context, stored, frames, described), quality, regions)
+
+
+def frame_table(run: CleanedRun, stored: StandardisedRun) -> np.ndarray:
+    """float32 [time, column of schema.FRAME_COLUMNS]: what is known of every frame of a run."""
+    frames = np.empty((len(stored.quantised), len(schema.FRAME_COLUMNS)), dtype=np.float32)
+    columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
+    for number, column in enumerate(columns):
+        frames[:, number] = column
+    return frames
+
+
+def cleaned_run(request: PackRequest, context: PackContext) -> CleanedRun:
+    """The run on the set's space, cleaned as the set asks."""
+    transform = _transform(request)
+    return clean_bold(
+        _packed_run(request, context),
+        context.settings.cleaning,
+        repetition_time_s=request.repetition_time_s,
+        confounds=request.confounds,
+        framewise_displacement_mm=None if transform is None else transform.framewise_displacement_mm,
+    )
+
+
+def _packed_run(request: PackRequest, context: PackContext) -> PackedScan:
+    if context.space.kind == "surface":
+        return packing_kinds().pack_surface_run(request, context.space)
+    return _on_volume(pack_bold, request, context)
+
+
+def _on_volume(pack: Callable[..., PackedScan], request: PackRequest, context: PackContext) -> PackedScan:
+    return pack(
+        request.path,
+        context.space,
+        brain_mask=None if request.brain_mask is None else Path(request.brain_mask),
+        transform=_transform(request),
+        unknown_orientation=context.settings.acceptance.unknown_orientation,
+    )
+
+
+def require_accepted(quality: ScanQuality, request: PackRequest, context: PackContext) -> None:
+    """ScanError where the scan breaks an acceptance rule."""
+    reason = why_refused(quality, context.settings.acceptance, is_run=request.kind in ("bold", "parcels"))
+    if reason is not None:
+        raise ScanError(f"{request.path} {reason}; check the scan and its registration, or change that rule")
+
+
+def _run_entries(
+    request: PackRequest, context: PackContext, run: StandardisedRun, frames: np.ndarray, described: dict[str, Any]
+) -> Iterator[Entry]:
+    stats = {
+        "__key__": schema.stats_key(request.scan_id),
+        schema.MEAN: npy_bytes(run.mean),
+        schema.SCALE: npy_bytes(run.scale),
+        schema.FRAMES: npy_bytes(frames),
+        schema.META: json_bytes(request, context.space, described),
+    }
+    if request.events:
+        dropped_s = described["num_dropped"] * request.repetition_time_s
+        events = [event | {"onset_s": event["onset_s"] - dropped_s} for event in request.events]
+        stats[schema.EVENTS] = schema.padded_json(events)
+    yield stats, 0, len(frames)
+    for chunk, (first, stop) in enumerate(schema.chunk_bounds(len(frames), context.settings.chunk_frames)):
+        values = run.quantised[first:stop]
+        entry = {
+            "__key__": schema.chunk_key(request.scan_id, chunk),
+            schema.BOLD: npy_bytes(values),
+            schema.CRC: npy_bytes(crc32_of_frames(values)),
+        }
+        yield entry, first, stop - first
+
+
+def quality_fields(quality: ScanQuality) -> dict[str, Any]:
+    """The quality for the json member; which frames are censored says frames.npy."""
+    return {name: value for name, value in asdict(quality).items() if name != "censored"}
+
+
+def _transform(request: PackRequest) -> Transform | None:
+    return None if request.transform is None else Transform.load(request.transform)
+
+
+def json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any]) -> bytes:
+    """The json member of a scan: what it is, and what packing found."""
+    document = {
+        "scan_id": request.scan_id,
+        "kind": request.kind,
+        "entities": request.entities,
+        "space": space.name,
+        "space_fingerprint": space.fingerprint,
+        **described,
+    }
+    if request.sidecar:
+        document["sidecar"] = request.sidecar
+    return schema.padded_json(document)
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as a .npy file, whose header has the length the schema promises."""
+    array = np.ascontiguousarray(array)
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
+    header = buffer.getvalue()
+    assert len(header) == schema.NPY_HEADER_BYTES, "unexpected .npy header length"
+    return b"".join((header, array.reshape(-1).view(np.uint8).data))

@@ -1,0 +1,187 @@
+"""The runs that a comparison is made of: one fine-tuning a cell (arm, encoder, mode, seed), each done once.
+
+Finished cells are read, not run again; knows nothing of intervals and verdicts.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cluster.ray.launch import ray_session, run_on_workers
+from cluster.storage.stores import Store, store_for
+from data_sharding.read.reader import open_set
+from finetune.compare.paired import Readings
+from finetune.config import CompareConfig, FinetuneConfig
+from finetune.errors import FinetuneError
+from finetune.report.page import MODEL
+from finetune.tasks.subject_prediction.evaluation import Scores
+from finetune.train import GOLDEN, identity, train
+from training.checkpoint import file_sha256
+from training.identity import config_hash
+from training.watch.tracking import mlflow_environment
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning. `number` counts the encoders of an arm: its pretraining seeds."""
+
+    arm: str
+    number: int
+    encoder: str
+    mode: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Below the comparison's run folder."""
+        return f"cells/{slug(self.arm)}-{self.number}-{self.mode}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a finished cell said: scores by classifier less the cut chosen for it, so that above 0 is a case."""
+
+    scores: dict[str, Scores]
+    num_seen: int | None  # test subjects its encoder was pretrained on; None: the encoder does not say
+
+
+def slug(text: str) -> str:
+    """The text as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text.removeprefix("models:/")).strip("-")
+
+
+def arms_of(config: CompareConfig) -> dict[str, list[str]]:
+    """Encoders by arm, the reference first; a list is an arm for each encoder."""
+    given = config.encoders
+    arms = given if isinstance(given, dict) else {encoder: [encoder] for encoder in given}
+    reference = next(iter(arms)) if config.encoder == "first" else config.encoder
+    return {reference: arms[reference]} | arms
+
+
+def cells_of(config: CompareConfig) -> list[Cell]:
+    """Every cell, those of one encoder together."""
+    return [
+        Cell(arm, number, encoder, mode, seed)
+        for arm, encoders in arms_of(config).items()
+        for number, encoder in enumerate(encoders)
+        for mode in config.modes
+        for seed in config.seeds
+    ]
+
+
+def cell_config(config: CompareConfig, cell: Cell) -> FinetuneConfig:
+    """The cell as a run of `python -m finetune`: its encoder, its seed everywhere, its mode, and its own folder."""
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
+    run = dataclasses.replace(config.run, name=slug(cell.folder), folder=f"{config.run.folder}/{cell.folder}")
+    task, mode = config.task, config.modes[cell.mode]
+    return FinetuneConfig(
+        **shared
+        | {
+            "encoder": cell.encoder,
+            "run": run,
+            "train": dataclasses.replace(config.train, seed=cell.seed, run=run),
+            "data": dataclasses.replace(config.data, seed=cell.seed),
+            "task": dataclasses.replace(
+                task,
+                probe=None if task.probe is None else dataclasses.replace(task.probe, seed=cell.seed),
+                unfreezing=dataclasses.replace(task.unfreezing, **dataclasses.asdict(mode)),
+            ),
+        }
+    )
+
+
+def pinned(encoder: str, uri: str | None) -> str:
+    """The encoder by version, so that an alias that moves on cannot mix two encoders in one comparison."""
+    if uri is None or "@" not in encoder or (Path(encoder) / "model.yaml").exists():
+        return encoder
+    mlflow_environment(timeout_s=60)
+    import mlflow
+
+    name, _, alias = encoder.removeprefix("models:/").partition("@")
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
+
+
+def answers(config: CompareConfig) -> dict[Cell, Answer]:
+    """Every cell's answer; those that have none yet are run, one after the other."""
+    versions = {
+        encoder: pinned(encoder, config.train.tracking.uri) for arm in arms_of(config).values() for encoder in arm
+    }
+    cells = cells_of(config)
+    found = {}
+    with ray_session(config.cluster):
+        for position, cell in enumerate(cells):
+            run = cell_config(config, dataclasses.replace(cell, encoder=versions[cell.encoder]))
+            store = store_for(run.run.folder)
+            is_done = is_finished(store, run)
+            print(f"cell {position + 1}/{len(cells)}  {cell.folder}  {'is done' if is_done else 'runs'}", flush=True)
+            if not is_done:
+                run_on_workers(train, run, cluster=config.cluster, name=run.run.name)
+            found[cell] = read_answer(store)
+    return found
+
+
+def is_finished(store: Store, run: FinetuneConfig) -> bool:
+    """True when the folder holds this configuration's results; another's, finetune itself refuses to go on from."""
+    if not (store.exists("metrics.json") and store.exists("scores.csv")):  # scores.csv is written last
+        return False
+    lineage = json.loads(store.read("metrics.json"))["lineage"]
+    if lineage["config hash"] != config_hash(identity(run)):
+        return False
+    now = {"callosum.set_fingerprint": open_set(run.shards).fingerprint}
+    if (Path(run.encoder) / GOLDEN).exists():  # a registered version cannot change, a folder can
+        now["callosum.backbone_output"] = file_sha256(Path(run.encoder) / GOLDEN)
+    if changed := [name for name, value in now.items() if lineage.get(name, value) != value]:
+        raise FinetuneError(
+            f"{store.location}: was made before {run.shards} or {run.encoder} was written anew ("
+            + ", ".join(f"{name} {lineage[name][:12]}, now {now[name][:12]}" for name in changed)
+            + "); cells of both would be compared: choose another run.folder, or delete this one"
+        )
+    return True
+
+
+def read_answer(store: Store) -> Answer:
+    """What a finished cell wrote: its scores on the test split and the baselines', each less its own cut."""
+    numbers = json.loads(store.read("metrics.json"))
+    rows: dict[str, list[dict[str, str]]] = {}
+    for row in csv.DictReader(io.StringIO(store.read("scores.csv").decode())):
+        if None in row:  # more columns than the header has
+            raise FinetuneError(
+                f"{store.join('scores.csv')}: older code did not quote a comma in it; delete this file and run again"
+            )
+        rows.setdefault(row["classifier"], []).append(row)
+    scores = {}
+    for name, theirs in rows.items():
+        values = np.array([float(row["score"]) for row in theirs]) - numbers["classifiers"][name]["threshold"]
+        is_case = np.array([row["is_case"] == "1" for row in theirs])
+        subjects = tuple(row["subject"] for row in theirs)
+        scores[name] = Scores(subjects, values, is_case, np.array([row["site"] for row in theirs]))
+    overlap = numbers["overlap"]
+    return Answer(scores, None if overlap is None else len(overlap))
+
+
+def readings(found: dict[Cell, Answer], mode: str) -> Readings:
+    """A mode's scores of every arm as [unit, repeat, subject]: units are encoders, or seeds where an arm has one."""
+    first = next(iter(found.values())).scores[MODEL]
+    table: dict[str, dict[int, list[np.ndarray]]] = {}
+    for cell, answer in found.items():
+        if cell.mode == mode:
+            scores = answer.scores[MODEL]
+            if scores.subjects != first.subjects:
+                raise FinetuneError(
+                    f"{cell.folder}: was scored on other subjects than the first cell ({len(scores.subjects)} and "
+                    f"{len(first.subjects)}); delete the run folder and compare on one shard set"
+                )
+            table.setdefault(cell.arm, {}).setdefault(cell.number, []).append(scores.values)
+    stacked = {arm: np.stack([np.stack(seeds) for seeds in encoders.values()]) for arm, encoders in table.items()}
+    has_one = all(len(values) == 1 for values in stacked.values())
+    values = {arm: each.swapaxes(0, 1) if has_one else each for arm, each in stacked.items()}
+    return Readings(values, first.is_case, first.sites)

@@ -1,0 +1,207 @@
+"""What a comparison says: rows of estimates and of paired differences, as CSV, Markdown, figure and MLflow run.
+
+Numbers in, files out; runs nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.compare.cells import Answer, Cell, arms_of, readings, slug
+from finetune.compare.comparison_figure import draw
+from finetune.compare.paired import Readings, differences, estimate, resampled_metrics, spare_subjects
+from finetune.config import CompareConfig
+from finetune.report.page import MODEL
+from finetune.tasks.subject_prediction.evaluation import BootstrapConfig
+from training.watch.tracking import experiment_id, mlflow_environment
+
+CHANCE = 0.5  # of every metric there is
+FOLDER_TAG = "callosum.comparison"
+FILES = ("comparison.csv", "cells.csv", "comparison.md", "comparison.png")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of comparison.csv: an arm's own metric, or an arm less the reference. `p` of an arm is against chance."""
+
+    kind: Literal["arm", "difference"]
+    mode: str
+    arm: str
+    reference: str
+    value: float
+    low: float
+    high: float
+    p: float
+    p_corrected: float  # differences only: Holm, over all modes and pairs
+    verdict: str  # of an arm: what its encoders saw of the test subjects
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is written. `cells` are (mode, arm, encoder, seed, metric)."""
+
+    title: str
+    metric: str
+    confidence: float
+    num_subjects: int
+    num_cases: int
+    num_encoders: int
+    num_seeds: int
+    rows: list[Row]
+    cells: list[tuple[str, str, str, int, float]]
+
+
+def compare(config: CompareConfig, found: Mapping[Cell, Answer]) -> Comparison:
+    """Estimates of every arm in every mode, differences from the reference, corrected for all of them together."""
+    arms, confidence = arms_of(config), config.bootstrap.confidence
+    reference = next(iter(arms))
+    by_mode = {mode: readings(dict(found), mode) for mode in config.modes}
+    any_mode = next(iter(by_mode.values()))
+    spare = spare_subjects(any_mode)
+    draws = {mode: resampled_metrics(each, config.metric, config.bootstrap) for mode, each in by_mode.items()}
+    rows = []
+    for mode, of_arms in draws.items():
+        for arm, numbers in of_arms.items():
+            own = estimate(numbers, spare_subjects=spare, confidence=confidence, null=CHANCE)
+            rows.append(Row("arm", mode, arm, "", **asdict(own), p_corrected=own.p, verdict=seen_by(arm, found)))
+    rows += baseline_rows(config, next(iter(found.values())), spare)
+    flat = {f"{mode}/{arm}": numbers for mode, of_arms in draws.items() for arm, numbers in of_arms.items()}
+    pairs = [(mode, arm) for mode in config.modes for arm in arms if arm != reference]
+    keys = [(f"{mode}/{arm}", f"{mode}/{reference}") for mode, arm in pairs]
+    for (mode, arm), one in zip(
+        pairs, differences(flat, keys, spare_subjects=spare, confidence=confidence), strict=True
+    ):
+        rows.append(
+            Row(
+                "difference",
+                mode,
+                arm,
+                reference,
+                **asdict(one.estimate),
+                p_corrected=one.p_corrected,
+                verdict=one.verdict,
+            )
+        )
+    return Comparison(
+        title=config.run.name,
+        metric=config.metric,
+        confidence=confidence,
+        num_subjects=len(any_mode.is_case),
+        num_cases=int(any_mode.is_case.sum()),
+        num_encoders=len(arms[reference]),
+        num_seeds=len(config.seeds),
+        rows=rows,
+        cells=[(cell.mode, cell.arm, cell.encoder, cell.seed, own_metric(config, one)) for cell, one in found.items()],
+    )
+
+
+def own_metric(config: CompareConfig, answer: Answer) -> float:
+    """The metric of one cell."""
+    scores = answer.scores[MODEL]
+    alone = Readings({MODEL: scores.values[None, None]}, scores.is_case, scores.sites)
+    return float(resampled_metrics(alone, config.metric, _no_resamples(config))[MODEL][0, 0])
+
+
+def baseline_rows(config: CompareConfig, answer: Answer, spare: int) -> list[Row]:
+    """What every arm is read against, from any cell: they know no encoder and no seed."""
+    rows = []
+    for name, scores in answer.scores.items():
+        if name != MODEL:
+            alone = Readings({name: scores.values[None, None]}, scores.is_case, scores.sites)
+            draws = resampled_metrics(alone, config.metric, config.bootstrap)[name]
+            own = estimate(draws, spare_subjects=spare, confidence=config.bootstrap.confidence, null=CHANCE)
+            rows.append(Row("arm", "baseline", name, "", **asdict(own), p_corrected=own.p, verdict=""))
+    return rows
+
+
+def seen_by(arm: str, found: Mapping[Cell, Answer]) -> str:
+    """The mark in an arm's row when its encoder does not say whom it saw; one that saw test subjects was refused."""
+    is_known = all(answer.num_seen is not None for cell, answer in found.items() if cell.arm == arm)
+    return "" if is_known else "NOT KNOWN whether its encoder saw test subjects"
+
+
+def _no_resamples(config: CompareConfig) -> BootstrapConfig:
+    return BootstrapConfig(0, config.bootstrap.confidence, config.bootstrap.seed)
+
+
+def as_markdown(found: Comparison) -> str:
+    """Both tables, with what they were made from and how to read them."""
+    per_cent = f"{found.confidence:.0%}"
+    lines = [
+        f"# {found.title}",
+        "",
+        f"{found.metric} on {found.num_subjects} test subjects ({found.num_cases} cases), {found.num_encoders} "
+        f"pretraining and {found.num_seeds} fine-tuning seeds an arm, {per_cent} intervals over seeds and subjects.",
+        "",
+        "| mode | arm | estimate | |",
+        "|---|---|---|---|",
+    ]
+    shown = "{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+    lines += [
+        f"| {row.mode} | {row.arm} | {shown.format(row=row)} | {row.verdict} |"
+        for row in found.rows
+        if row.kind == "arm"
+    ]
+    lines += ["", "| mode | pair | difference | p (Holm) | verdict |", "|---|---|---|---|---|"]
+    signed = "{row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}] | {row.p_corrected:.3f}"
+    lines += [
+        f"| {row.mode} | {row.arm} - {row.reference} | {signed.format(row=row)} | {row.verdict} |"
+        for row in found.rows
+        if row.kind == "difference"
+    ]
+    if found.num_encoders == 1:
+        lines += ["", "One pretraining seed an arm: this is about these encoders, not about how they were pretrained."]
+    if found.num_encoders * found.num_seeds == 1:
+        lines += ["", "One seed: intervals are over subjects only."]
+    return "\n".join(lines) + "\n"
+
+
+def write(found: Comparison, folder: Path) -> None:
+    """comparison.csv, cells.csv, comparison.md and comparison.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(row) for row in found.rows]
+    (folder / "comparison.csv").write_text(
+        _table(list(rows[0]), [list(row.values()) for row in rows]), encoding="utf-8"
+    )
+    header = ["mode", "arm", "encoder", "seed", found.metric]
+    (folder / "cells.csv").write_text(_table(header, [list(cell) for cell in found.cells]), encoding="utf-8")
+    (folder / "comparison.md").write_text(as_markdown(found), encoding="utf-8")
+    (folder / "comparison.png").write_bytes(draw(found))
+
+
+def _table(header: list[str], rows: list[list[object]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+    return text.getvalue()
+
+
+def log_to_mlflow(found: Comparison, folder: Path, config: CompareConfig) -> None:
+    """One MLflow run a comparison folder, the same one when the comparison is made again."""
+    tracking = config.train.tracking
+    if tracking.uri is None:
+        return
+    mlflow_environment(timeout_s=60)
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=tracking.uri)
+    experiment = experiment_id(client, tracking.experiment, tracking.uri)
+    earlier = client.search_runs([experiment], filter_string=f"tags.`{FOLDER_TAG}` = '{config.run.folder}'")
+    tags = {FOLDER_TAG: config.run.folder, "callosum.part": "compare", "callosum.shards": config.shards}
+    run = earlier[0] if earlier else client.create_run(experiment, tags=tags, run_name=config.run.name)
+    for row in found.rows:
+        name = re.sub(r"[^\w./ -]", "_", f"{row.kind}/{row.mode}/{row.arm}")
+        for end in ("value", "low", "high"):
+            client.log_metric(run.info.run_id, f"{name}/{end}", getattr(row, end))
+        if row.kind == "difference":
+            client.set_tag(run.info.run_id, f"verdict/{row.mode}/{slug(row.arm)}", row.verdict)
+    for name in FILES:
+        client.log_artifact(run.info.run_id, str(folder / name))
+    client.set_terminated(run.info.run_id)

@@ -1,0 +1,83 @@
+"""The shard sets of a run: opened, cut into tokens, and read by every rank. One, or several with a weight each."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from brain_models.encoder import TokenKind
+from data_sharding.read.joint import JointSource, named
+from data_sharding.read.reader import Batch, BatchSource, ReaderConfig, ShardSet, open_set
+from pretrain.config import PretrainConfig
+from pretrain.errors import PretrainError
+from pretrain.masked.geometry import Geometry
+from pretrain.masked.masked_set import SetSpec
+from training.collectives import Place
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedSet:
+    """A set of the run with everything but its voxels."""
+
+    name: str
+    kind: TokenKind
+    weight: float
+    location: str
+    shard_set: ShardSet
+    geometry: Geometry
+
+    @property
+    def spec(self) -> SetSpec:
+        return SetSpec(self.kind, self.geometry, self.weight)
+
+    @property
+    def alignment(self) -> str:
+        """How its scans came into the space, as tables of regions say it."""
+        alignment = str(self.shard_set.manifest.preprocessing["alignment"])
+        return f"{alignment} (preview: regions are off by millimetres)" if alignment == "affine" else alignment
+
+    @property
+    def training_subjects(self) -> set[str]:
+        return set(self.shard_set.runs(self.kind, ["train"])["subject"])
+
+
+def open_sets(config: PretrainConfig, *, scratch: str | None = None) -> dict[str, OpenedSet]:
+    """Every set of the run, opened; PretrainError where one lacks the atlas. Ranks give their node's `scratch`."""
+    found = {}
+    for name, each in config.named_sets.items():
+        shard_set = open_set(each.shards, scratch=scratch)
+        if config.atlas not in shard_set.atlases:
+            raise PretrainError(
+                f"atlas={config.atlas}: {each.shards} holds {sorted(shard_set.atlases) or 'no atlas'}; choose one of "
+                "them, or write the set with another atlas"
+            )
+        geometry = Geometry.of(shard_set.space, shard_set.atlases[config.atlas], config.window_of(name))
+        found[name] = OpenedSet(name, each.kind, each.weight, each.shards, shard_set, geometry)
+    return found
+
+
+def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], place: Place) -> BatchSource | JointSource:
+    """What a rank trains and evaluates on."""
+    sources = {
+        name: BatchSource(each.shard_set, reader_config(config, name), rank=place.rank, world_size=place.world_size)
+        for name, each in sets.items()
+    }
+    if len(sources) == 1:
+        return next(iter(sources.values()))
+    return JointSource(sources, {name: each.weight for name, each in sets.items()}, seed=config.data.seed)
+
+
+def training_subset(config: PretrainConfig, opened: OpenedSet, place: Place) -> Iterator[Batch]:
+    """A rank's share of the training samples that statistics and baselines are fitted on, the same every time.
+
+    Dealt out, so that the last subjects, which the ridge's penalty is chosen on at length, are not all one rank's.
+    """
+    reader = reader_config(config, opened.name)
+    source = BatchSource(opened.shard_set, reader, rank=place.rank, world_size=place.world_size)
+    for batch in source.evaluation("train", limit=config.baselines.fit_samples, is_dealt_out=True):
+        yield named(batch, opened.name)
+    source.close()
+
+
+def reader_config(config: PretrainConfig, name: str) -> ReaderConfig:
+    """What the reader needs to know of a set of the run; training reads the train split only."""
+    window_frames = config.window_of(name).window_frames
+    return ReaderConfig.for_training(config.data, kind=config.named_sets[name].kind, window_frames=window_frames)

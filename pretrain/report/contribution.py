@@ -1,0 +1,195 @@
+"""Region contribution: how much a region's visibility helps to guess the rest of the brain. Knows no model and no file.
+
+The brain is divided into contexts: random halves of it, in whole regions, are hidden, each context beside its
+complement, so that a region is visible in half of them. What a region contributes in a context is what the guess of
+the hidden half loses when the region is hidden as well:
+
+  contribution = (squared error of that half, region hidden too - the same, region visible) / the half's total
+
+summed over windows and over the contexts that show the region. The part that is scored stays the same, so it is a drop
+of its r2. What it is compared with are places of the same size that are no region: a random patch and the visible ones
+nearest to it, the same places in every context. They are compact, because neighbours can stand in for one another:
+hiding scattered patches costs less than hiding a region, whatever they hold.
+
+The permutation null: each subject's difference between the region and the mean place is as likely to have either sign.
+p is the share of random signs over subjects (the true ones counted too) whose sum is at least as large, one-sided; over
+regions the false discovery rate is controlled after Benjamini and Hochberg (1995). So a small p says that the region
+adds more than a place of its size does on average; that its interval lies above 0, that it adds something at all. Both
+are asked of a significant region. With few subjects no p is below 2^-subjects.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from pretrain.masked.scores import Interval, IntervalConfig, interval, resamples
+from pretrain.report.config import ContributionConfig
+
+# Given the hidden patches [patch], each sample's squared error [sample, patch] (0 where visible).
+Errors = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One region's row. Without a p-value it was not tested, and `reason` says why."""
+
+    region: str
+    num_patches: int
+    num_contexts: int
+    contribution: Interval
+    null_mean: float | None  # the mean place of its size
+    place_share: float | None  # of those places, how many contribute less
+    p: float | None
+    is_significant: bool
+    reason: str
+
+
+def contexts(patches_of: Sequence[np.ndarray], num_patches: int, *, num_contexts: int, seed: int) -> list[np.ndarray]:
+    """Hidden patches [patch] of each context: random halves of the regions by patches, and their complements."""
+    generator = np.random.default_rng(seed)
+    found: list[np.ndarray] = []
+    while len(found) < num_contexts:
+        is_hidden = np.zeros(num_patches, dtype=bool)
+        for region in generator.permutation(len(patches_of)):
+            if is_hidden.sum() + len(patches_of[region]) / 2 <= num_patches / 2:
+                is_hidden[patches_of[region]] = True
+        found += [is_hidden, ~is_hidden]
+    return found[:num_contexts]
+
+
+def compact_set(centre: int, size: int, is_visible: np.ndarray, distance_mm: np.ndarray) -> np.ndarray:
+    """The `size` visible patches nearest to a centre, itself included."""
+    candidates = np.flatnonzero(is_visible)
+    return candidates[np.argsort(distance_mm[centre, candidates], kind="stable")[:size]]
+
+
+class Experiment:
+    """Contexts with what they cost when nothing more is hidden; losses of hiding more are kept by what was hidden."""
+
+    def __init__(self, errors: Errors, total: np.ndarray, hidden: Sequence[np.ndarray]) -> None:
+        self.errors = errors
+        self.hidden = hidden
+        self.totals = [total[:, is_hidden].sum(axis=1) for is_hidden in hidden]
+        self.whole = [errors(is_hidden)[:, is_hidden].sum(axis=1) for is_hidden in hidden]
+
+    def loss(self, context: int, patches: np.ndarray) -> np.ndarray:
+        """What each sample's squared error of the context's part rises by when these patches are hidden too."""
+        is_hidden = self.hidden[context].copy()
+        is_hidden[patches] = True
+        return self.errors(is_hidden)[:, self.hidden[context]].sum(axis=1) - self.whole[context]
+
+
+def contributions(
+    experiment: Experiment,
+    regions: dict[str, np.ndarray],
+    distance_mm: np.ndarray,
+    *,
+    subjects: Sequence[str],
+    config: ContributionConfig,
+    intervals: IntervalConfig,
+) -> list[Contribution]:
+    """Every region's contribution with its interval over subjects, beside places of its size, tested."""
+    places = Places(experiment, distance_mm, config)
+    rows = [
+        _contribution(experiment, places, name, patches, subjects=subjects, intervals=intervals)
+        for name, patches in regions.items()
+    ]
+    tested = [row for row in rows if row.p is not None]
+    is_found = false_discoveries([row.p for row in tested if row.p is not None], config.false_discovery_rate)
+    found = {
+        row.region for row, is_one in zip(tested, is_found, strict=True) if is_one and (row.contribution.low or 0) > 0
+    }
+    return [replace(row, is_significant=row.region in found) for row in rows]
+
+
+class Places:
+    """What random compact sets of patches cost, by context and size: one list serves all regions of that size."""
+
+    def __init__(self, experiment: Experiment, distance_mm: np.ndarray, config: ContributionConfig) -> None:
+        generator = np.random.default_rng((config.seed, 1))
+        self.experiment = experiment
+        self.distance_mm = distance_mm
+        self.config = config
+        self.centres = generator.choice(len(distance_mm), size=config.num_null_sets)
+        self.kept: dict[tuple[int, int], np.ndarray] = {}
+        self.known: dict[tuple[int, bytes], np.ndarray] = {}
+
+    def losses(self, context: int, size: int) -> np.ndarray:
+        """The loss of each place of this size in a context, [place, sample]."""
+        if (context, size) not in self.kept:
+            is_visible = ~self.experiment.hidden[context]
+            sets = [compact_set(centre, size, is_visible, self.distance_mm) for centre in self.centres]
+            self.kept[context, size] = np.stack([self._loss(context, patches) for patches in sets])
+        return self.kept[context, size]
+
+    def _loss(self, context: int, patches: np.ndarray) -> np.ndarray:
+        key = (context, np.sort(patches).tobytes())  # centres of what is hidden often share their nearest patches
+        if key not in self.known:
+            self.known[key] = self.experiment.loss(context, patches)
+        return self.known[key]
+
+
+def _contribution(
+    experiment: Experiment,
+    places: Places,
+    name: str,
+    patches: np.ndarray,
+    *,
+    subjects: Sequence[str],
+    intervals: IntervalConfig,
+) -> Contribution:
+    used = [
+        context
+        for context, is_hidden in enumerate(experiment.hidden)
+        if len(patches) and not is_hidden[patches].any() and len(patches) < (~is_hidden).sum()
+    ]
+    if not used:
+        reason = "hidden in every context" if len(patches) else "no patch is mostly of this region"
+        return Contribution(name, len(patches), 0, Interval(None, None, None), None, None, None, False, reason)
+    loss = np.sum([experiment.loss(context, patches) for context in used], axis=0)
+    total = np.sum([experiment.totals[context] for context in used], axis=0)
+    others = np.sum([places.losses(context, len(patches)) for context in used], axis=0)
+    return Contribution(
+        region=name,
+        num_patches=len(patches),
+        num_contexts=len(used),
+        contribution=_interval(loss, total, subjects, intervals),
+        null_mean=float(others.mean(axis=0).sum() / total.sum()),
+        place_share=float((others.sum(axis=1) < loss.sum()).mean()),
+        p=sign_flip_p(summed(loss - others.mean(axis=0), subjects), places.config),
+        is_significant=False,
+        reason="",
+    )
+
+
+def sign_flip_p(differences: np.ndarray, config: ContributionConfig) -> float:
+    """How often random signs give the differences [subject] a sum as large as theirs, their own signs counted too."""
+    generator = np.random.default_rng((config.seed, 2))
+    signs = generator.choice([-1.0, 1.0], size=(config.num_permutations, len(differences)))
+    reached = signs @ differences >= differences.sum() - 1e-12 * np.abs(differences).sum()
+    return float((1 + reached.sum()) / (1 + config.num_permutations))
+
+
+def summed(values: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
+    """Sums over each subject's windows."""
+    _, of_row = np.unique(np.asarray(subjects), return_inverse=True)
+    return np.bincount(of_row, weights=values)
+
+
+def _interval(loss: np.ndarray, total: np.ndarray, subjects: Sequence[str], config: IntervalConfig) -> Interval:
+    sums = torch.from_numpy(np.stack([summed(loss, subjects), summed(total, subjects)], axis=1))
+    draws = resamples(len(sums), config) @ sums
+    return interval(draws[:, 0] / draws[:, 1], config)
+
+
+def false_discoveries(p_values: Sequence[float], rate: float) -> np.ndarray:
+    """True for the p-values that Benjamini and Hochberg's procedure calls discoveries at this rate."""
+    values = np.asarray(p_values, dtype=float)
+    order = np.argsort(values, kind="stable")
+    passes = values[order] <= rate * np.arange(1, len(values) + 1) / max(1, len(values))
+    num_found = int(np.flatnonzero(passes).max()) + 1 if passes.any() else 0
+    is_found = np.zeros(len(values), dtype=bool)
+    is_found[order[:num_found]] = True
+    return is_found

@@ -1,0 +1,54 @@
+"""How well each voxel was guessed, over many windows: maps as NIfTI in the set's space."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from brain_models.space import BrainSpace, require_grid
+from data_sharding.read.batch import Batch
+from pretrain.masked.masked_volumes import MaskedVolumes
+
+MIN_VALUES = 8  # hidden values a voxel needs for an r2
+
+
+@dataclass(frozen=True)
+class VoxelMaps:
+    """Arrays [voxel], NaN where a voxel was hidden in fewer than MIN_VALUES frames: r2 about the training mean, root
+    mean squared error in the units of the data (standard deviations), and how many values they are of."""
+
+    r2: np.ndarray
+    rmse: np.ndarray
+    num_values: np.ndarray
+    num_windows: int
+
+
+def voxel_maps(task: MaskedVolumes, batches: Iterable[Batch], num_voxels: int) -> VoxelMaps:
+    """The maps of the batches' hidden, measured values, under the masks the task evaluates with."""
+    error, total, count = (torch.zeros(num_voxels, dtype=torch.float64) for _ in range(3))
+    num_windows = 0
+    with torch.no_grad():
+        for batch in batches:
+            found = task.reconstruct(batch)
+            for sums, values in ((error, found.squared), (total, found.truth.square() * found.is_scored)):
+                sums += values.sum(dim=(0, 1)).double().cpu()
+            count += found.is_scored.sum(dim=(0, 1)).double().cpu()
+            num_windows += len(batch.weight)
+    is_known = (count >= MIN_VALUES) & (total > 0)
+    r2 = torch.where(is_known, 1 - error / total.clamp(min=1e-12), torch.nan)
+    rmse = torch.where(count >= MIN_VALUES, (error / count.clamp(min=1)).sqrt(), torch.nan)
+    return VoxelMaps(r2.numpy(), rmse.numpy(), count.numpy(), num_windows)
+
+
+def write_nifti(values: np.ndarray, space: BrainSpace, path: Path) -> None:
+    """Write a map on the grid of its space, float32, NaN where there is none."""
+    import nibabel
+
+    affine, shape, indices = require_grid(space)
+    volume = np.full(shape, np.nan, dtype=np.float32)
+    volume[tuple(indices.T)] = values
+    image = nibabel.Nifti1Image(volume, affine)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, path)

@@ -1,0 +1,187 @@
+"""What a finished run says about itself: maps, region contributions and probes, set by set, as files and numbers.
+
+One process with whole weights; costs what `report` in the configuration allows.
+"""
+
+import csv
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pretrain.masked.sets import OpenedSet
+from pretrain.report.config import PROBED_SPLITS
+from pretrain.report.contribution import Contribution, Experiment, contexts, contributions
+from pretrain.report.examined import Examined
+from pretrain.report.maps import voxel_maps, write_nifti
+from pretrain.report.pictures import draw_contributions, draw_maps
+from pretrain.report.probes import Probe, by_subject, probe, same_question
+from pretrain.train import build_task
+
+FOLDER = "report"  # of the run folder, and of the MLflow run's artifacts
+
+
+def analyse(examined: Examined, folder: Path) -> dict[str, object]:
+    """The numbers of everything that `report` asks for, by set; files go below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report, numbers = examined.config.report, {}
+    with torch.no_grad():
+        for name in examined.sets:
+            started = time.monotonic()
+            found: dict[str, object] = {}
+            if report.maps.num_samples != 0:
+                found["maps"] = make_maps(examined, name, folder)
+            if report.contribution.num_samples > 0:
+                found["contribution"] = make_contributions(examined, name, folder)
+            if report.probes.num_samples > 0:
+                found["probes"] = make_probes(examined, name)
+            numbers[name] = found | {"seconds": round(time.monotonic() - started, 1)}
+    return dict(numbers)
+
+
+def make_maps(examined: Examined, name: str, folder: Path) -> dict[str, object]:
+    """Maps of each final split: r2, error and number of values as NIfTI, and a picture."""
+    opened = examined.sets[name]
+    space, labels = opened.geometry.space, opened.geometry.atlas.labels
+    numbers: dict[str, object] = {}
+    for split in examined.config.train.evaluation.final_splits:
+        batches = examined.batches(name, split, examined.config.report.maps.num_samples)
+        maps = voxel_maps(examined.task, batches, space.num_voxels)
+        stem = f"{name}_{split}"
+        for key, values in (("r2", maps.r2), ("rmse", maps.rmse), ("values", maps.num_values)):
+            write_nifti(values, space, folder / f"{stem}_{key}.nii.gz")
+        title = f"{name}: hidden voxels of {maps.num_windows} windows of split {split}"
+        draw_maps(maps, space, labels, title=title, path=folder / f"{stem}_maps.png")
+        known = maps.r2[np.isfinite(maps.r2)]
+        numbers[split] = {
+            "windows": maps.num_windows,
+            "voxels": len(known),
+            "median_r2": float(np.median(known)) if len(known) else None,
+            "worse_than_mean": float((known < 0).mean()) if len(known) else None,
+        }
+    return numbers
+
+
+def make_contributions(examined: Examined, name: str, folder: Path) -> dict[str, object]:
+    """What each region's visibility adds to the guess of the others: CSV, picture, and the regions that stand out."""
+    config, opened = examined.config.report.contribution, examined.sets[name]
+    split = examined.config.train.evaluation.final_splits[0]
+    batches = list(examined.batches(name, split, config.num_samples))
+    every, regions = patches_by_region(opened)
+    num_patches = opened.geometry.layout.num_patches
+    hidden = contexts(every, num_patches, num_contexts=config.num_contexts, seed=config.seed)
+    nothing_more = torch.from_numpy(hidden[0]).to(examined.device)
+    total = np.concatenate([examined.task.patch_errors(batch, nothing_more)[1].double().cpu() for batch in batches])
+
+    def errors(is_hidden: np.ndarray) -> np.ndarray:
+        chosen = torch.from_numpy(is_hidden).to(examined.device)
+        return np.concatenate([examined.task.patch_errors(batch, chosen)[0].double().cpu() for batch in batches])
+
+    centres = opened.geometry.layout.centres_mm.astype(np.float64)
+    rows = contributions(
+        Experiment(errors, total, hidden),
+        regions,
+        np.linalg.norm(centres[:, None] - centres[None], axis=2),
+        subjects=[subject for batch in batches for subject in batch.subjects],
+        config=config,
+        intervals=examined.config.report.intervals,
+    )
+    write_contributions(rows, folder / f"{name}_contribution.csv", alignment=opened.alignment)
+    title = f"{name}: region contribution, {len(total)} windows of split {split}"
+    draw_contributions(rows, title=title, path=folder / f"{name}_contribution.png")
+    significant = sorted((row for row in rows if row.is_significant), key=lambda row: -(row.contribution.value or 0))
+    return {
+        "split": split,
+        "windows": len(total),
+        "tested": sum(row.p is not None for row in rows),
+        "untested": sum(row.p is None for row in rows),
+        "significant": {row.region: row.contribution.value for row in significant},
+    }
+
+
+def patches_by_region(opened: OpenedSet) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """The patches of every region by majority, unlabelled tissue's pseudo-regions included; and the atlas's own."""
+    geometry = opened.geometry
+    membership = geometry.atlas.membership(geometry.layout, geometry.space)
+    owner = membership.shares.argmax(axis=1)
+    every = [np.flatnonzero(owner == column) for column in range(len(membership.region_ids))]
+    named = {
+        geometry.atlas.names[int(label)]: every[column]
+        for column, label in enumerate(membership.region_ids)
+        if membership.is_named[column]
+    }
+    return [patches for patches in every if len(patches)], named
+
+
+def write_contributions(rows: list[Contribution], path: Path, *, alignment: str) -> None:
+    """One line a region."""
+    lines = []
+    for row in rows:
+        line = dataclasses.asdict(row)
+        line |= {"low": row.contribution.low, "high": row.contribution.high, "contribution": row.contribution.value}
+        line |= {"alignment": alignment}
+        lines.append(line)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def make_probes(examined: Examined, name: str) -> dict[str, object]:
+    """How well site and repetition time are read from the embedding, beside the embedding of untrained weights."""
+    labels = subject_labels(examined, name)
+    untrained = build_task(examined.config, examined.sets)
+    for stem in untrained.encoder.stems:
+        trained = examined.task.encoder.stem(stem)
+        untrained.set_voxel_statistics(stem, trained.voxel_offset.cpu(), trained.voxel_scale.cpu())
+    encoders = {
+        "trained": examined,
+        "untrained": dataclasses.replace(examined, task=untrained.to(examined.device).eval()),
+    }
+    found: dict[str, object] = {
+        "time_in": examined.config.model.encoder.time_in,
+        "same_question": same_question({key: list(values.values()) for key, values in labels.items()}),
+    }
+    for encoder, each in encoders.items():
+        subjects, embeddings = embedded(each, name)
+        found[encoder] = {
+            label: numbers_of(probe(embeddings, [of_subject[one] for one in subjects], examined.config.report.probes))
+            for label, of_subject in labels.items()
+        }
+    return found
+
+
+def numbers_of(found: Probe) -> dict[str, object]:
+    return dataclasses.asdict(found)
+
+
+def embedded(examined: Examined, name: str) -> tuple[list[str], np.ndarray]:
+    """Subjects, and the mean over each one's windows of the mean token of the whole window, nothing hidden."""
+    stem_name = examined.task.set_named(name).stem_name
+    rows, subjects = [], []
+    for split in PROBED_SPLITS:
+        for batch in examined.batches(name, split, examined.config.report.probes.num_samples):
+            tokens = examined.task.encoder.encode_windows(
+                batch.values, batch.is_measured, batch.repetition_time_s, stem_name
+            )
+            rows.append(tokens.mean(dim=1).double().cpu().numpy())
+            subjects += batch.subjects
+    return by_subject(np.concatenate(rows), subjects)
+
+
+def subject_labels(examined: Examined, name: str) -> dict[str, Mapping[str, str | None]]:
+    """Site and repetition time of each subject; None where not known, or where a subject's scans differ."""
+    opened = examined.sets[name]
+    runs = opened.shard_set.runs(opened.kind, PROBED_SPLITS)
+    times = [f"{time:.3f} s" if time > 0 else None for time in runs["repetition_time_s"]]  # NaN and 0: none, or a T1
+    sites = [site if isinstance(site, str) and site else None for site in runs["site"]]
+    found = {}
+    for label, values in (("site", sites), ("repetition_time", times)):
+        of_subject: dict[str, set[str | None]] = {}
+        for subject, value in zip(runs["subject"], values, strict=True):
+            of_subject.setdefault(subject, set()).add(value)
+        found[label] = {subject: next(iter(one)) if len(one) == 1 else None for subject, one in of_subject.items()}
+    return dict(found)

@@ -1,0 +1,117 @@
+"""The page about a set says what the set holds, and needs no other file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_sharding.check import report_figures as figures
+from data_sharding.check.report import balance_columns, mean_maps, render, split_balance, worst_regions
+from data_sharding.read.shard_set import ShardSet, open_set
+from data_sharding.report import main
+from data_sharding.schema import MEAN
+from data_sharding.write.build import build
+from tests.data_sharding.test_shards import npy
+from tests.helpers_scans import sharding_config, write_confounds, write_study
+
+
+@pytest.fixture(scope="module")
+def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    root = write_study(tmp_path_factory.mktemp("study"), num_subjects=5, num_frames=(20,))
+    for scan in sorted(root.rglob("*_bold.nii.gz"))[:3]:
+        write_confounds(scan, num_frames=20, num_non_steady=1, spikes=(7,))
+    table = (root / "participants.tsv").read_text().splitlines()
+    rows = [f"{row}\t{sex}" for row, sex in zip(table, ["sex", *"FMFMF"], strict=True)]
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    damaged = next((root / "sub-05").rglob("*_bold.nii.gz"))
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    config = sharding_config(root, tmp_path_factory.mktemp("report") / "set")
+    build(replace(config, atlas="template"))
+    return open_set(config.out)
+
+
+def test_quality_is_known_or_missing_and_never_made_up(shard_set: ShardSet) -> None:
+    quality = shard_set.quality.set_index("scan_id")
+    runs = quality[quality.kind == "bold"]
+    moved_mm = runs.mean_framewise_displacement_mm
+    assert moved_mm.notna().tolist() == [True, True, True, False]
+    assert moved_mm.iloc[0] == pytest.approx((18 * 0.1 + 0.9) / 19, rel=1e-5)
+    assert runs.num_dropped.tolist() == [1, 1, 1, 0]
+    assert runs.num_frames.tolist() == [19, 19, 19, 20]
+    assert runs.num_censored.tolist() == [1, 1, 1, 0]
+    (mean,), (scale,) = npy(shard_set, runs.index[0], MEAN), npy(shard_set, runs.index[0], "scale.npy")
+    assert runs.tsnr.iloc[0] == pytest.approx(np.median(mean[scale > 0] / scale[scale > 0]), rel=1e-6)
+    assert quality[quality.kind == "t1"].tsnr.isna().all()
+    coverage = shard_set.region_coverage
+    assert sorted(coverage.index) == sorted(quality.index)
+    lowest = coverage.loc[runs.index[0]].min()
+    assert runs.lowest_region_coverage.iloc[0] == pytest.approx(lowest, abs=1e-4)
+    assert shard_set.manifest.preprocessing["frames_dropped"] == 3
+    frames = npy(shard_set, runs.index[0], "frames.npy")[0]
+    assert np.flatnonzero(frames[:, 3] == 0).tolist() == [6]
+    assert frames[6, 0] == np.float32(0.9)
+
+
+def test_the_page_holds_counts_refusals_images_and_balance(
+    shard_set: ShardSet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["report", shard_set.location])
+    assert main() == 0
+    assert "report.html" in capsys.readouterr().out
+    page = (Path(shard_set.location) / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)
+    assert page.count("<img") == 3
+    assert page.count("<svg") == 8
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert [caption.split(" over ")[0] for caption in captions] == ["Mean BOLD", "Temporal signal to noise", "Mean T1"]
+    assert ["outlines of template" in caption for caption in captions] == [True, False, True]
+    balance = page.partition("Balance of the splits")[2].partition("How it was made")[0]
+    assert re.findall(r"<table>\s*<tr><th>(\w+)</th>", balance) == ["site", "sex", "age", "diagnosis"]
+    assert "Affine registration only" not in page
+    assert "Refused scans: 1" in page
+    assert "sub-05_task-rest_bold" in page
+    assert "mean framewise displacement (mm): unknown for 1 of 4 runs" in page
+    assert page == render(shard_set), "the same set gives the same page"
+
+
+def test_outlines_are_drawn_along_the_borders_of_regions_only(shard_set: ShardSet) -> None:
+    (atlas,) = shard_set.atlases.values()
+    values = np.ones(shard_set.space.num_voxels)
+
+    def drawn(outlines: np.ndarray | None) -> str:
+        return figures.slices(values, shard_set.space, label="x", outlines=outlines, colours="gray", upper=2.0)
+
+    assert drawn(atlas.labels) != drawn(None)
+    assert drawn(atlas.labels) == drawn(atlas.labels * 2), "borders, not labels"
+    assert drawn(np.zeros_like(atlas.labels)) == drawn(None)
+
+
+def test_balance_counts_every_subject_once_a_split() -> None:
+    subjects = pd.DataFrame(
+        {
+            "Site": ["A", "B", "A", None, "B", "A"],
+            "age": [1.0, 2, 3, 4, 5, np.nan],
+            "notes": list("abcdef"),
+            "split": ["train", "train", "train", "train", "test", "test"],
+        }
+    )
+    assert balance_columns(subjects) == ["Site", "age"]
+    site = split_balance(subjects, "Site")
+    assert site["splits"] == ["train", "test"]
+    assert site["rows"] == {"A": ["2 (50%)", "1 (50%)"], "B": ["1 (25%)", "1 (50%)"], "missing": ["1 (25%)", "0 (0%)"]}
+    many = pd.DataFrame({"age": np.arange(40.0), "split": ["train"] * 20 + ["validation"] * 20})
+    assert split_balance(many, "age")["rows"]["mean"] == ["9.5", "29.5"]
+
+
+def test_mean_images_leave_out_what_was_not_measured(shard_set: ShardSet) -> None:
+    maps = mean_maps(shard_set)
+    assert (maps.num_runs, maps.num_t1) == (4, 5)
+    assert maps.bold is not None
+    assert np.nanmedian(maps.bold) == pytest.approx(1, abs=0.05)
+    rows = worst_regions(shard_set)
+    assert [row["mean"] for row in rows] == sorted(row["mean"] for row in rows)

@@ -1,0 +1,169 @@
+"""Cells become readings, readings become tables: without training anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cluster.storage.stores import LocalStore
+from configs.entry import compose
+from configs.parse import parse
+from finetune.compare import cells
+from finetune.compare.__main__ import pair_problems
+from finetune.compare.cells import Answer, Cell, arms_of, cell_config, cells_of, is_finished, read_answer, readings
+from finetune.compare.comparison import Comparison, as_markdown, compare
+from finetune.compare.comparison_figure import draw
+from finetune.config import CompareConfig
+from finetune.errors import FinetuneError
+from finetune.report.page import MODEL
+from finetune.tasks.subject_prediction.evaluation import Scores, within_site_auroc
+from finetune.train import identity
+from training.checkpoint import file_sha256
+from training.identity import config_hash
+
+NUM_SUBJECTS = 48
+TWO_SEEDS = "{random:[r0@x,r1@x],region:[g0@x,g1@x],tube:[t0@x,t1@x]}"
+
+
+def make_config(*overrides: str, encoders: str = TWO_SEEDS) -> CompareConfig:
+    fixed = ["shards=a", f"encoders={encoders}", "run.folder=b", "seeds=[3,4,5]", "bootstrap.num_resamples=200"]
+    return parse(compose("finetune.compare", [*fixed, *overrides]), CompareConfig)
+
+
+def make_answer(cell: Cell, strength: float) -> Answer:
+    generator = np.random.default_rng([len(cell.arm), cell.number, cell.seed])
+    is_case = np.arange(NUM_SUBJECTS) // 3 % 2 == 0
+    names = tuple(f"s{index:02d}" for index in range(NUM_SUBJECTS))
+    sites = np.tile(["a", "b", "c"], NUM_SUBJECTS // 3)
+    values = strength * is_case + np.random.default_rng(0).normal(size=NUM_SUBJECTS)
+    scores = Scores(names, values + 0.2 * generator.normal(size=NUM_SUBJECTS), is_case, sites)
+    return Answer({MODEL: scores, "site alone": Scores(names, np.zeros(NUM_SUBJECTS), is_case, sites)}, 0)
+
+
+def make_answers(config: CompareConfig, strengths: dict[str, float]) -> dict[Cell, Answer]:
+    return {cell: make_answer(cell, strengths[cell.arm]) for cell in cells_of(config)}
+
+
+@pytest.fixture(scope="module")
+def found() -> Comparison:
+    config = make_config()
+    answers = make_answers(config, {"random": 0.5, "region": 2.0, "tube": 0.5})
+    unknown = next(cell for cell in answers if cell.arm == "tube")
+    return compare(config, answers | {unknown: dataclasses.replace(answers[unknown], num_seen=None)})
+
+
+def test_units_are_encoders_where_an_arm_has_several_and_seeds_where_it_has_one() -> None:
+    several = make_config()
+    answers = make_answers(several, dict.fromkeys(arms_of(several), 1.0))
+    table = readings(answers, "full").values["region"]
+    assert table.shape == (2, 3, NUM_SUBJECTS)
+    expected = answers[Cell("region", 1, "g1@x", "full", 5)].scores[MODEL].values
+    np.testing.assert_array_equal(table[1, 2], expected)
+    one = make_config(encoders="[a@x,b@x]")
+    table = readings(make_answers(one, dict.fromkeys(arms_of(one), 1.0)), "probe").values["b@x"]
+    assert table.shape == (3, 1, NUM_SUBJECTS)
+
+
+def test_a_cell_differs_from_another_only_by_encoder_seed_mode_and_place() -> None:
+    config = make_config("encoder=region")
+    all_cells = cells_of(config)
+    assert len({cell.folder for cell in all_cells}) == len(all_cells) == 3 * 2 * 2 * 3
+    assert all_cells[0].arm == "region"  # the reference is first
+    run = cell_config(config, all_cells[-1])
+    assert (run.encoder, run.train.seed, run.data.seed, run.task.probe and run.task.probe.seed) == ("t1@x", 5, 5, 5)
+    assert run.train.run.folder == run.run.folder == "b/cells/tube-1-full-seed5"
+    assert run.task.unfreezing.first_block_opens_at_step == 0
+    probe = cell_config(config, next(cell for cell in all_cells if cell.mode == "probe"))
+    assert probe.task.unfreezing.first_block_opens_at_step == config.train.steps
+
+
+def test_what_chooses_the_commit_of_a_cell_makes_it_another_cell_and_what_is_kept_does_not() -> None:
+    def hash_of(*overrides: str) -> str:
+        config = make_config(*overrides)
+        return config_hash(identity(cell_config(config, cells_of(config)[0])))
+
+    assert hash_of("train.checkpoint.best_metric=validation/loss") != hash_of()
+    assert hash_of("train.checkpoint.keep_last=7") == hash_of()
+
+
+def test_a_metric_within_sites_wants_a_site_with_both_classes() -> None:
+    is_case, sites = np.array([True, True, False, False]), np.array(["a", "a", "b", "b"])
+    (problem,) = pair_problems("within_site_auroc", is_case, sites)
+    assert "metric: within_site_auroc" in problem
+    assert pair_problems("auroc", is_case, sites) == []
+    assert pair_problems("within_site_auroc", is_case, np.array(["a", "b", "b", "b"])) == []
+
+
+def test_a_better_arm_is_called_better_and_an_equal_one_is_not(found: Comparison) -> None:
+    verdicts = {(row.mode, row.arm): row.verdict for row in found.rows if row.kind == "difference"}
+    assert verdicts["probe", "region"].startswith("better by")
+    assert verdicts["full", "region"].startswith("better by")
+    assert verdicts["full", "tube"].startswith("no difference shown")
+    assert len(verdicts) == 4
+
+
+def test_a_row_is_the_mean_of_its_cells_and_baselines_stand_beside(found: Comparison) -> None:
+    row = next(row for row in found.rows if (row.kind, row.mode, row.arm) == ("arm", "full", "region"))
+    of_cells = [value for mode, arm, _, _, value in found.cells if (mode, arm) == ("full", "region")]
+    assert row.value == pytest.approx(np.mean(of_cells))
+    scores = make_answer(Cell("region", 0, "g0@x", "full", 3), 2.0).scores[MODEL]
+    assert of_cells[0] == pytest.approx(within_site_auroc(scores.values, scores.is_case, scores.sites))
+    site = next(row for row in found.rows if row.arm == "site alone")
+    assert (site.mode, site.value) == ("baseline", 0.5)
+
+
+def test_an_encoder_that_does_not_say_whom_it_saw_is_marked_in_its_row(found: Comparison) -> None:
+    marks = {(row.mode, row.arm): row.verdict for row in found.rows if row.kind == "arm"}
+    assert marks["probe", "tube"] == "NOT KNOWN whether its encoder saw test subjects"
+    assert marks["probe", "random"] == ""
+    assert "| probe | tube |" in as_markdown(found)
+
+
+def test_the_figure_is_a_picture_and_the_same_bytes_every_time(found: Comparison) -> None:
+    first = draw(found)
+    assert first.startswith(b"\x89PNG")
+    assert first == draw(found)
+
+
+def test_cells_scored_on_different_subjects_are_refused() -> None:
+    config = make_config()
+    answers = make_answers(config, dict.fromkeys(arms_of(config), 1.0))
+    last = [*answers][-1]
+    scores = answers[last].scores[MODEL]
+    other = Scores(("x", *scores.subjects[1:]), scores.values, scores.is_case, scores.sites)
+    with pytest.raises(FinetuneError, match="scored on other subjects than the first cell"):
+        readings(answers | {last: Answer({MODEL: other}, 0)}, last.mode)
+
+
+def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "golden.npy").write_bytes(b"one")
+    config = make_config(encoders=f"[{tmp_path},b@x]")
+    run = cell_config(config, cells_of(config)[0])
+    monkeypatch.setattr(cells, "open_set", lambda location: SimpleNamespace(fingerprint="11"))
+    made_of = {"callosum.set_fingerprint": "11", "callosum.backbone_output": file_sha256(tmp_path / "golden.npy")}
+    lineage = {"config hash": config_hash(identity(run)), **made_of}
+    (tmp_path / "metrics.json").write_text(json.dumps({"lineage": lineage}))
+    (tmp_path / "scores.csv").touch()
+    store = LocalStore(tmp_path)
+    assert is_finished(store, run)
+    assert not is_finished(store, dataclasses.replace(run, choose="last"))
+    (tmp_path / "golden.npy").write_bytes(b"other")
+    with pytest.raises(FinetuneError, match=r"written anew \(callosum.backbone_output 7692c3ad3540, now d9298a10d1b0"):
+        is_finished(store, run)
+    monkeypatch.setattr(cells, "open_set", lambda location: SimpleNamespace(fingerprint="22"))
+    with pytest.raises(FinetuneError, match=r"\(callosum.set_fingerprint 11, now 22, callosum.backbone_output"):
+        is_finished(store, run)
+
+
+def test_scores_that_older_code_wrote_with_a_comma_too_many_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"classifiers": {MODEL: {"threshold": 0}}, "overlap": []}))
+    (tmp_path / "scores.csv").write_text(f"classifier,subject,site,is_case,score\n{MODEL},s1,York, UK,1,0.5\n")
+    with pytest.raises(FinetuneError, match=r"scores.csv: older code did not quote a comma"):
+        read_answer(LocalStore(tmp_path))

@@ -1,0 +1,238 @@
+"""ADHD classification: it finds an effect that is there, none that is not, and unfreezes from the head down."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from phantom_runs import PhantomRuns, RunSource, make_batch, make_population, make_runs
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from brain_models.bundle import Bundle, StemSpec, make_encoder
+from brain_models.encoder import EncoderConfig
+from configs.entry import compose
+from configs.parse import parse
+from data_sharding.phantoms.study.population import Population
+from finetune.config import FinetuneConfig
+from finetune.errors import FinetuneError
+from finetune.tasks.adhd_classification import NO_LABEL, AdhdClassification, build_model, class_weights
+from finetune.tasks.subject_prediction.evaluation import auroc, within_site_auroc
+from finetune.tasks.subject_prediction.labels import Labels, read_labels
+from finetune.tasks.subject_prediction.probe import principal_channels, start_head
+from training.engine.engines import PlainEngine
+from training.loop import FitResult, Services, fit
+
+NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 60, 16, 104
+ENCODER = EncoderConfig(width=32, depth=2, num_heads=2, mlp_ratio=2.0, num_frequencies=8, time_in="seconds")
+
+
+@cache
+def population() -> Population:
+    return make_population()
+
+
+@cache
+def phantom(seed: int, effect_size: float, num_subjects: int) -> PhantomRuns:
+    return make_runs(population(), seed=seed, num_subjects=num_subjects, effect_size=effect_size)
+
+
+def make_config(folder: Path, *overrides: str) -> FinetuneConfig:
+    """configs/finetune.yaml, a few steps in one process without a tracking server."""
+    fixed = [
+        "shards=unused",
+        "encoder=unused",
+        f"run.folder={folder}/run",
+        f"run.scratch={folder}/scratch",
+        "engine=plain",
+        "cluster=inline",
+        "train.steps=6",
+        "train.tracking.uri=null",
+        "train.evaluation.every_steps=3",
+        "train.checkpoint.every_steps=3",
+        "train.evaluation.final_splits=[test]",
+        "task.unfreezing.first_block_opens_at_step=2",
+        "task.unfreezing.steps_per_block=1",
+        "task.head.num_channels=4",
+    ]
+    return parse(compose("finetune", fixed + list(overrides)), FinetuneConfig)
+
+
+def make_task(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> AdhdClassification:
+    torch.manual_seed(seed)
+    stem = StemSpec(patch_voxels=3, tubelet_frames=4, window_frames=4, needs_brain_mask=True)
+    spaces, stems = {"bold": runs.space}, {"bold": stem}
+    backbone = Bundle(make_encoder(ENCODER, spaces, stems), spaces, stems, None, None, {})
+    labels = Labels(
+        {run.subject: run.is_case for run in runs.runs}, {run.subject: run.site for run in runs.runs}, num_unlabelled=0
+    )
+    return AdhdClassification(
+        config.task,
+        build_model(backbone, config.task, runs.atlas),
+        labels,
+        train_subjects=[run.subject for run in runs.runs[:NUM_TRAIN]],
+        batch_size=config.data.batch_size,
+    )
+
+
+def fine_tune(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> tuple[AdhdClassification, FitResult]:
+    """Probe, then a few steps with the encoder opening: the calls of finetune.train, on runs in memory."""
+    task = make_task(runs, config, seed)
+    splits = {
+        "train": runs.runs[:NUM_TRAIN],
+        "validation": runs.runs[NUM_TRAIN : NUM_TRAIN + NUM_VALIDATION],
+        "test": runs.runs[NUM_TRAIN + NUM_VALIDATION :],
+    }
+    source = RunSource(splits, batch_size=config.data.batch_size, seed=seed)
+    assert config.task.probe is not None
+    is_case_of = task.labels.is_case_of
+    start_head(task.model, source.evaluation("train", limit=None), is_case_of=is_case_of, config=config.task.probe)
+    services = Services(identity=dataclasses.asdict(config), export=None)
+    return task, fit(task, source, config.train, services)
+
+
+def test_without_an_effect_the_mean_auroc_of_three_seeds_is_at_chance(tmp_path: Path) -> None:
+    num_subjects = NUM_TRAIN + NUM_VALIDATION + NUM_TEST
+    found = []
+    for seed in (31, 32, 33):
+        config = make_config(tmp_path / str(seed))
+        task, result = fine_tune(phantom(seed, 0.0, num_subjects), config, seed)
+        scores = task.scores(result.evaluations["test"].predictions)
+        assert len(scores.subjects) == NUM_TEST
+        found.append(
+            (auroc(scores.values, scores.is_case), within_site_auroc(scores.values, scores.is_case, scores.sites))
+        )
+    assert np.abs(np.mean(found, axis=0) - 0.5).max() <= 0.08, found
+
+
+def test_an_effect_that_is_there_is_found_on_held_out_subjects(tmp_path: Path) -> None:
+    runs = phantom(34, 1.0, NUM_TRAIN + NUM_VALIDATION + NUM_TEST)
+    task, result = fine_tune(runs, make_config(tmp_path), 34)
+    scores = task.scores(result.evaluations["test"].predictions)
+    assert within_site_auroc(scores.values, scores.is_case, scores.sites) >= 0.7
+
+
+def test_head_moves_first_then_blocks_from_the_top_each_slower(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "task.unfreezing.steps_per_block=2", "train.schedule.warmup_steps=0")
+    runs = phantom(31, 0.0, NUM_TRAIN + NUM_VALIDATION + NUM_TEST)
+    task = make_task(runs, config, 0)
+    torch.nn.init.normal_(task.model.head.linear.weight, std=0.1)
+    groups = {group.name: group for group in task.parameter_groups()}
+    opens = {name: group.opens_at_step for name, group in groups.items() if "/" not in name}
+    assert opens == {"head": 0, "encoder.1": 2, "encoder.0": 4, "encoder.stem": 6}
+    scales = [groups[name].learning_rate_scale for name in opens]
+    assert scales == pytest.approx([0.1, 0.5, 0.35, 0.245])
+
+    engine = PlainEngine(task, config.train)
+    batch = make_batch(runs.runs[:4])
+    moved = []
+    for step in range(6):
+        before = {name: value.clone() for name, value in task.model.state_dict().items()}
+        engine.begin(step)
+        engine.backward(engine.losses(batch)["loss"])
+        engine.step()
+        changed = {name for name, value in task.model.state_dict().items() if not torch.equal(value, before[name])}
+        moved.append({".".join(name.split(".")[:3]) for name in changed if name.startswith("encoder.blocks")})
+    assert moved == [set()] * 2 + [{"encoder.blocks.1"}] * 2 + [{"encoder.blocks.0", "encoder.blocks.1"}] * 2
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[AdhdClassification, PhantomRuns]:
+    runs = phantom(31, 0.0, NUM_TRAIN + NUM_VALIDATION + NUM_TEST)
+    task = make_task(runs, make_config(tmp_path, "task.head.dropout=0.0"), 0)
+    torch.nn.init.normal_(task.model.head.linear.weight, std=0.1)
+    return task, runs
+
+
+def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(small: tuple[AdhdClassification, PhantomRuns]) -> None:
+    task, runs = small
+    whole = task(make_batch(runs.runs[:6]))["loss"]
+    parts = task(make_batch(runs.runs[:2]))["loss"] + task(make_batch(runs.runs[2:6]))["loss"]
+    torch.testing.assert_close(whole, parts)
+
+
+def test_a_subject_without_a_label_reaches_neither_loss_nor_metrics(
+    small: tuple[AdhdClassification, PhantomRuns],
+) -> None:
+    task, runs = small
+    chosen = runs.runs[:6]
+    stranger = dataclasses.replace(chosen[0], subject="pending")
+    padding = make_batch(chosen[:1])
+    padding.weight[:] = 0
+    torch.testing.assert_close(task(make_batch([*chosen, stranger]))["loss"], task(make_batch(chosen))["loss"])
+    assert task(make_batch([stranger]))["loss"].item() == 0.0
+    assert task(padding)["loss"].item() == 0.0
+    task.eval()
+    with torch.no_grad():
+        predictions = task.predict(make_batch([*chosen, stranger]))
+    assert predictions["subject"][-1] == NO_LABEL
+    assert task.scores(predictions).subjects == tuple(sorted(run.subject for run in chosen))
+
+
+def test_two_runs_of_a_subject_give_one_score_their_mean(small: tuple[AdhdClassification, PhantomRuns]) -> None:
+    task, _ = small
+    first = task.number_of_subject["0001"]
+    predictions = {"logit": torch.tensor([1.0, 2.0]), "subject": torch.tensor([first, first])}
+    assert task.scores(predictions).values.tolist() == [1.5]
+
+
+def test_the_analytic_cost_is_what_torch_counts_up_to_head_and_positions(
+    small: tuple[AdhdClassification, PhantomRuns],
+) -> None:
+    task, runs = small
+    batch = make_batch(runs.runs[:2])
+    for is_open in (True, False):
+        task.model.encoder.requires_grad_(is_open)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no flash on a CPU
+            task(batch)["loss"].backward()
+        assert task.cost(batch).flops == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_recomputed_activations_change_no_gradient(small: tuple[AdhdClassification, PhantomRuns]) -> None:
+    task, runs = small
+    batch = make_batch(runs.runs[:2])
+    gradients = []
+    for is_recomputing in (False, True):
+        if is_recomputing:
+            task.checkpoint_activations()
+        task.zero_grad()
+        task(batch)["loss"].backward()
+        parameters = dict(task.named_parameters())
+        gradients.append({name: each.grad.clone() for name, each in parameters.items() if each.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def test_class_weights_let_both_classes_count_alike() -> None:
+    labels = Labels({"a": True, "b": False, "c": False, "d": False}, dict.fromkeys("abcd", "x"), 0)
+    control, case = class_weights(labels, ["a", "b", "c", "d", "unlabelled"])
+    assert 3 * control == pytest.approx(case)
+    assert 3 * control + case == pytest.approx(4)
+
+
+def test_principal_channels_are_the_directions_of_largest_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(500, 6, generator=generator) * torch.tensor([1.0, 5.0, 1.0, 3.0, 1.0, 1.0])
+    channels = principal_channels(tokens.T @ tokens / 500, 2)
+    projected = tokens @ channels.T
+    assert int(channels[0].abs().argmax()) == 1
+    assert int(channels[1].abs().argmax()) == 3
+    assert float(projected[:, 0].square().mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_labels_that_are_not_there_are_named(tmp_path: Path) -> None:
+
+    config = make_config(tmp_path).task.label
+    table = pd.DataFrame({"diagnosis": ["ADHD", "pending", "control", None], "site": list("aabb")}, index=list("wxyz"))
+    labels = read_labels(table, config, location="set")
+    assert labels.is_case_of == {"w": True, "y": False}
+    assert labels.num_unlabelled == 2
+    with pytest.raises(FinetuneError, match=r"no column 'diagnosis' \(columns: DX\); set task.label.column"):
+        read_labels(table.rename(columns={"diagnosis": "DX"})[["DX"]], config, location="set")
+    with pytest.raises(FinetuneError, match=r"0 controls .* it holds: ADHD, pending"):
+        read_labels(table.iloc[:2], config, location="set")

@@ -1,0 +1,168 @@
+"""Registered models: bundles with their lineage, in MLflow's registry. The only module here that knows brain_models.
+
+A registered model carries the code of `brain_models` and loads with mlflow.pyfunc where this repository is unknown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import brain_models
+from brain_models.bundle import code_commit
+from training.errors import RegistryError
+from training.watch.tracking import experiment_id, known_server, mlflow_environment
+
+CODE_FOLDER = Path(brain_models.__file__).parent
+# What brain_models imports to load a bundle and predict; exact versions are those of this environment.
+SERVED_PACKAGES = (
+    "mlflow",
+    "torch",
+    "numpy",
+    "scipy",
+    "pandas",
+    "nibabel",
+    "isal",
+    "safetensors",
+    "einops",
+    "jaxtyping",
+    "pyyaml",
+)
+SERVED_FILES = ("brain_mask", "confounds", "transform")  # columns of paths; MLflow drops columns a signature lacks
+CODE_HASH_TAG = "callosum.code_hash"
+CHECKPOINT_HASH_TAG = "callosum.checkpoint_hash"
+
+
+def register(
+    bundle: Path, *, name: str, tags: Mapping[str, str], alias: str, uri: str, run_id: str | None, experiment: str
+) -> str:
+    """'name@alias' of the new version, logged into the MLflow run that trained it (or a run of its own).
+
+    A checkpoint is registered once: when a version of it is there, for this code, nothing is registered and its name
+    comes back.
+    """
+    mlflow_environment(timeout_s=60)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
+
+    scans, files = dict.fromkeys(("bold", "t1w"), AnyType()), dict.fromkeys(SERVED_FILES, DataType.string)
+    columns: dict[str, AnyType | DataType] = {**scans, **files, "repetition_time_s": DataType.double}
+    inputs = Schema([ColSpec(kind, column, required=False) for column, kind in columns.items()])
+    with refusals_named(name, uri):
+        tags = {**tags, **source_tags()}
+        client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+        same = (CHECKPOINT_HASH_TAG, CODE_HASH_TAG)
+        for known in client.search_model_versions(f"name='{name}'"):
+            if CHECKPOINT_HASH_TAG in tags and all(known.tags.get(tag) == tags[tag] for tag in same):
+                is_current = str(client.get_registered_model(name).aliases.get(alias)) == str(known.version)
+                return f"{name}@{alias}" if is_current else f"{name}/{known.version}"
+        mlflow.set_experiment(experiment_id=experiment_id(client, experiment, uri))
+        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
+            warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature is given
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(CODE_FOLDER / "served.py"),
+                artifacts={"bundle": str(bundle)},
+                code_paths=[str(CODE_FOLDER)],
+                pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVED_PACKAGES],
+                registered_model_name=name,
+                signature=ModelSignature(inputs=inputs),
+            )
+        version = str(logged.registered_model_version)
+        for key, value in tags.items():
+            if key != CHECKPOINT_HASH_TAG:
+                client.set_model_version_tag(name, version, key, value)
+        client.set_registered_model_alias(name, alias, version)
+        if CHECKPOINT_HASH_TAG in tags:  # last: by it the next start knows that nothing is missing
+            client.set_model_version_tag(name, version, CHECKPOINT_HASH_TAG, tags[CHECKPOINT_HASH_TAG])
+        return f"{name}@{alias}"
+
+
+@contextlib.contextmanager
+def refusals_named(name: str, uri: str) -> Iterator[None]:
+    """RegistryError when the server fails: the run is done and saved, and starting its workers again would not help."""
+    try:
+        yield
+    except server_errors() as error:
+        raise RegistryError(
+            f"{uri} did not take the model {name} ({error}); all else is done and saved: run the same command again "
+            "to register it"
+        ) from error
+
+
+def server_errors() -> tuple[type[Exception], ...]:
+    """What MLflow fails with: its own errors, and those of the artifact store as they come: a folder's or a proxy's
+    (both OSError), a bucket's."""
+    from mlflow.exceptions import MlflowException
+
+    from cluster.storage.s3_errors import ALL_ERRORS
+
+    return (MlflowException, OSError, *ALL_ERRORS)
+
+
+def pull(model: str, folder: Path, *, uri: str | None) -> Path:
+    """The local bundle folder of 'name@alias', 'name/version' or 'models:/...', downloaded below `folder`."""
+    if uri is None:
+        raise RegistryError(f"{model}: no registry is configured; set train.tracking.uri")
+    mlflow_environment(timeout_s=60)
+    import mlflow
+
+    mlflow.set_tracking_uri(known_server(uri))
+    mlflow.set_registry_uri(uri)
+    location = model if model.startswith("models:/") else f"models:/{model}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
+    except server_errors() as error:
+        raise RegistryError(
+            f"{location} cannot be read from {uri} ({error}); 'python -m training.runs {uri}' lists what is registered"
+        ) from error
+    bundle = local / "artifacts" / "bundle"
+    found = bundle if bundle.exists() else next((path.parent for path in local.rglob("model.yaml")), None)
+    if found is None:
+        raise RegistryError(
+            f"{location} holds no bundle (no model.yaml below {local}); was it registered by this project?"
+        )
+    return found
+
+
+def version_tags(model: str, *, uri: str) -> dict[str, str]:
+    """The lineage tags of 'name@alias' or 'name/version'."""
+    mlflow_environment(timeout_s=60)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = model.removeprefix("models:/").partition("@")
+    if not at and "/" not in name:
+        raise RegistryError(f"{model} names no version; give {name}@<alias> or {name}/<version>")
+    try:
+        client = mlflow.MlflowClient(tracking_uri=known_server(uri), registry_uri=uri)
+        if at:
+            return dict(client.get_model_version_by_alias(name, alias).tags)
+        name, _, version = name.partition("/")
+        return dict(client.get_model_version(name, version).tags)
+    except MlflowException as error:
+        raise RegistryError(f"{model} is not registered at {uri} ({error})") from error
+
+
+def source_tags() -> dict[str, str]:
+    """The git commit of this repository ('unknown' outside one) and the hash of the code that travels along."""
+    return {"callosum.git_commit": code_commit(), CODE_HASH_TAG: code_hash(CODE_FOLDER)}
+
+
+def code_hash(folder: Path) -> str:
+    """Hex sha256 over names and bytes of a package's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
