@@ -22,7 +22,7 @@ from finetune.tasks.subject_prediction.connectomes import read_connectomes
 from finetune.tasks.subject_prediction.evaluation import Scores, choose_threshold, evaluate
 from finetune.tasks.subject_prediction.probe import ProbeResult
 from training.checkpoint import Commit, StartingPoint, commit_hash, committed_folders, read_commit
-from training.collectives import from_main, place
+from training.collectives import from_main, this_process
 from training.engine.elastic import fetch_state
 from training.engine.engines import make_engine
 from training.evaluation import evaluate as evaluate_split
@@ -48,11 +48,13 @@ def conclude(
     started = time.monotonic()
     store = store_for(setup.config.run.folder)
     # The one that rank 0 sees: an attempt that is not quite dead may commit another while ranks look.
-    folder, commit = cast("tuple[str, Commit]", from_main(choose_commit(store, setup) if place().is_main else None))
+    folder, commit = cast(
+        "tuple[str, Commit]", from_main(choose_commit(store, setup) if this_process().is_main else None)
+    )
     task = setup.task()
     source = setup.source(task)
     engine = make_engine(task, setup.config.train, num_micro_batches=source.num_micro_batches)
-    local = Path(setup.config.run.scratch) / f"{setup.config.run.name}-chosen-{place().rank:05d}"
+    local = Path(setup.config.run.scratch) / f"{setup.config.run.name}-chosen-{this_process().rank:05d}"
     fetch_state(StartingPoint("named", store, folder, commit, None), local)
     engine.load(local)
     shutil.rmtree(local)
@@ -65,11 +67,11 @@ def conclude(
     publisher = Publisher(setup, result, commit, scores, {**tags, **chosen})
     try:
         with engine.whole_parameters():
-            if place().is_main:
+            if this_process().is_main:
                 publisher.write_bundle(task)
         engine.close()
         # From here on nobody waits for another rank, however long the baselines take.
-        if not place().is_main:
+        if not this_process().is_main:
             return {}
         return publisher.publish(probe, {**seconds, "evaluation": time.monotonic() - started})
     finally:  # leave nothing on scratch: all of it is in the run folder

@@ -24,7 +24,7 @@ from finetune.tasks.adhd_classification import AdhdClassification, build_model
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.probe import ProbeResult, start_head
 from training.checkpoint import committed_folders, file_sha256
-from training.collectives import from_main, place
+from training.collectives import from_main, this_process
 from training.engine.engines import own_device
 from training.identity import claim, run_key
 from training.loop import Services, fit
@@ -63,7 +63,7 @@ class Setup:
     def source(self, task: AdhdClassification) -> BatchSource:
         """This rank's view of the runs, a sample being as many frames as the task decides from."""
         config = ReaderConfig.for_training(self.config.data, kind="bold", window_frames=task.num_frames)
-        return BatchSource(self.shard_set, config, rank=place().rank, world_size=place().world_size)
+        return BatchSource(self.shard_set, config, rank=this_process().rank, world_size=this_process().world_size)
 
 
 def train(config: FinetuneConfig) -> dict[str, object]:
@@ -90,8 +90,8 @@ def claimed(config: FinetuneConfig, backbone: Backbone) -> bool:
     claim(store, identity(config))
     run_key(store, identity(config))  # refuses the folder of another run
     # As rank 0 sees it: all begin, or all go on.
-    is_new = not from_main(committed_folders(store) if place().is_main else None)
-    if place().is_main and (is_new or not store.exists(BEFORE)):
+    is_new = not from_main(committed_folders(store) if this_process().is_main else None)
+    if this_process().is_main and (is_new or not store.exists(BEFORE)):
         keep_seen(backbone.folder, store)
     return is_new
 
@@ -155,7 +155,7 @@ def fetch_backbone(config: FinetuneConfig) -> Backbone:
         return Backbone(local, {}, read_seen(local))
     uri = config.train.tracking.uri
     folder = registry.pull(
-        config.encoder, Path(config.run.scratch) / f"{config.run.name}-backbone-{place().rank:05d}", uri=uri
+        config.encoder, Path(config.run.scratch) / f"{config.run.name}-backbone-{this_process().rank:05d}", uri=uri
     )
     assert uri is not None  # pull has refused a missing registry
     return Backbone(folder, registry.version_tags(config.encoder, uri=uri), read_seen(folder))

@@ -25,7 +25,7 @@ from pretrain.masked.sets import OpenedSet, open_sets, open_source, training_sub
 from pretrain.masked.untrained import open_sentinels
 from pretrain.report.examined import WEIGHTS, save_weights
 from pretrain.report.tables import Table, as_report, reconstruction_table
-from training.collectives import place
+from training.collectives import this_process
 from training.loop import FitResult, Services, fit
 from training.registry import models as registry
 from training.registry.seen_subjects import overlap, seen_before, write_seen
@@ -40,7 +40,7 @@ def train(config: PretrainConfig) -> dict[str, object]:
     task = build_task(config, sets)
     fit_to_training_split(task, config, sets)
     task.sentinels = open_sentinels(task, config, sets)
-    source = open_source(config, sets, place())
+    source = open_source(config, sets, this_process())
     exporter = Exporter(config, sets)
     tags = lineage(config, sets) | {"callosum.set_fingerprint": source.fingerprint}
     services = Services(identity=identity(config), export=exporter.export, tags=tags)
@@ -82,13 +82,13 @@ def fit_to_training_split(task: MaskedVolumes, config: PretrainConfig, sets: Map
         readers = [each for name, each in sets.items() if task.set_named(name).stem_name == stem_name]
         subjects = {subject for each in readers for subject in each.training_subjects}
         if len(subjects) >= config.min_mean_subjects:
-            batches = itertools.chain.from_iterable(training_subset(config, each, place()) for each in readers)
+            batches = itertools.chain.from_iterable(training_subset(config, each, this_process()) for each in readers)
             statistics = voxel_statistics(batches, readers[0].geometry.space.num_voxels)
             task.set_voxel_statistics(stem_name, statistics.mean, statistics.deviation(config.deviation_floor))
     for name, each in sets.items():
         part, layout = task.set_named(name), each.geometry.layout
         part.references = fit_references(
-            partial(training_subset, config, each, place()),
+            partial(training_subset, config, each, this_process()),
             config.baselines,
             offset=task.encoder.stem(part.stem_name).voxel_offset.clone(),
             patch_of_voxel=torch.from_numpy(layout.patch_of_voxel),

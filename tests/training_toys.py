@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.collectives import place
+from training.collectives import this_process
 from training.config import (
     CheckpointConfig,
     EngineConfig,
@@ -73,7 +73,7 @@ class ToySource:
     def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
         consumed = int(str(state["samples_consumed"]))
         while True:
-            mine = list(range(consumed, consumed + GLOBAL_BATCH))[place().rank :: place().world_size]
+            mine = list(range(consumed, consumed + GLOBAL_BATCH))[this_process().rank :: this_process().world_size]
             size = -(-len(mine) // self.num_micro_batches)
             parts = [mine[size * part : size * (part + 1)] for part in range(self.num_micro_batches)]
             consumed += GLOBAL_BATCH
@@ -84,7 +84,9 @@ class ToySource:
         return states[0]
 
     def evaluation(self, split: str, *, limit: int | None) -> Iterator[ToyBatch]:
-        mine = [10_000 + index for index in range(limit or self.num_validation)][place().rank :: place().world_size]
+        mine = [10_000 + index for index in range(limit or self.num_validation)][
+            this_process().rank :: this_process().world_size
+        ]
         for first in range(0, len(mine), 4):
             yield toy_batch(mine[first : first + 4], 4)
 

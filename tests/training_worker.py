@@ -30,7 +30,7 @@ from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_batch,
 
 from cluster.storage.stores import LocalStore
 from training import loop
-from training.collectives import place, total
+from training.collectives import this_process, total
 from training.errors import TrainingError
 from training.loop import Services, fit
 from training.task import State, Task
@@ -47,7 +47,7 @@ class DyingSource(ToySource):
 
     def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
         if self.job.get("kill_after_s"):
-            after_s = self.job["kill_after_s"][place().rank]
+            after_s = self.job["kill_after_s"][this_process().rank]
             timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL))
             timer.daemon = True
             timer.start()
@@ -57,7 +57,7 @@ class DyingSource(ToySource):
                 os._exit(9)
             if step == self.job.get("break_at"):
                 raise BrokenSourceError
-            if step == self.job.get("stop_at") and place().rank == self.job["stop_rank"]:
+            if step == self.job.get("stop_at") and this_process().rank == self.job["stop_rank"]:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(self.job.get("slow_s", 0))
             yield batches, after
@@ -99,7 +99,7 @@ def measure_sum(job: dict) -> dict:
     settings = dataclasses.replace(config.engine, precision="bf16")
     unclipped = dataclasses.replace(config.optimizer, clip_norm=1e9)
     config = dataclasses.replace(config, engine=settings, optimizer=unclipped)
-    batch, alone = toy_batch(list(range(place().rank, 64, place().world_size)), 64), ToyTask(width=64)
+    batch, alone = toy_batch(list(range(this_process().rank, 64, this_process().world_size)), 64), ToyTask(width=64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = alone(batch)["loss"]
     loss.backward()
@@ -116,7 +116,7 @@ def run_job(job: dict) -> None:
     if job.get("copy_of"):
         shutil.copytree(job["copy_of"], job["folder"], dirs_exist_ok=True)
     report = measure(job) if job.get("measure") else measure_sum(job) if job.get("measure_sum") else train(job)
-    path = Path(job["folder"]) / f"{job.get('report', 'report')}-{place().rank}.json"
+    path = Path(job["folder"]) / f"{job.get('report', 'report')}-{this_process().rank}.json"
     path.write_text(json.dumps(report))
 
 

@@ -23,7 +23,7 @@ from typing import cast
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.hanging import HEARTBEAT
 from cluster.storage.stores import Store, store_for
-from training.collectives import barrier, from_main, place
+from training.collectives import barrier, from_main, this_process
 from training.config import CheckpointConfig, StartConfig
 from training.errors import CheckpointError
 from training.task import State
@@ -83,7 +83,7 @@ def starting_point(store: Store, start: StartConfig) -> StartingPoint:
     reason to fall through to the next choice."""
     # 1. The run folder's own latest commit: the same command was run before, so go on. From the one that rank 0 sees:
     # an attempt that is not quite dead may commit another while ranks look one after the other.
-    folders = cast("list[str]", from_main(committed_folders(store) if place().is_main else None))
+    folders = cast("list[str]", from_main(committed_folders(store) if this_process().is_main else None))
     if folders:
         return StartingPoint("own", store, folders[-1], read_commit(store, folders[-1]), None)
     # 2. A checkpoint named in the configuration: go on from where another run was, with its step and data order.
@@ -188,8 +188,8 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
         if free >= FULL_BYTES and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise CheckpointError(
-            f"rank {place().rank}: {folder} cannot be written: its disk is full ({free} bytes are free); free some, or "
-            "give another run.scratch, and run again to go on from the last commit"
+            f"rank {this_process().rank}: {folder} cannot be written: its disk is full ({free} bytes are free); free "
+            "some, or give another run.scratch, and run again to go on from the last commit"
         ) from error
 
 
@@ -198,7 +198,7 @@ class Checkpoints:
 
     def __init__(self, store: Store, scratch: Path, config: CheckpointConfig, *, attempt: str) -> None:
         self.store = store
-        self.rank = place().rank  # the upload thread may outlive the process group
+        self.rank = this_process().rank  # the upload thread may outlive the process group
         self.scratch = scratch / f"rank-{self.rank:05d}"
         self.config = config
         self.attempt = (

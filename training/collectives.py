@@ -14,7 +14,7 @@ PIECE = 1 << 24  # numbers exchanged at a time
 
 
 @dataclass(frozen=True)
-class Place:
+class Process:
     rank: int
     world_size: int
 
@@ -23,24 +23,24 @@ class Place:
         return self.rank == 0
 
 
-def place() -> Place:
+def this_process() -> Process:
     """This process among all of the run."""
     if not torch.distributed.is_initialized():
-        return Place(rank=0, world_size=1)
-    return Place(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
+        return Process(rank=0, world_size=1)
+    return Process(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
 
 
 def total(values: Tensor) -> Tensor:
     """The sum of `values` over all ranks, on every rank."""
     values = values.clone()
-    if place().world_size > 1:
+    if this_process().world_size > 1:
         torch.distributed.all_reduce(values)
     return values
 
 
 def sum_in_place(values: Tensor, device: torch.device) -> None:
     """Makes `values`, contiguous and anywhere, their sum over all ranks; `device` is where ranks exchange tensors."""
-    if place().world_size == 1:
+    if this_process().world_size == 1:
         return
     for piece in values.view(-1).split(PIECE):  # of large sums no second copy is held
         moved = piece.to(device)
@@ -50,9 +50,9 @@ def sum_in_place(values: Tensor, device: torch.device) -> None:
 
 def gather(value: object) -> list[object]:
     """Every rank's picklable `value`, in rank order, on every rank."""
-    if place().world_size == 1:
+    if this_process().world_size == 1:
         return [value]
-    values: list[object] = [None] * place().world_size
+    values: list[object] = [None] * this_process().world_size
     torch.distributed.all_gather_object(values, value)
     return values
 
@@ -60,8 +60,8 @@ def gather(value: object) -> list[object]:
 def gather_numbers(mine: list[float], device: torch.device) -> NDArray[np.float64]:
     """Every rank's numbers, as rows in rank order, on every rank."""
     own = torch.tensor(mine, dtype=torch.float64, device=device)
-    rows = [torch.empty_like(own) for _ in range(place().world_size)]
-    if place().world_size > 1:
+    rows = [torch.empty_like(own) for _ in range(this_process().world_size)]
+    if this_process().world_size > 1:
         torch.distributed.all_gather(rows, own)
     else:
         rows = [own]
@@ -70,7 +70,7 @@ def gather_numbers(mine: list[float], device: torch.device) -> NDArray[np.float6
 
 def from_main(value: object) -> object:
     """Rank 0's picklable `value`, on every rank."""
-    return gather(value if place().is_main else None)[0]
+    return gather(value if this_process().is_main else None)[0]
 
 
 def any_true(flag: bool) -> bool:
@@ -80,5 +80,5 @@ def any_true(flag: bool) -> bool:
 
 def barrier() -> None:
     """Returns when every rank has come here."""
-    if place().world_size > 1:
+    if this_process().world_size > 1:
         torch.distributed.barrier()

@@ -30,7 +30,7 @@ from training.checkpoint import (
     full_disk_is_an_error,
     starting_point,
 )
-from training.collectives import barrier, from_main, gather, place
+from training.collectives import barrier, from_main, gather, this_process
 from training.config import TrainConfig
 from training.engine.elastic import fetch_state
 from training.engine.engines import Engine, make_engine
@@ -109,7 +109,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
             meter.begin_step()
             batches, state = steps.take()
             learning_rate = engine.begin(step)
-            torch.manual_seed(seed_of(config.seed, step, place().rank))  # a resumed step draws what it would have drawn
+            torch.manual_seed(seed_of(config.seed, step, this_process().rank))  # a resumed step draws the same numbers
             losses: list[dict[str, Tensor]] = []
             for batch in steps.on_device(batches, is_last_step=is_last):
                 with meter.forward():
@@ -117,7 +117,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
                 engine.backward(losses[-1]["loss"])
                 meter.count(task.cost(batch))
             shared = share(losses, is_asked_to_stop=REQUEST.reason is not None, device=engine.device)
-            gradient_norm = engine.step()  # the one place of a step where this rank waits for its device
+            gradient_norm = engine.step()  # once per step, this rank waits here for its device
             if not math.isfinite(gradient_norm):  # then the engine has not updated anything, on any rank
                 raise not_finite(step, losses, batches)
             values, is_stopping = shared.read()
@@ -160,11 +160,11 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     repeated_until = max(start.step, last_step(scratch / SPOOL))  # before the spool is cut back to the commit
     meter = Meter(engine.device, peak_tflops=peak, started=started, repeated_until=repeated_until)
     own = fetched_folder(scratch) if start.kind == "own" else None
-    spikes_path = scratch / SPIKES if place().is_main else None
+    spikes_path = scratch / SPIKES if this_process().is_main else None
     spikes = Spikes(config.spikes, spikes_path, start=_content(own, SPIKES), recent=_content(own, RECENT))
     tracker = open_tracker(config, services, run_key, scratch / SPOOL, start=_content(own, SPOOL))
     shutil.rmtree(fetched_folder(scratch), ignore_errors=True)  # a checkpoint's size on every node, for nothing now
-    progress = Progress(config.steps, is_shown=place().is_main)
+    progress = Progress(config.steps, is_shown=this_process().is_main)
     tracing = Tracing(config.profile, store, scratch)
     ending = Ending.FAILED
     try:
@@ -204,14 +204,14 @@ def loaded_engine(task: Task, source: Source, config: TrainConfig, start: Starti
     fetched, own = fetched_folder(scratch), store_for(config.run.folder)
     if start.commit is not None:
         fetch_state(start, fetched)
-        if start.kind == "named" and place().is_main:
+        if start.kind == "named" and this_process().is_main:
             copy_seen(store_for(run_folder_of(start)), own)
     elif start.registered is not None:
-        bundle = registry.pull(start.registered, scratch / f"registered-{place().rank}", uri=config.tracking.uri)
+        bundle = registry.pull(start.registered, scratch / f"registered-{this_process().rank}", uri=config.tracking.uri)
         task.load_registered(bundle)
-        if place().is_main:
+        if this_process().is_main:
             keep_seen(bundle, own)
-        shutil.rmtree(scratch / f"registered-{place().rank}", ignore_errors=True)
+        shutil.rmtree(scratch / f"registered-{this_process().rank}", ignore_errors=True)
     engine = make_engine(task, config, num_micro_batches=source.num_micro_batches)
     if start.commit is not None:
         engine.load(fetched)
@@ -226,7 +226,7 @@ def run_folder_of(start: StartingPoint) -> str:
 
 def fetched_folder(scratch: Path) -> Path:
     """Where this rank keeps what it fetched of a commit."""
-    return scratch / f"fetched-{place().rank:05d}"
+    return scratch / f"fetched-{this_process().rank:05d}"
 
 
 def _content(folder: Path | None, name: str) -> bytes:
@@ -236,7 +236,7 @@ def _content(folder: Path | None, name: str) -> bytes:
 
 def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_path: Path, *, start: bytes) -> Tracker:
     """Rank 0's spool, cut back to what the commit had seen, and its sender; silent trackers elsewhere."""
-    if not place().is_main:
+    if not this_process().is_main:
         return Tracker(None, None, config.tracking)
     spool = Spool(spool_path, start=start)
     if config.tracking.uri is None:
@@ -288,7 +288,7 @@ def save_checkpoint(run: Run, done: int, state: State, metrics: dict[str, float]
             schema=SCHEMA,
             step=done,
             files=[],
-            world_size=place().world_size,
+            world_size=this_process().world_size,
             engine=engine_name(run.config),
             data_state=run.source.merge_states(cast("list[State]", gather(state))),
             fingerprint=run.source.fingerprint,
@@ -324,7 +324,7 @@ def finish(run: Run, started: float) -> FitResult:
     }
     run.tracker.record(run.config.steps, {f"final/{key}": value for key, value in metrics.items()})
     with run.engine.whole_parameters():
-        if run.services.export is not None and place().is_main:
+        if run.services.export is not None and this_process().is_main:
             run.services.export(run.task)
     barrier()
     run.checkpoints.close()
@@ -342,7 +342,7 @@ def finish(run: Run, started: float) -> FitResult:
         config_hash=identity.config_hash(run.services.identity),
         fingerprint=run.source.fingerprint,
         mlflow_run_id=None,
-        is_main=place().is_main,
+        is_main=this_process().is_main,
         seconds=time.monotonic() - started,
     )
 

@@ -27,7 +27,7 @@ from pretrain.baselines.guesses import (
     ridge_bytes,
 )
 from pretrain.errors import PretrainError
-from training.collectives import gather, place, sum_in_place
+from training.collectives import gather, sum_in_place, this_process
 from training.engine.engines import own_device
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def fit_references(
     sum_over_ranks(references.global_drift.moments, references.global_drift.products)
     if has_ridge(config, num_patches, num_voxels):
         of_all = cast("list[list[str]]", gather(subjects))
-        is_kept = ~rows_set_aside_of_rank(of_all, config.choice_share, rank=place().rank)
+        is_kept = ~rows_set_aside_of_rank(of_all, config.choice_share, rank=this_process().rank)
         fit_ridge(references, batches, is_kept, hidden_patches)
     return references
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from training.collectives import place
+from training.collectives import this_process
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Sentinels:
         if name not in self.untrained:
             return found
         problems = collapses(found, self.untrained[name], self.config)
-        if problems and place().is_main:
+        if problems and this_process().is_main:
             log.warning(
                 "the embedding of %s is collapsing: %s (report.sentinels); lower the learning rate or warm up longer",
                 name,

@@ -10,7 +10,7 @@ from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
 from pretrain.masked.geometry import Geometry
 from pretrain.masked.masked_set import SetSpec
-from training.collectives import Place
+from training.collectives import Process
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +54,10 @@ def open_sets(config: PretrainConfig, *, scratch: str | None = None) -> dict[str
     return found
 
 
-def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], place: Place) -> BatchSource | JointSource:
+def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], process: Process) -> BatchSource | JointSource:
     """What a rank trains and evaluates on."""
     sources = {
-        name: BatchSource(each.shard_set, reader_config(config, name), rank=place.rank, world_size=place.world_size)
+        name: BatchSource(each.shard_set, reader_config(config, name), rank=process.rank, world_size=process.world_size)
         for name, each in sets.items()
     }
     if len(sources) == 1:
@@ -65,13 +65,13 @@ def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], place: Pl
     return JointSource(sources, {name: each.weight for name, each in sets.items()}, seed=config.data.seed)
 
 
-def training_subset(config: PretrainConfig, opened: OpenedSet, place: Place) -> Iterator[Batch]:
+def training_subset(config: PretrainConfig, opened: OpenedSet, process: Process) -> Iterator[Batch]:
     """A rank's share of the training samples that statistics and baselines are fitted on, the same every time.
 
     Dealt out, so that the last subjects, which the ridge's penalty is chosen on at length, are not all one rank's.
     """
     reader = reader_config(config, opened.name)
-    source = BatchSource(opened.shard_set, reader, rank=place.rank, world_size=place.world_size)
+    source = BatchSource(opened.shard_set, reader, rank=process.rank, world_size=process.world_size)
     for batch in source.evaluation("train", limit=config.baselines.fit_samples, is_dealt_out=True):
         yield named(batch, opened.name)
     source.close()

@@ -11,7 +11,7 @@ from pretrain.config import PretrainConfig
 from pretrain.masked.embeddings import Sentinels, embedding_metrics, sampled
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.sets import OpenedSet, reader_config
-from training.collectives import gather, place
+from training.collectives import gather, this_process
 from training.engine.engines import own_device
 
 
@@ -22,7 +22,7 @@ def open_sentinels(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[st
     where the run is a resumed one or starts from registered weights afterwards.
     """
     evaluation, untrained = config.train.evaluation, {}
-    device, here = own_device(), place()
+    device, here = own_device(), this_process()
     task.to(device).eval()
     for name, opened in sets.items():
         reader = reader_config(config, name)

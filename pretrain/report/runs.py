@@ -13,7 +13,7 @@ from pretrain.report.examined import WEIGHTS, Examined, load_weights
 from pretrain.report.report import FOLDER, analyse
 from pretrain.report.tables import Table, as_csv
 from pretrain.train import build_task, identity
-from training.collectives import place
+from training.collectives import this_process
 from training.engine.engines import own_device
 from training.identity import RECORD, differences
 from training.watch.artifacts import log_folder
@@ -48,7 +48,7 @@ def analyse_again(config: PretrainConfig) -> None:
     store = store_for(config.run.folder)
     check_is_of_run(store, config)
     summary, sets = json.loads(store.read("metrics.json")), open_sets(config)
-    source = open_source(config, sets, place())
+    source = open_source(config, sets, this_process())
     source.close()
     if source.fingerprint != summary["fingerprint"]:
         raise PretrainError(

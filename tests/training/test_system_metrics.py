@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from training.collectives import Place
+from training.collectives import Process
 from training.watch import system_metrics
 from training.watch.system_metrics import NAMES, Nodes
 
@@ -64,7 +64,7 @@ def test_ranks_of_one_host_report_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(system_metrics, "gather", lambda host: hosts)
     reports = []
     for rank in range(4):
-        monkeypatch.setattr(system_metrics, "place", lambda rank=rank: Place(rank, 4))
+        monkeypatch.setattr(system_metrics, "this_process", lambda rank=rank: Process(rank, 4))
         nodes = Nodes(str(tmp_path), torch.device("cpu"))
         reports.append(nodes.is_reporting)
 

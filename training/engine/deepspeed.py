@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from training.collectives import place
+from training.collectives import this_process
 from training.config import TrainConfig
 from training.engine.engines import autocast, make_optimizer, open_groups, own_device, poisoned
 from training.engine.schedule import learning_rate_share
@@ -109,7 +109,7 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the number of micro-batches and averages over ranks: a sum is wanted.
-        self.deepspeed.backward(poisoned(loss) * (place().world_size * self.num_micro_batches))
+        self.deepspeed.backward(poisoned(loss) * (this_process().world_size * self.num_micro_batches))
         self.num_backward += 1
         if self.num_backward < self.num_micro_batches:
             self.deepspeed.step()  # only counts; the update happens at the last micro-batch

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cluster.errors import StorageError
 from training.checkpoint import COMMIT, SPOOL, Commit, StartingPoint, StoredFile, fetch, fetch_file, file_sha256
-from training.collectives import from_main, place
+from training.collectives import from_main, this_process
 from training.engine.deepspeed import TAG
 from training.engine.zero_state import BUFFER, MOMENTS, STEP, WEIGHT, WHOLE
 from training.errors import CheckpointError
@@ -34,7 +34,7 @@ COPIES_ON_DISK = 3  # the fetched files, DeepSpeed's fragments, and what it make
 
 def is_elsewhere(commit: Commit) -> bool:
     """True when the commit's files divide the state over another number of ranks than this run has."""
-    return commit.world_size != place().world_size and commit.engine in ("zero1", "zero2", "zero3")
+    return commit.world_size != this_process().world_size and commit.engine in ("zero1", "zero2", "zero3")
 
 
 def fetch_state(point: StartingPoint, local: Path) -> None:
@@ -42,10 +42,10 @@ def fetch_state(point: StartingPoint, local: Path) -> None:
     assert point.commit is not None
     shutil.rmtree(local, ignore_errors=True)
     if not is_elsewhere(point.commit):
-        fetch(point, local, ranks={0, place().rank})
+        fetch(point, local, ranks={0, this_process().rank})
         return
     problem: Exception | None = None
-    if place().is_main:
+    if this_process().is_main:
         try:
             make_whole(point, local)
         except (CheckpointError, StorageError) as error:  # told to every rank: they wait here
@@ -79,7 +79,7 @@ def check_space(commit: Commit, scratch: Path) -> None:
     free = shutil.disk_usage(scratch).free
     if free < needed:
         raise CheckpointError(
-            f"{scratch} has {free / 1e9:.1f} GB free; going on on {place().world_size} ranks from a commit of "
+            f"{scratch} has {free / 1e9:.1f} GB free; going on on {this_process().world_size} ranks from a commit of "
             f"{commit.world_size} needs {needed / 1e9:.1f} GB there: free some, give another run.scratch, or run with "
             f"cluster.num_workers={commit.world_size}"
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from training.collectives import gather_numbers, place
+from training.collectives import gather_numbers, this_process
 from training.task import Batch, Cost
 
 GIB = 1024**3
@@ -100,11 +100,11 @@ class Meter:
         ranks = gather_numbers(counted, self.device)
         own, waits, samples, tokens, flops, memory = ranks.T
         slowest = int(own.argmax())
-        tflops = float(flops.sum()) / place().world_size / step_s / TERA
+        tflops = float(flops.sum()) / this_process().world_size / step_s / TERA
         elapsed_s = time.monotonic() - self.started
         numbers = {
             "samples_per_s": float(samples.sum()) / step_s,
-            "tokens_per_s_per_device": float(tokens.sum()) / place().world_size / step_s,
+            "tokens_per_s_per_device": float(tokens.sum()) / this_process().world_size / step_s,
             "tflops_per_device": tflops,
             "data_wait_share": float(waits.max()) / step_s,
             "step_p50_s": float(np.percentile(mine.step_s, 50)),

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from training.collectives import gather, gather_numbers, place
+from training.collectives import gather, gather_numbers, this_process
 
 GIB = 1024**3
 NAMES = (
@@ -47,7 +47,7 @@ class Nodes:
     @property
     def is_reporting(self) -> bool:
         """True on the first rank of each host."""
-        return place().rank in self.rank_of_host.values()
+        return this_process().rank in self.rank_of_host.values()
 
     def report(self) -> dict[str, float]:
         """What every node did since the last report, on every rank; what is not known there is left out."""

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cluster.storage.stores import Store
-from training.collectives import place
+from training.collectives import this_process
 from training.config import ProfileConfig
 
 FOLDER = "profile"
@@ -25,7 +25,7 @@ class Tracing:
     def begin_step(self, step: int) -> None:
         """Called before every step, and once after the last: starts, or writes the trace of the steps before."""
         begun, self.num_begun = self.num_begun, self.num_begun + 1
-        if self.config.num_steps == 0 or not place().is_main:
+        if self.config.num_steps == 0 or not this_process().is_main:
             return
         if begun == self.config.start_step:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

@@ -20,7 +20,7 @@ from brain_models.heads import Classifier, CovariancePool
 from brain_models.run_classifier import RunClassifier
 from data_sharding.read.reader import Batch
 from finetune.tasks.subject_prediction.baselines import LogisticConfig, fit_logistic
-from training.collectives import from_main, gather, place, sum_in_place
+from training.collectives import from_main, gather, sum_in_place, this_process
 from training.engine.engines import own_device
 
 
@@ -50,7 +50,7 @@ def start_head(
     model.eval()
     pooled = _pooled(model, batches)
     if isinstance(model.head.pool, CovariancePool):
-        first = list(islice(pooled, -(-config.num_runs_for_channels // place().world_size)))
+        first = list(islice(pooled, -(-config.num_runs_for_channels // this_process().world_size)))
         _set_channels(model.head.pool, [nodes for _, _, nodes in first])
         pooled = chain(first, pooled)
     features = {

@@ -26,7 +26,7 @@ from pretrain.planning import count, plan, state_bytes, steps_by_set
 from pretrain.train import build_task, train
 from pretrain.validation import validate
 from tests.pretrain.test_pretrain_training import TINY
-from training.collectives import Place
+from training.collectives import Process
 from training.engine.engines import checkpoint_bytes
 
 FAULT_SECTION = "Joint runs of several ranks"
@@ -115,20 +115,20 @@ def test_resumed_anywhere_on_other_ranks_a_joint_run_sees_the_samples_of_the_uni
 ) -> None:
     config = config_of(places, tmp_path)
     sets = open_sets(config)
-    one = open_source(config, sets, Place(0, 1))
+    one = open_source(config, sets, Process(0, 1))
     assert isinstance(one, JointSource)
     whole, end = samples_of(one, one.initial_state(), 9)
     assert {name for name, _ in whole} == {"rest", "fine", "anat"}
-    ranks = [open_source(config, sets, Place(rank, 3)) for rank in range(3)]
+    ranks = [open_source(config, sets, Process(rank, 3)) for rank in range(3)]
     firsts, states = zip(*(samples_of(rank, rank.initial_state(), 4) for rank in ranks), strict=True)
     for step in range(4):
         joined = [row for first in firsts for row in first[step][1]]
         assert (firsts[0][step][0], joined) == whole[step]
     state = json.loads(json.dumps(ranks[0].merge_states(list(states))))
     assert state == samples_of(one, one.initial_state(), 4)[1]
-    rest, _ = samples_of(open_source(config, sets, Place(0, 1)), state, 5)
+    rest, _ = samples_of(open_source(config, sets, Process(0, 1)), state, 5)
     assert rest == whole[4:]
-    pair = [open_source(config, sets, Place(rank, 2)) for rank in range(2)]
+    pair = [open_source(config, sets, Process(rank, 2)) for rank in range(2)]
     for num_steps in (1, 5):  # after one step, two of the sets are where the stop was
         reached = pair[0].merge_states([samples_of(rank, state, num_steps)[1] for rank in pair])
         assert reached == samples_of(one, state, num_steps)[1]
@@ -146,7 +146,7 @@ def test_two_resolutions_share_the_trunk_and_every_stem_has_a_gradient_in_every_
     assert second.startswith("bold_")
     assert task.encoder.stem("bold").num_features == 27 * 2
     assert task.encoder.stem(second).num_features == 216 * 2
-    source = open_source(config, sets, Place(0, 1))
+    source = open_source(config, sets, Process(0, 1))
     batch = next(source.evaluation("train", limit=4)).to("cpu")
     losses = task(batch)
     losses["loss"].backward()
@@ -294,7 +294,7 @@ def test_the_plan_has_the_steps_and_bytes_of_each_set_that_a_run_then_reads(
     config = config_of(places, tmp_path)
     lines = {key.strip(): text for key, text in (line.split("  ", 1) for line in plan(config).splitlines())}
     sets = open_sets(config)
-    source = open_source(config, sets, Place(0, 1))
+    source = open_source(config, sets, Process(0, 1))
     num_bytes, num_steps = Counter(), Counter()
     for batches, _ in itertools.islice(source.steps(source.initial_state()), config.train.steps):
         num_steps[batches[0].set_name] += 1
