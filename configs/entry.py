@@ -16,7 +16,7 @@ from configs.parse import ConfigError, parse, refuse
 
 Schema = TypeVar("Schema")
 
-OUR_PACKAGES = {"brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs"}
+OUR_PACKAGES = {"brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs", "reports"}
 FLAGS = {
     "--help": "this page",
     "--validate": "check everything that can be checked without starting, report all problems, exit 2 if any",

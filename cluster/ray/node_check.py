@@ -93,7 +93,7 @@ def versions() -> dict[str, str]:
             found[package] = "missing"
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
-    for part in ("brain_models", "cluster", "configs", "data_sharding", "finetune", "pretrain", "training"):
+    for part in ("brain_models", "cluster", "configs", "data_sharding", "finetune", "pretrain", "reports", "training"):
         for path in sorted((root / part).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return found | {"callosum code": digest.hexdigest()[:12]}

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from data_sharding import schema
-from data_sharding.check import report_figures as figures
 from data_sharding.hashing import hash_names
 from data_sharding.read.shard_set import ShardSet
 from data_sharding.splits import SPLITS
+from reports import figures
 
 REPORT = "report.html"
 SCANS_IN_MEAN = 40

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from data_sharding.check.report_figures import COLOURS, style
+from reports.figures import COLOURS, style
 
 if TYPE_CHECKING:
     from finetune.compare.comparison import Comparison, Row

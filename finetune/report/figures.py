@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_sharding.check.report_figures import COLOURS, as_svg, style
 from finetune.tasks.subject_prediction.evaluation import Scores, auroc, roc_curve
+from reports.figures import COLOURS, as_svg, style
 
 Curve = Sequence[tuple[int, float]]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_sharding.check import report_figures as figures
 from data_sharding.check.report import balance_columns, mean_maps, render, split_balance, worst_regions
 from data_sharding.read.shard_set import ShardSet, open_set
 from data_sharding.report import main
 from data_sharding.schema import MEAN
 from data_sharding.write.build import build
+from reports import figures
 from tests.data_sharding.test_shards import npy
 from tests.helpers_scans import sharding_config, write_confounds, write_study
 
