@@ -16,10 +16,10 @@ The same command with the same run.folder goes on where the run stopped. Results
 
 from cluster.ray.launch import run_on_workers
 from configs.entry import main
-from pretrain.config import PretrainConfig
-from pretrain.planning import plan
-from pretrain.train import train
-from pretrain.validation import validate
+from pretrain.masked.config import PretrainConfig
+from pretrain.masked.planning import plan
+from pretrain.masked.study import train
+from pretrain.masked.validation import validate
 
 
 def run(config: PretrainConfig) -> None:

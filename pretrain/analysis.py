@@ -11,9 +11,9 @@ Runs in this process. Files go to <run.folder>/report and to the run's artifacts
 """
 
 from configs.entry import main
-from pretrain.config import PretrainConfig
+from pretrain.masked.config import PretrainConfig
+from pretrain.masked.validation import validate
 from pretrain.report.runs import analyse_again, plan
-from pretrain.validation import validate
 
 if __name__ == "__main__":
     main(

@@ -14,7 +14,7 @@ from data_sharding.config import ShardingConfig
 from data_sharding.phantoms.study.config import PhantomConfig
 from data_sharding.source_phantoms import SourcePhantomConfig
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
-from pretrain.config import PretrainConfig
+from pretrain.masked.config import PretrainConfig
 
 
 @dataclass

@@ -13,7 +13,7 @@ from configs.entry import compose
 from configs.parse import parse
 from finetune.compare.cells import arms_of
 from finetune.config import CompareConfig, FinetuneConfig
-from pretrain.config import PretrainConfig
+from pretrain.masked.config import PretrainConfig
 
 FAULT_SECTION = "Launch scripts"
 

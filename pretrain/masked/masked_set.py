@@ -16,7 +16,7 @@ from pretrain.baselines.references import References
 from pretrain.masked.balance import LossKind, balanced_weights
 from pretrain.masked.geometry import Geometry
 from pretrain.masked.masking import MaskingConfig, TokenChoice, eligible_patches
-from pretrain.masked.scores import Regions
+from pretrain.report.scores import Regions
 
 
 @dataclass(frozen=True, eq=False)

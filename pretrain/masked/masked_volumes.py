@@ -19,11 +19,11 @@ from data_sharding.read.batch import Batch
 from pretrain.baselines.references import centre, hidden_voxels
 from pretrain.errors import PretrainError
 from pretrain.masked.costs import PassShape, flops_of_pass
-from pretrain.masked.embeddings import Sentinels, sampled
 from pretrain.masked.geometry import Geometry, WindowConfig
 from pretrain.masked.masked_set import LossConfig, MaskedSet, SetSpec, at
 from pretrain.masked.masking import MaskingConfig, TokenChoice
-from pretrain.masked.scores import IntervalConfig, Row, metrics_of, score_rows
+from pretrain.report.collapse import Sentinels, sampled
+from pretrain.report.scores import IntervalConfig, Row, metrics_of, score_rows
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
 

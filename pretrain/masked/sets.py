@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from brain_models.encoder import TokenKind
 from data_sharding.read.joint import JointSource, named
 from data_sharding.read.reader import Batch, BatchSource, ReaderConfig, ShardSet, open_set
-from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
+from pretrain.masked.config import PretrainConfig
 from pretrain.masked.geometry import Geometry
 from pretrain.masked.masked_set import SetSpec
 from training.collectives import Process

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from data_sharding.read.reader import BatchSource
-from pretrain.config import PretrainConfig
-from pretrain.masked.embeddings import Sentinels, embedding_metrics, sampled
+from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.sets import OpenedSet, reader_config
+from pretrain.report.collapse import Sentinels, embedding_metrics, sampled
 from training.collectives import gather, this_process
 from training.engine.engines import own_device
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pretrain.masked.embeddings import SentinelConfig
-from pretrain.masked.scores import IntervalConfig
+from pretrain.report.collapse import SentinelConfig
+from pretrain.report.scores import IntervalConfig
 
 PROBED_SPLITS = ["train", "validation"]
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pretrain.masked.scores import Interval, IntervalConfig, interval, resamples
 from pretrain.report.config import ContributionConfig
+from pretrain.report.scores import Interval, IntervalConfig, interval, resamples
 
 # Given the hidden patches [patch], each sample's squared error [sample, patch] (0 where visible).
 Errors = Callable[[np.ndarray], np.ndarray]

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.storage.stores import Store, store_for
-from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
+from pretrain.masked.analysis import FOLDER, analyse
+from pretrain.masked.config import PretrainConfig
+from pretrain.masked.examined import WEIGHTS, Examined, load_weights
 from pretrain.masked.sets import OpenedSet, open_sets, open_source
-from pretrain.report.examined import WEIGHTS, Examined, load_weights
-from pretrain.report.report import FOLDER, analyse
+from pretrain.masked.study import build_task, identity
 from pretrain.report.tables import Table, as_csv
-from pretrain.train import build_task, identity
 from training.collectives import this_process
 from training.engine.engines import own_device
 from training.identity import RECORD, differences

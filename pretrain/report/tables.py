@@ -5,8 +5,8 @@ import io
 from collections.abc import Mapping
 
 from pretrain.masked.masked_volumes import MaskedVolumes
-from pretrain.masked.scores import MEAN_R2, MODEL, IntervalConfig, Row, report_of
 from pretrain.masked.sets import OpenedSet
+from pretrain.report.scores import MEAN_R2, MODEL, IntervalConfig, Row, report_of
 from training.evaluation import Evaluation
 
 Table = dict[str, list[Row]]  # by set

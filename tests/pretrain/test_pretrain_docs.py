@@ -9,8 +9,8 @@ import pytest
 from configs.entry import compose
 from configs.parse import parse
 from data_sharding.config import ShardingConfig, validate_config
-from pretrain.config import PretrainConfig
-from pretrain.validation import naming_problems, number_problems, window_problems
+from pretrain.masked.config import PretrainConfig
+from pretrain.masked.validation import naming_problems, number_problems, window_problems
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretraining.md"
 SCHEMAS = {"pretrain": PretrainConfig, "data_sharding": ShardingConfig}

@@ -24,15 +24,15 @@ from data_sharding.phantoms.study.write import write_phantom
 from data_sharding.read.fetch import Fetched, Fetcher, WindowRead
 from data_sharding.read.reader import BatchSource, ShardSet, open_set
 from data_sharding.write.build import build
-from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
+from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masking import Masker
+from pretrain.masked.planning import plan
 from pretrain.masked.sets import open_sets, reader_config
+from pretrain.masked.study import build_task, fit_to_training_split, train
 from pretrain.masked.untrained import open_sentinels
-from pretrain.planning import plan
+from pretrain.masked.validation import validate
 from pretrain.report.runs import analyse_again
-from pretrain.train import build_task, fit_to_training_split, train
-from pretrain.validation import validate
 from training.registry import models as registry
 from training.registry.seen_subjects import hash_subject, keep_seen, read_seen, seen_before, write_seen
 

@@ -20,11 +20,11 @@ from data_sharding.phantoms.study.config import PhantomConfig
 from data_sharding.phantoms.study.write import write_phantom
 from data_sharding.read.joint import JointSource, sets_of_steps, split_conflicts
 from data_sharding.write.build import build
-from pretrain.config import PretrainConfig
+from pretrain.masked.config import PretrainConfig
+from pretrain.masked.planning import count, plan, state_bytes, steps_by_set
 from pretrain.masked.sets import open_sets, open_source
-from pretrain.planning import count, plan, state_bytes, steps_by_set
-from pretrain.train import build_task, train
-from pretrain.validation import validate
+from pretrain.masked.study import build_task, train
+from pretrain.masked.validation import validate
 from tests.pretrain.test_pretrain_training import TINY
 from training.collectives import Process
 from training.engine.engines import checkpoint_bytes

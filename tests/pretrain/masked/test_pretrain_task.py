@@ -19,7 +19,7 @@ from pretrain.masked.masked_volumes import (
     SetSpec,
 )
 from pretrain.masked.masking import MaskingConfig
-from pretrain.masked.scores import IntervalConfig, Regions, interval, metrics_of, report_of, resamples, score_rows
+from pretrain.report.scores import IntervalConfig, Regions, interval, metrics_of, report_of, resamples, score_rows
 from tests.phantom_spaces import ball
 
 BATCH_SIZE = 4

@@ -12,14 +12,14 @@ from brain_models.atlas import Atlas
 from configs.entry import compose
 from configs.parse import parse
 from pretrain.baselines.guesses import RidgeOracle
-from pretrain.config import PretrainConfig
-from pretrain.masked.embeddings import SentinelConfig, Sentinels, collapses, effective_rank, variance
-from pretrain.masked.scores import Interval, IntervalConfig, Regions, score_rows
+from pretrain.masked.config import PretrainConfig
+from pretrain.report.collapse import SentinelConfig, Sentinels, collapses, effective_rank, variance
 from pretrain.report.config import ContributionConfig, ProbeConfig, report_problems
 from pretrain.report.contribution import Contribution, Experiment, contexts, contributions, false_discoveries
 from pretrain.report.maps import VoxelMaps, write_nifti
 from pretrain.report.pictures import draw_contributions, draw_maps
 from pretrain.report.probes import by_subject, probe, same_question
+from pretrain.report.scores import Interval, IntervalConfig, Regions, score_rows
 from pretrain.report.tables import as_csv
 from tests.phantom_spaces import ball
 from training.config import TrackingConfig

@@ -19,11 +19,11 @@ from brain_models import bundle
 from brain_models.bundle import Bundle, StemSpec
 from cluster.storage.stores import store_for
 from pretrain.baselines.references import fit_references, voxel_statistics
-from pretrain.config import PretrainConfig
+from pretrain.masked.config import PretrainConfig
+from pretrain.masked.examined import WEIGHTS, save_weights
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.sets import OpenedSet, open_sets, open_source, training_subset
 from pretrain.masked.untrained import open_sentinels
-from pretrain.report.examined import WEIGHTS, save_weights
 from pretrain.report.tables import Table, as_report, reconstruction_table
 from training.collectives import this_process
 from training.loop import FitResult, Services, fit

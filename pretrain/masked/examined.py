@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from data_sharding.read.batch import Batch
 from data_sharding.read.joint import named
 from data_sharding.read.reader import BatchSource
-from pretrain.config import PretrainConfig
+from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.sets import OpenedSet, reader_config
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pretrain.masked.examined import Examined
 from pretrain.masked.sets import OpenedSet
+from pretrain.masked.study import build_task
 from pretrain.report.config import PROBED_SPLITS
 from pretrain.report.contribution import Contribution, Experiment, contexts, contributions
-from pretrain.report.examined import Examined
 from pretrain.report.maps import voxel_maps, write_nifti
 from pretrain.report.pictures import draw_contributions, draw_maps
 from pretrain.report.probes import Probe, by_subject, probe, same_question
-from pretrain.train import build_task
 
 FOLDER = "report"  # of the run folder, and of the MLflow run's artifacts
 

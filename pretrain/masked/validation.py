@@ -10,8 +10,8 @@ from cluster.errors import StorageError
 from cluster.storage.stores import store_for
 from data_sharding.errors import ShardError
 from data_sharding.read.joint import split_conflicts
-from pretrain.config import PretrainConfig
 from pretrain.errors import PretrainError
+from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masking import masking_problems
 from pretrain.masked.sets import OpenedSet, open_sets
 from pretrain.report.config import PROBED_SPLITS, report_problems

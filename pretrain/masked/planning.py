@@ -8,14 +8,14 @@ from torch import nn
 from data_sharding.read.addresses import run_table
 from data_sharding.read.joint import sets_of_steps
 from pretrain.baselines.guesses import ridge_bytes
-from pretrain.config import PretrainConfig
+from pretrain.masked.config import PretrainConfig
 from pretrain.masked.costs import bytes_kept
 from pretrain.masked.geometry import Geometry
 from pretrain.masked.masked_set import MaskedSet
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.reach import reach_of_groups
 from pretrain.masked.sets import OpenedSet, open_sets
-from pretrain.train import build_task
+from pretrain.masked.study import build_task
 from training.engine.engines import checkpoint_bytes
 
 BYTES_PER_VALUE = {"int8": 1, "float16": 2}  # in the shards
