@@ -11,8 +11,7 @@ from cluster.config import ClusterConfig, validate_cluster
 from data_sharding.registration import RegistrationConfig, validate_registration
 from data_sharding.sources import validate_source
 from data_sharding.spaces import AnySpaceConfig, validate_space
-
-SplitRule = Literal["threshold", "ranked", "stratified", "file", "none"]
+from data_sharding.splits import SplitConfig, validate_splits
 
 
 @dataclass
@@ -79,21 +78,6 @@ class LimitsConfig:
 
 
 @dataclass
-class SplitConfig:
-    """Which subjects go to train, validation and test. Fractions serve `threshold`, counts the other two rules."""
-
-    rule: SplitRule
-    seed: int
-    validation_fraction: float | None
-    test_fraction: float | None
-    num_validation: int | None
-    num_test: int | None
-    family_column: str | None  # subjects of one family stay together
-    stratify_columns: list[str]
-    file: str | None  # a table with participant_id and split
-
-
-@dataclass
 class ShardingConfig:
     """One run of `python -m data_sharding`."""
 
@@ -154,24 +138,4 @@ def validate_config(config: ShardingConfig) -> list[str]:
                 "registration.template, or set source.allow_template_mix=true (recorded in the manifest)"
             )
     problems += validate_cleaning(config.preprocessing.cleaning, "preprocessing.cleaning")
-    return problems
-
-
-def validate_splits(config: SplitConfig) -> list[str]:
-    """All problems of the split rule."""
-    problems = []
-    if config.rule == "threshold":
-        fractions = (config.validation_fraction, config.test_fraction)
-        if None in fractions:
-            problems.append("splits: rule threshold needs validation_fraction and test_fraction")
-        elif not (all(0 <= (share or 0) <= 1 for share in fractions) and sum(share or 0 for share in fractions) <= 1):
-            problems.append(f"splits: fractions {fractions} must lie in 0..1 and add up to at most 1")
-    if config.rule in ("ranked", "stratified"):
-        counts = (config.num_validation, config.num_test)
-        if any(count is None or count < 0 for count in counts):
-            problems.append(f"splits: rule {config.rule} needs num_validation and num_test, 0 or more")
-    if config.rule == "stratified" and not config.stratify_columns:
-        problems.append("splits.stratify_columns: empty; name columns of participants.tsv, or use rule=ranked")
-    if config.rule == "file" and not config.file:
-        problems.append("splits.file: null; give a TSV or CSV with the columns participant_id and split")
     return problems

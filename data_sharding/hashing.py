@@ -6,12 +6,31 @@ numpy's generators may change their streams between versions; an order of sample
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
-SECOND_FACTOR = np.uint64(0x94D049BB133111EB)
+if TYPE_CHECKING:  # importing torch takes a second, which the processes that pack scans would wait for
+    from torch import Tensor
+
+    Integers = TypeVar("Integers", np.ndarray, Tensor)
+
+GOLDEN_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15, as are the two factors, in wrapping int64
+
+
+def splitmix64(state: Integers) -> Integers:
+    """int64 of the same shape: SplitMix64's output for each state (Steele, Lea, Flood 2014).
+
+    The same numbers from numpy and from torch on any device: int64 wraps in both, and has all operators in torch, which
+    uint64 has not.
+    """
+    state = (state ^ _shifted(state, 30)) * -4658895280553007687
+    state = (state ^ _shifted(state, 27)) * -7723592293110705685
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(state: Integers, bits: int) -> Integers:
+    return (state >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts copies of the sign in; the hash needs zeros
 
 
 def hash_name(*parts: object) -> int:
@@ -26,16 +45,10 @@ def hash_names(names: list[str]) -> np.ndarray:
 
 
 def mix(values: np.ndarray, key: int) -> np.ndarray:
-    """Uniform uint64 of the same shape, one per (value, key): splitmix64's finaliser (Steele et al. 2014)."""
+    """Uniform uint64 of the same shape, one per (value, key)."""
     with np.errstate(over="ignore"):
-        mixed = _finalise(np.asarray(values, dtype=np.uint64) + GOLDEN_GAMMA)
-        return _finalise(mixed ^ np.uint64(key))
-
-
-def _finalise(values: np.ndarray) -> np.ndarray:
-    values = (values ^ (values >> np.uint64(30))) * FIRST_FACTOR
-    values = (values ^ (values >> np.uint64(27))) * SECOND_FACTOR
-    return values ^ (values >> np.uint64(31))
+        mixed = splitmix64(np.asarray(values).astype(np.int64) + GOLDEN_GAMMA)
+        return splitmix64(mixed ^ np.uint64(key).astype(np.int64)).astype(np.uint64)
 
 
 def unit_interval(values: np.ndarray) -> np.ndarray:

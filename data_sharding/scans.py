@@ -10,19 +10,10 @@ import pandas as pd
 
 from brain_models.atlas import Atlas
 from data_sharding.hashing import hash_name
-from data_sharding.schema import Refusal
+from data_sharding.schema import Event, Refusal
 
 NEVER_IN_A_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 MAX_ID_LENGTH = 80  # leaves room in a tar member's name for the position and the extension
-
-
-@dataclass
-class Event:
-    """Something that happened during a run; times count from its first frame."""
-
-    onset_s: float
-    duration_s: float
-    name: str
 
 
 @dataclass

@@ -102,6 +102,15 @@ QUALITY_COLUMNS = {  # a missing value: not known, or nothing a scan of this kin
 
 
 @dataclass
+class Event:
+    """Something that happened during a run; times count from its first stored frame."""
+
+    onset_s: float
+    duration_s: float
+    name: str
+
+
+@dataclass
 class ShardEntry:
     """One shard as the manifest lists it; `num_samples` counts its scans."""
 

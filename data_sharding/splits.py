@@ -6,16 +6,33 @@ A unit (a family, or a lone subject) is never divided.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from data_sharding.config import SplitConfig
 from data_sharding.errors import SplitError
 from data_sharding.hashing import hash_name, unit_interval
 
+SplitRule = Literal["threshold", "ranked", "stratified", "file", "none"]
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class SplitConfig:
+    """Which subjects go to train, validation and test. Fractions serve `threshold`, counts the other two rules."""
+
+    rule: SplitRule
+    seed: int
+    validation_fraction: float | None
+    test_fraction: float | None
+    num_validation: int | None
+    num_test: int | None
+    family_column: str | None  # subjects of one family stay together
+    stratify_columns: list[str]
+    file: str | None  # a table with participant_id and split
 
 
 def assign_splits(subjects: pd.DataFrame, config: SplitConfig) -> dict[str, str]:
@@ -126,3 +143,23 @@ def _from_file(units: dict[str, list[str]], config: SplitConfig) -> dict[str, st
             raise SplitError(f"{path} divides {unit} over {sorted(splits)}; put {members} into one split")
         split_of_unit[unit] = splits.pop()
     return split_of_unit
+
+
+def validate_splits(config: SplitConfig) -> list[str]:
+    """All problems of the split rule."""
+    problems = []
+    if config.rule == "threshold":
+        fractions = (config.validation_fraction, config.test_fraction)
+        if None in fractions:
+            problems.append("splits: rule threshold needs validation_fraction and test_fraction")
+        elif not (all(0 <= (share or 0) <= 1 for share in fractions) and sum(share or 0 for share in fractions) <= 1):
+            problems.append(f"splits: fractions {fractions} must lie in 0..1 and add up to at most 1")
+    if config.rule in ("ranked", "stratified"):
+        counts = (config.num_validation, config.num_test)
+        if any(count is None or count < 0 for count in counts):
+            problems.append(f"splits: rule {config.rule} needs num_validation and num_test, 0 or more")
+    if config.rule == "stratified" and not config.stratify_columns:
+        problems.append("splits.stratify_columns: empty; name columns of participants.tsv, or use rule=ranked")
+    if config.rule == "file" and not config.file:
+        problems.append("splits.file: null; give a TSV or CSV with the columns participant_id and split")
+    return problems

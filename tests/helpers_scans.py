@@ -20,9 +20,9 @@ from data_sharding.config import (
     PrivacyConfig,
     ShardingConfig,
     SourceConfig,
-    SplitConfig,
     StorageConfig,
 )
+from data_sharding.splits import SplitConfig
 
 SPACE = SpaceConfig(name="mni12", template="NLin6Asym", spacing_mm=12.0, mask="mni152", dilate_mm=0.0)
 NO_CLEANING = CleaningConfig([], None, None, "cosine", False, "drop", 0.5, None)

@@ -17,7 +17,6 @@ from data_sharding import schema
 from data_sharding.checksums import crc32
 from data_sharding.errors import ShardError
 from data_sharding.read.shard_set import ShardSet
-from data_sharding.scans import Event
 
 KEEP = schema.FRAME_COLUMNS.index("keep")
 
@@ -68,12 +67,12 @@ def response(shard_set: ShardSet, scan_id: str) -> Response:
     return Response(pixels, _array(shard_set, scan_id, schema.BETAS)[0].astype(np.float32))
 
 
-def events(shard_set: ShardSet, scan_id: str) -> list[Event]:
+def events(shard_set: ShardSet, scan_id: str) -> list[schema.Event]:
     """What happened during a run, times counted from its first stored frame; empty where nothing is known."""
     rows = shard_set.index[(shard_set.index.scan_id == scan_id) & (shard_set.index.kind == schema.EVENTS)]
     if rows.empty:
         return []
-    return [Event(**event) for event in json.loads(_member(shard_set, scan_id, schema.EVENTS))]
+    return [schema.Event(**event) for event in json.loads(_member(shard_set, scan_id, schema.EVENTS))]
 
 
 def about(shard_set: ShardSet, scan_id: str) -> dict[str, object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from data_sharding.errors import SourceError
-from data_sharding.scans import Event
+from data_sharding.schema import Event
 
 DESCRIPTION = "dataset_description.json"
 MISSING_VALUES = ["n/a", "N/A", "NA", "", "nan", "NaN"]

@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from data_sharding.hashing import GOLDEN_GAMMA, splitmix64
 from pretrain.errors import MaskingError
 
 Arm = Literal["random", "tube", "future", "region"]
@@ -54,25 +55,15 @@ def hidden_patches(hidden_share: float, num_patches: int) -> int:
 def stream_offsets(count: int, *, stream: int) -> Int64[Tensor, "count"]:
     """What `random_bits` adds to a seed at each position. Made once: compilers work such products out with numbers that
     do not wrap, and fail."""
-    return (torch.arange(1, count + 1) + (stream << 40)) * -7046029254386353131
+    return (torch.arange(1, count + 1) + (stream << 40)) * GOLDEN_GAMMA
 
 
 def random_bits(sample_seed: Int64[Tensor, "batch"], offsets: Int64[Tensor, "count"]) -> Int64[Tensor, "batch count"]:
     """Uniform integers in [0, 2^31), a hash of (seed, stream, position): no state, so no sample depends on another.
 
-    SplitMix64 (Steele, Lea, Flood 2014) in wrapping int64: the same numbers on CPU and GPU, without a host round trip.
+    The same numbers on CPU and GPU, without a host round trip.
     """
-    return _mix(rearrange(_mix(sample_seed), "batch -> batch 1") + offsets) & 0x7FFFFFFF
-
-
-def _mix(state: Int64[Tensor, "*any"]) -> Int64[Tensor, "*any"]:
-    state = (state ^ _shift(state, 30)) * -4658895280553007687
-    state = (state ^ _shift(state, 27)) * -7723592293110705685
-    return state ^ _shift(state, 31)
-
-
-def _shift(state: Int64[Tensor, "*any"], bits: int) -> Int64[Tensor, "*any"]:
-    return (state >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts int64 arithmetically; the hash needs zeros
+    return splitmix64(rearrange(splitmix64(sample_seed), "batch -> batch 1") + offsets) & 0x7FFFFFFF
 
 
 def regions_of_patches(

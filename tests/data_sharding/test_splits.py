@@ -7,9 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from data_sharding.config import SplitConfig, validate_splits
 from data_sharding.errors import SplitError
-from data_sharding.splits import assign_splits
+from data_sharding.splits import SplitConfig, assign_splits, validate_splits
 from data_sharding.write.prepare import prepare
 from tests.helpers_scans import sharding_config, write_bold, write_t1
 

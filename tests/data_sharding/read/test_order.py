@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from data_sharding.hashing import hash_names
+from data_sharding.hashing import hash_names, splitmix64
 from data_sharding.read.order import (
     RunTable,
     SampleOrder,
@@ -33,6 +34,19 @@ def make_order(runs: RunTable | None = None, *, seed: int = 5, shuffle_shards: i
 def identity(samples: Samples) -> list[tuple[int, int, int, int]]:
     columns = (samples.epoch, samples.run, samples.first_frame, samples.seed)
     return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def published_splitmix64(state: int) -> int:
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)
+
+
+def test_splitmix64_is_the_published_one_in_numpy_and_in_torch() -> None:
+    states = np.random.default_rng(0).integers(-(2**63), 2**63, size=500)
+    mixed = splitmix64(states)
+    assert [int(value) % 2**64 for value in mixed] == [published_splitmix64(int(state) % 2**64) for state in states]
+    assert torch.equal(splitmix64(torch.from_numpy(states)), torch.from_numpy(mixed))
 
 
 def test_an_epoch_is_every_slot_of_every_run_once() -> None:

@@ -15,7 +15,8 @@ from data_sharding.errors import SourceError
 from data_sharding.phantoms import bids as phantom
 from data_sharding.phantoms.fields import bold_values, vertex_values
 from data_sharding.read import samples
-from data_sharding.scans import Event, Found, scan_id_of
+from data_sharding.scans import Found, scan_id_of
+from data_sharding.schema import Event
 from data_sharding.sources.bids_tables import is_by_fmriprep
 from data_sharding.write.prepare import prepare
 from data_sharding.write.tables import alignment_of

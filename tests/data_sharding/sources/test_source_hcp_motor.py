@@ -14,7 +14,7 @@ from data_sharding.phantoms import hcp_motor as phantom
 from data_sharding.phantoms.bids import FSLR_VERTICES, fslr_cortex
 from data_sharding.phantoms.fields import cifti_axis, vertex_values
 from data_sharding.read import samples
-from data_sharding.scans import Event
+from data_sharding.schema import Event
 from data_sharding.write.prepare import prepare
 from tests.helpers_sources import AS_IT_IS, config_of, found_by, run_values, set_of, write_phantom
 
