@@ -35,7 +35,7 @@ from brain_models.space import BrainSpace, SpaceConfig, fsl_grid, volume_space
 from configs.entry import compose
 from configs.parse import parse
 from data_sharding.config import AcceptanceConfig, PreprocessingConfig
-from data_sharding.write.packing import PackContext, PackRequest, PackSettings, write_part
+from data_sharding.write.packing import PackContext, PackRequest, PackSettings, write_segment
 
 REPETITION_TIME_S = 2.0
 COARSE_AFFINE = nibabel.affines.from_matvec(np.diag([-3.0, 2.9, 3.1]), [95.0, -127.0, -73.0])
@@ -143,7 +143,7 @@ def gunzip(path: Path) -> None:
 def pack(path: Path, context: PackContext) -> None:
     """What the sharder's child process does to a run."""
     part = path.with_suffix(".part")
-    write_part(request_of(path), context, part)
+    write_segment(request_of(path), context, part)
     part.unlink()
 
 

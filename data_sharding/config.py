@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from brain_models.recipe import BoldType, CleaningConfig, UnknownOrientation, validate_cleaning
 from cluster.config import ClusterConfig, validate_cluster
 from data_sharding.registration import RegistrationConfig, validate_registration
-from data_sharding.sources import validate_source
+from data_sharding.sources import SourceConfig, validate_source
+from data_sharding.sources.privacy import PrivacyConfig, validate_privacy
 from data_sharding.spaces import AnySpaceConfig, validate_space
 from data_sharding.splits import SplitConfig, validate_splits
-
-
-@dataclass
-class SourceConfig:
-    """Where scans come from and which of them are taken."""
-
-    kind: str  # a module of data_sharding/sources
-    root: str
-    kinds: list[Literal["bold", "t1", "parcels", "response"]]
-    subjects: list[str] | None  # labels without sub-; null takes all
-    tasks: list[str] | None  # task entities; null takes all
-    allow_template_mix: bool  # take scans of another template than the space's
-    options: dict[str, str | int | float | bool | list[str] | None]  # of this kind of source: its class Options
-
-
-@dataclass
-class PrivacyConfig:
-    """What a set tells about people."""
-
-    key_file: str | None  # secret bytes: subject ids become keyed hashes; null keeps them
-    sidecar_fields: list[str]  # the only fields of JSON sidecars that reach the set
-    participant_columns: list[str] | None  # the only columns of the participants table that do; null keeps all
 
 
 @dataclass
@@ -111,12 +88,7 @@ def validate_config(config: ShardingConfig) -> list[str]:
         problems.append(f"storage.target_bytes: {config.storage.target_bytes}; give at least 65536")
     if not config.source.kinds:
         problems.append("source.kinds: empty; give [bold], [t1] or [bold,t1]")
-    problems += validate_source(config.source) + validate_space(config.space)
-    if config.privacy.key_file is not None and not Path(config.privacy.key_file).is_file():
-        problems.append(
-            f"privacy.key_file: {config.privacy.key_file} is no file; make one with 'head -c 32 /dev/urandom > FILE' "
-            "and keep it: sets that are used together need the same one"
-        )
+    problems += validate_source(config.source) + validate_privacy(config.privacy) + validate_space(config.space)
     for key, share in (
         ("acceptance.min_coverage", config.acceptance.min_coverage),
         ("acceptance.min_region_coverage", config.acceptance.min_region_coverage),

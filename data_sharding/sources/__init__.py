@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import Literal, TypeVar
 
+from brain_models.space import BrainSpace
 from configs.parse import ConfigError, parse
 from data_sharding.errors import SourceError
-
-if TYPE_CHECKING:
-    from brain_models.space import BrainSpace
-    from data_sharding.config import PrivacyConfig, SourceConfig
-    from data_sharding.scans import Found
+from data_sharding.scans import Found
+from data_sharding.sources.privacy import PrivacyConfig, kept_private
 
 Options = TypeVar("Options")
 
 REFUSALS_SHOWN = 5
 
 
+@dataclass
+class SourceConfig:
+    """Where scans come from and which of them are taken."""
+
+    kind: str  # a module of data_sharding/sources
+    root: str
+    kinds: list[Literal["bold", "t1", "parcels", "response"]]
+    subjects: list[str] | None  # labels without sub-; null takes all
+    tasks: list[str] | None  # task entities; null takes all
+    allow_template_mix: bool  # take scans of another template than the space's
+    options: dict[str, str | int | float | bool | list[str] | None]  # of this kind of source: its class Options
+
+
 def find(source: SourceConfig, privacy: PrivacyConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
     """Every scan of the source that suits the space, with what was refused, and no more about people than allowed."""
-    from data_sharding.sources.privacy import kept_private
-
     found = kept_private(source_module(source.kind).find(source, space, accepts_raw=accepts_raw), privacy)
     if found.scans:
         return found

@@ -16,11 +16,10 @@ import pandas as pd
 from brain_models.errors import ScanError
 from brain_models.nifti import read_header
 from brain_models.space import BrainSpace
-from data_sharding.config import SourceConfig
 from data_sharding.errors import SourceError
 from data_sharding.scans import Found, Scan, scan_id_of
 from data_sharding.schema import Refusal
-from data_sharding.sources import bids, parse_options
+from data_sharding.sources import SourceConfig, bids, parse_options
 
 RAW_FOLDER = "RawDataBIDS"
 ATHENA_NAME = re.compile(r"sfnwmrda(\d+)_session_(\d+)_rest_(\d+)\.nii(\.gz)?")

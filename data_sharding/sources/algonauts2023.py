@@ -15,10 +15,9 @@ import pandas as pd
 
 from brain_models.atlas import Atlas
 from brain_models.space import BrainSpace
-from data_sharding.config import SourceConfig
 from data_sharding.errors import SourceError
 from data_sharding.scans import Found, Scan, scan_id_of
-from data_sharding.sources import parse_options
+from data_sharding.sources import SourceConfig, parse_options
 from data_sharding.sources.npy_mapping import read_mapping
 
 IMAGE_NAME = re.compile(r"train-(\d{4,})_nsd-(\d{5})\.png")

@@ -15,11 +15,10 @@ from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header
 from brain_models.space import BrainSpace
 from brain_models.surface_scans import is_surface_run, read_surface_header
-from data_sharding.config import SourceConfig
 from data_sharding.errors import SourceError
 from data_sharding.scans import Found, Scan, scan_id_of
 from data_sharding.schema import Refusal
-from data_sharding.sources import parse_options
+from data_sharding.sources import SourceConfig, parse_options
 from data_sharding.sources.bids_files import (
     KIND_OF_SUFFIX,
     RAW_SPACES,

@@ -14,11 +14,10 @@ import pandas as pd
 from brain_models.errors import ScanError
 from brain_models.space import BrainSpace
 from brain_models.surface_scans import read_surface_header
-from data_sharding.config import SourceConfig
 from data_sharding.errors import SourceError
 from data_sharding.scans import Found, Scan, scan_id_of
 from data_sharding.schema import Event, Refusal
-from data_sharding.sources import bids, parse_options
+from data_sharding.sources import SourceConfig, bids, parse_options
 
 RUNS = "*/MNINonLinear/Results/tfMRI_MOTOR_*"
 MOVEMENTS = {

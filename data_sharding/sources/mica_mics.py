@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brain_models.space import BrainSpace
-from data_sharding.config import SourceConfig
 from data_sharding.scans import Found, Scan
 from data_sharding.schema import Refusal
-from data_sharding.sources import bids, parse_options
+from data_sharding.sources import SourceConfig, bids, parse_options
 
 RAW_FOLDER = "rawdata"
 TASKS = ["rest"]

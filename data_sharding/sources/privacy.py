@@ -9,9 +9,9 @@ import dataclasses
 import hashlib
 import hmac
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from data_sharding.config import PrivacyConfig
 from data_sharding.errors import SourceError
 from data_sharding.scans import Found, Scan, scan_id_of
 from data_sharding.schema import Refusal
@@ -19,6 +19,25 @@ from data_sharding.schema import Refusal
 MIN_KEY_BYTES = 16
 PSEUDONYM_LENGTH = 16  # hex digits: 64 bits
 SHORT_ID = 4  # an id below this length is replaced only where it stands as an id: "01" is in many numbers
+
+
+@dataclass
+class PrivacyConfig:
+    """What a set tells about people."""
+
+    key_file: str | None  # secret bytes: subject ids become keyed hashes; null keeps them
+    sidecar_fields: list[str]  # the only fields of JSON sidecars that reach the set
+    participant_columns: list[str] | None  # the only columns of the participants table that do; null keeps all
+
+
+def validate_privacy(config: PrivacyConfig) -> list[str]:
+    """All problems that need no scan."""
+    if config.key_file is None or Path(config.key_file).is_file():
+        return []
+    return [
+        f"privacy.key_file: {config.key_file} is no file; make one with 'head -c 32 /dev/urandom > FILE' "
+        "and keep it: sets that are used together need the same one"
+    ]
 
 
 def kept_private(found: Found, config: PrivacyConfig) -> Found:

@@ -7,22 +7,18 @@ beginning is there, extended without taking space to the true size. Packing fetc
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from brain_models.errors import ScanError
 from cluster.errors import StorageError
 from cluster.storage.stores import Store, store_for
 from data_sharding.errors import SourceError
-
-if TYPE_CHECKING:
-    from data_sharding.write.packing import PackRequest
 
 REMOTE = "s3://"
 HEAD_BYTES = 1 << 18  # holds every NIfTI header and nearly every CIFTI one
@@ -96,18 +92,16 @@ def _head(store: Store, name: str, size: int) -> bytes:
     return head
 
 
-def fetched(request: PackRequest, folder: Path, *, max_bytes: int) -> PackRequest:
-    """The request with every s3:// file of it in `folder`. ScanError for a file beyond `max_bytes`."""
+def fetched(value: Any, folder: Path, *, max_bytes: int) -> Any:
+    """The value (a path, None, or a mapping of them) with every s3:// file copied to `folder` and named there.
 
-    def local(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: local(item) for name, item in value.items()}
-        if not (isinstance(value, str) and value.startswith(REMOTE)):
-            return value
+    ScanError for a file beyond `max_bytes`, UnreachableError when the store does not give it.
+    """
+    if isinstance(value, dict):
+        return {name: fetched(item, folder, max_bytes=max_bytes) for name, item in value.items()}
+    if isinstance(value, str) and value.startswith(REMOTE):
         return str(_fetch(value, folder, max_bytes))
-
-    places = {name: local(getattr(request, name)) for name in ("path", "brain_mask", "confounds", "files")}
-    return dataclasses.replace(request, **places)
+    return value
 
 
 def _fetch(location: str, folder: Path, max_bytes: int) -> Path:

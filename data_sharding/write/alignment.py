@@ -133,9 +133,8 @@ def serve(scratch: Path) -> None:
     bytes_allowed = in_use + (limits.memory_mb << 20)
     resource.setrlimit(resource.RLIMIT_AS, (bytes_allowed, bytes_allowed))
     paths = {"t1": group.t1_path, **group.runs}
-    request = PackRequest("", "bold", group.t1_path, None, None, 0.0, 0, {}, files=paths)
     try:
-        local = fetched(request, scratch / "files", max_bytes=limits.download_mb << 20).files
+        local = fetched(paths, scratch / "files", max_bytes=limits.download_mb << 20)
     except UnreachableError as error:
         (scratch / "unreachable").write_text(str(error))
         return

@@ -1,15 +1,19 @@
-"""One scan -> its tar members: the only code that decides what bytes a scan becomes. Depends on nothing but both."""
+"""One scan -> its tar members: the only code that decides what bytes a scan becomes.
+
+Reading order: what a request says, `write_segment`, then one function per kind of scan, then what the kinds share.
+"""
 
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from brain_models.atlas import Atlas
 from brain_models.cleaning import CleanedRun, clean_bold
@@ -25,6 +29,7 @@ from brain_models.preprocess import (
 )
 from brain_models.recipe import BoldType, CleaningConfig
 from brain_models.space import BrainSpace
+from brain_models.surface_scans import pack_cifti, pack_gifti
 from brain_models.transform import Transform
 from data_sharding import schema
 from data_sharding.checksums import crc32, crc32_of_frames
@@ -33,6 +38,9 @@ from data_sharding.scans import NEVER_IN_A_KEY
 from data_sharding.write.quality import ScanQuality, region_coverage, run_quality, scan_quality, why_refused
 
 WRITE_BYTES = 1 << 20
+MAX_PIXELS = 1 << 26  # an image that claims more is no stimulus
+SIDES = ("left", "right")
+STANDARDISED = (0.05, 20.0)  # deviations over vertices of responses that were z-scored
 
 
 @dataclass
@@ -66,11 +74,6 @@ class PackSettings:
     cleaning: CleaningConfig
     acceptance: AcceptanceConfig
 
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> PackSettings:
-        made = {"cleaning": CleaningConfig(**raw["cleaning"]), "acceptance": AcceptanceConfig(**raw["acceptance"])}
-        return cls(**(raw | made))
-
 
 @dataclass(frozen=True)
 class PackContext:
@@ -83,7 +86,7 @@ class PackContext:
 
 @dataclass
 class Member:
-    """One tar member of a scan; `offset` counts from the start of the scan's part of the shard."""
+    """One tar member of a scan; `offset` counts from the start of the scan's segment."""
 
     member: str
     key: str
@@ -101,8 +104,8 @@ Entry = tuple[dict[str, Any], int, int]  # what TarWriter writes, first frame, n
 
 
 @dataclass
-class Packed:
-    """An accepted scan: what is to be written of it, and how good it is."""
+class AcceptedScan:
+    """A scan that meets the acceptance rules: the tar entries to write, and its quality."""
 
     entries: Iterator[Entry]
     quality: ScanQuality
@@ -110,26 +113,26 @@ class Packed:
 
 
 @dataclass
-class Part:
-    """A scan's part of a tar: its members, and its bytes without the end mark that follows them."""
+class Segment:
+    """The consecutive members of one scan in a tar."""
 
     members: list[Member]
-    payload: int
+    num_bytes: int  # without the end mark that follows them in a file of their own
     quality: ScanQuality
     regions: dict[str, float]
 
 
-def write_part(request: PackRequest, context: PackContext, path: Path) -> Part:
-    """The scan's part of a tar, written to `path`. Raises ScanError where the scan cannot be packed or accepted."""
+def write_segment(request: PackRequest, context: PackContext, path: Path) -> Segment:
+    """The scan's segment of a tar, written to `path`. Raises ScanError where the scan cannot be packed or accepted."""
     from webdataset.writer import TarWriter  # imports torch where there is one: a second that no planning needs
 
-    packed = _pack(request, context)
+    accepted = PACK[request.kind](request, context)
     members: list[Member] = []
     position = 0
     owner = {"user": schema.TAR_OWNER, "group": schema.TAR_OWNER}
     # tarfile writes 10 KiB at a time, which takes the system three times as long.
     with path.open("wb", buffering=WRITE_BYTES) as file, TarWriter(file, mtime=0, encoder=False, **owner) as writer:
-        for entry, first_frame, num_frames in packed.entries:
+        for entry, first_frame, num_frames in accepted.entries:
             key = entry["__key__"]
             assert not NEVER_IN_A_KEY.search(key), key
             checksums = entry[schema.CRC][schema.NPY_HEADER_BYTES :].hex() if schema.CRC in entry else ""
@@ -138,103 +141,28 @@ def write_part(request: PackRequest, context: PackContext, path: Path) -> Part:
                 assert len(name) <= schema.MAX_NAME_LENGTH, name
                 start, data = position + schema.TAR_BLOCK_BYTES, entry[kind]
                 frame_crc32 = checksums if kind in schema.CHECKED_BY_FRAME else ""
-                censored = packed.quality.censored if kind in (schema.MEAN, schema.PARCELS) else ""
+                censored = accepted.quality.censored if kind in (schema.MEAN, schema.PARCELS) else ""
                 numbers = (start, len(data), crc32(data), first_frame, num_frames)
                 members.append(Member(name, key, kind, *numbers, frame_crc32, censored))
                 position += schema.tar_bytes(len(data))
             writer.write(entry)
             assert writer.tarstream.offset == position, "a tar header took more than one block"
-    return Part(members, position, packed.quality, packed.regions)
+    return Segment(members, position, accepted.quality, accepted.regions)
 
 
-def _pack(request: PackRequest, context: PackContext) -> Packed:
-    if request.kind == "bold":
-        return _pack_run(request, context)
-    if request.kind == "t1":
-        return _pack_image(request, context)
-    return packing_kinds().PACK[request.kind](request, context)
-
-
-def packing_kinds() -> ModuleType:
-    """The module of the other kinds, which itself builds on this one; imported before any scan is packed."""
-    from data_sharding.write import packing_kinds as module
-
-    return module
-
-
-def _pack_image(request: PackRequest, context: PackContext) -> Packed:
-    packed = _on_volume(pack_t1, request, context)
-    regions = region_coverage(context.atlases, packed.is_measured)
-    quality = scan_quality(packed.is_measured, regions, conflict_mm=packed.header.conflict_mm)
-    require_accepted(quality, request, context)
-    stored = standardise_t1(packed)
-    described = {"mean": stored.mean, "std": stored.std, **quality_fields(quality)}
-    entry = {
-        "__key__": schema.stats_key(request.scan_id),
-        schema.T1: npy_bytes(stored.values),
-        schema.CRC: npy_bytes(crc32_of_frames(stored.values[None])),
-        schema.META: json_bytes(request, context.space, described),
-    }
-    return Packed(iter([(entry, 0, 1)]), quality, regions)
-
-
-def _pack_run(request: PackRequest, context: PackContext) -> Packed:
-    run = cleaned_run(request, context)
+def _pack_run(request: PackRequest, context: PackContext) -> AcceptedScan:
+    run = _cleaned_run(request, context)
     stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
-    frames = frame_table(run, stored)
+    frames = _frame_table(run, stored)
     regions = region_coverage(context.atlases, stored.is_measured)
     quality = run_quality(run, stored, frames[:, 1], regions)
-    require_accepted(quality, request, context)
+    _require_accepted(quality, request, context)
     described = {
         "repetition_time_s": request.repetition_time_s,
         "num_regressors": len(run.regressors),
-        **quality_fields(quality),
+        **_quality_fields(quality),
     }
-    return Packed(_run_entries(request, context, stored, frames, described), quality, regions)
-
-
-def frame_table(run: CleanedRun, stored: StandardisedRun) -> np.ndarray:
-    """float32 [time, column of schema.FRAME_COLUMNS]: what is known of every frame of a run."""
-    frames = np.empty((len(stored.quantised), len(schema.FRAME_COLUMNS)), dtype=np.float32)
-    columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
-    for number, column in enumerate(columns):
-        frames[:, number] = column
-    return frames
-
-
-def cleaned_run(request: PackRequest, context: PackContext) -> CleanedRun:
-    """The run on the set's space, cleaned as the set asks."""
-    transform = _transform(request)
-    return clean_bold(
-        _packed_run(request, context),
-        context.settings.cleaning,
-        repetition_time_s=request.repetition_time_s,
-        confounds=request.confounds,
-        framewise_displacement_mm=None if transform is None else transform.framewise_displacement_mm,
-    )
-
-
-def _packed_run(request: PackRequest, context: PackContext) -> PackedScan:
-    if context.space.kind == "surface":
-        return packing_kinds().pack_surface_run(request, context.space)
-    return _on_volume(pack_bold, request, context)
-
-
-def _on_volume(pack: Callable[..., PackedScan], request: PackRequest, context: PackContext) -> PackedScan:
-    return pack(
-        request.path,
-        context.space,
-        brain_mask=None if request.brain_mask is None else Path(request.brain_mask),
-        transform=_transform(request),
-        unknown_orientation=context.settings.acceptance.unknown_orientation,
-    )
-
-
-def require_accepted(quality: ScanQuality, request: PackRequest, context: PackContext) -> None:
-    """ScanError where the scan breaks an acceptance rule."""
-    reason = why_refused(quality, context.settings.acceptance, is_run=request.kind in ("bold", "parcels"))
-    if reason is not None:
-        raise ScanError(f"{request.path} {reason}; check the scan and its registration, or change that rule")
+    return AcceptedScan(_run_entries(request, context, stored, frames, described), quality, regions)
 
 
 def _run_entries(
@@ -245,7 +173,7 @@ def _run_entries(
         schema.MEAN: npy_bytes(run.mean),
         schema.SCALE: npy_bytes(run.scale),
         schema.FRAMES: npy_bytes(frames),
-        schema.META: json_bytes(request, context.space, described),
+        schema.META: _json_bytes(request, context.space, described),
     }
     if request.events:
         dropped_s = described["num_dropped"] * request.repetition_time_s
@@ -262,7 +190,174 @@ def _run_entries(
         yield entry, first, stop - first
 
 
-def quality_fields(quality: ScanQuality) -> dict[str, Any]:
+def _pack_t1(request: PackRequest, context: PackContext) -> AcceptedScan:
+    packed = _on_volume(pack_t1, request, context)
+    regions = region_coverage(context.atlases, packed.is_measured)
+    quality = scan_quality(packed.is_measured, regions, conflict_mm=packed.header.conflict_mm)
+    _require_accepted(quality, request, context)
+    stored = standardise_t1(packed)
+    described = {"mean": stored.mean, "std": stored.std, **_quality_fields(quality)}
+    entry = {
+        "__key__": schema.stats_key(request.scan_id),
+        schema.T1: npy_bytes(stored.values),
+        schema.CRC: npy_bytes(crc32_of_frames(stored.values[None])),
+        schema.META: _json_bytes(request, context.space, described),
+    }
+    return AcceptedScan(iter([(entry, 0, 1)]), quality, regions)
+
+
+def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
+    """The series of every region of the set's first atlas: means over what was measured of it, cleaned like the run."""
+    if not context.atlases:
+        raise ScanError(f"{request.path}: region series need an atlas; set atlas=, or take parcels out of source.kinds")
+    atlas = next(iter(context.atlases.values()))
+    run = _cleaned_run(request, context)
+    stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
+    frames = _frame_table(run, stored)
+    regions = region_coverage({atlas.name: atlas}, run.packed.is_measured)
+    quality = run_quality(run, stored, frames[:, 1], regions)
+    _require_accepted(quality, request, context)
+    if run.is_kept.sum() < 2:
+        raise ScanError(
+            f"{request.path}: {run.is_kept.sum()} of its frames are not censored, too few for region series"
+        )
+    series, mean, scale = _region_series(run, atlas)
+    about = {
+        "repetition_time_s": request.repetition_time_s,
+        "atlas": atlas.name,
+        "region_ids": atlas.region_ids,
+        **_quality_fields(quality),
+    }
+    entry = {
+        "__key__": schema.stats_key(request.scan_id),
+        schema.PARCELS: npy_bytes(series),
+        schema.CRC: npy_bytes(crc32_of_frames(series)),
+        schema.REGION_MEAN: npy_bytes(mean),
+        schema.REGION_SCALE: npy_bytes(scale),
+        schema.FRAMES: npy_bytes(frames),
+        schema.META: _json_bytes(request, context.space, about),
+    }
+    return AcceptedScan(iter([(entry, 0, len(series))]), quality, regions)
+
+
+def _region_series(run: CleanedRun, atlas: Atlas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Z-scored float16 [time, region] with float32 mean and deviation [region]; NaN where nothing was measured.
+
+    Censored frames are there, as they are among the voxels, but mean and deviation are those of the others.
+    """
+    means = atlas.region_means(run.packed.values, run.packed.is_measured).astype(np.float64)
+    mean, scale = means[run.is_kept].mean(axis=0), means[run.is_kept].std(axis=0)
+    varies = scale > 1e-6 * np.abs(mean)
+    series = np.where(varies, (means - mean) / np.where(varies, scale, 1), np.nan)
+    return series.astype(np.float16), mean.astype(np.float32), scale.astype(np.float32)
+
+
+def _pack_response(request: PackRequest, context: PackContext) -> AcceptedScan:
+    """An image as it is, and the response to it at every vertex of the space as released; NaN where there is none.
+
+    Nothing is fitted to the responses here, so no split can leak: they have to be standardised already.
+    """
+    image = Path(request.path).read_bytes()
+    _require_png(image, request.path)
+    betas = np.concatenate([_row(Path(request.files[side]), request.row) for side in SIDES])
+    if len(betas) != context.space.num_voxels:
+        raise ScanError(
+            f"{request.files['left']}: {len(betas)} vertices in both hemispheres, space {context.space.name} has "
+            f"{context.space.num_voxels}; take the space of this subject"
+        )
+    is_measured = np.isfinite(betas)
+    deviation = float(betas[is_measured].std()) if is_measured.any() else 0.0
+    if not STANDARDISED[0] <= deviation <= STANDARDISED[1]:
+        raise ScanError(
+            f"{request.files['left']}: row {request.row} has a deviation of {deviation:.3g} over vertices; responses "
+            "are stored as float16 and must be standardised: z-score every vertex within its session first"
+        )
+    regions = region_coverage(context.atlases, is_measured)
+    quality = scan_quality(is_measured, regions)
+    _require_accepted(quality, request, context)
+    stored = betas.astype(np.float16)[None]
+    entry = {
+        "__key__": schema.stats_key(request.scan_id),
+        schema.IMAGE: image,
+        schema.BETAS: npy_bytes(stored),
+        schema.CRC: npy_bytes(crc32_of_frames(stored)),
+        schema.META: _json_bytes(request, context.space, {"stimulus": request.stimulus, **_quality_fields(quality)}),
+    }
+    return AcceptedScan(iter([(entry, 0, 1)]), quality, regions)
+
+
+def _require_png(data: bytes, path: str) -> None:
+    """ScanError unless the bytes are a whole PNG image of a plausible size."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ScanError(f"{path}: states {image.width}x{image.height} pixels; give the stimulus itself")
+            image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, zlib.error) as error:
+        raise ScanError(f"{path}: not a readable PNG image ({error}); fetch or convert it again") from error
+
+
+def _row(path: Path, row: int) -> np.ndarray:
+    """float32 [vertex]: one row of a .npy of responses, without reading the others."""
+    try:
+        responses = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(responses[row], dtype=np.float32)
+    except (OSError, ValueError, EOFError, IndexError, TypeError) as error:
+        raise ScanError(f"{path}: row {row} cannot be read ({error}); fetch the file again") from error
+
+
+def _frame_table(run: CleanedRun, stored: StandardisedRun) -> np.ndarray:
+    """float32 [time, column of schema.FRAME_COLUMNS]: what is known of every frame of a run."""
+    frames = np.empty((len(stored.quantised), len(schema.FRAME_COLUMNS)), dtype=np.float32)
+    columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
+    for number, column in enumerate(columns):
+        frames[:, number] = column
+    return frames
+
+
+def _cleaned_run(request: PackRequest, context: PackContext) -> CleanedRun:
+    """The run on the set's space, cleaned as the set asks."""
+    transform = _transform(request)
+    return clean_bold(
+        _packed_run(request, context),
+        context.settings.cleaning,
+        repetition_time_s=request.repetition_time_s,
+        confounds=request.confounds,
+        framewise_displacement_mm=None if transform is None else transform.framewise_displacement_mm,
+    )
+
+
+def _packed_run(request: PackRequest, context: PackContext) -> PackedScan:
+    if context.space.kind == "surface":
+        return _surface_run(request, context.space)
+    return _on_volume(pack_bold, request, context)
+
+
+def _on_volume(pack: Callable[..., PackedScan], request: PackRequest, context: PackContext) -> PackedScan:
+    return pack(
+        request.path,
+        context.space,
+        brain_mask=None if request.brain_mask is None else Path(request.brain_mask),
+        transform=_transform(request),
+        unknown_orientation=context.settings.acceptance.unknown_orientation,
+    )
+
+
+def _require_accepted(quality: ScanQuality, request: PackRequest, context: PackContext) -> None:
+    """ScanError where the scan breaks an acceptance rule."""
+    reason = why_refused(quality, context.settings.acceptance, is_run=request.kind in ("bold", "parcels"))
+    if reason is not None:
+        raise ScanError(f"{request.path} {reason}; check the scan and its registration, or change that rule")
+
+
+def _surface_run(request: PackRequest, space: BrainSpace) -> PackedScan:
+    """A BOLD run on a surface space, from a CIFTI series or a pair of GIFTI files."""
+    if "right" in request.files:
+        return pack_gifti(request.path, request.files["right"], space)
+    return pack_cifti(request.path, space)
+
+
+def _quality_fields(quality: ScanQuality) -> dict[str, Any]:
     """The quality for the json member; which frames are censored says frames.npy."""
     return {name: value for name, value in asdict(quality).items() if name != "censored"}
 
@@ -271,7 +366,7 @@ def _transform(request: PackRequest) -> Transform | None:
     return None if request.transform is None else Transform.load(request.transform)
 
 
-def json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any]) -> bytes:
+def _json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any]) -> bytes:
     """The json member of a scan: what it is, and what packing found."""
     document = {
         "scan_id": request.scan_id,
@@ -294,3 +389,11 @@ def npy_bytes(array: np.ndarray) -> bytes:
     header = buffer.getvalue()
     assert len(header) == schema.NPY_HEADER_BYTES, "unexpected .npy header length"
     return b"".join((header, array.reshape(-1).view(np.uint8).data))
+
+
+PACK: dict[str, Callable[[PackRequest, PackContext], AcceptedScan]] = {
+    "bold": _pack_run,
+    "t1": _pack_t1,
+    "parcels": _pack_parcels,
+    "response": _pack_response,
+}

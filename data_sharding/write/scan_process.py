@@ -59,7 +59,7 @@ class ScanProcess:
             raise ShardError(f"the packing helper did not start (exit code {self.process.wait()}); see its error above")
 
     def pack(self, request: PackRequest, part: Path) -> dict[str, Any]:
-        """The part written, as plain values of packing.Part, or {"reason": ...} where the scan is refused.
+        """The part written, as plain values of packing.Segment, or {"reason": ...} where the scan is refused.
 
         ShardError when nothing can be said about the scan: its source could not be reached, or the helper died.
         """
@@ -106,9 +106,7 @@ def serve(folder: str) -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]
     import webdataset.writer  # noqa: F401 - imported before the forks, as all of packing, so that no child imports
 
-    from data_sharding.write import packing
-
-    packing.packing_kinds()
+    import data_sharding.write.packing  # noqa: F401
 
     context = load_context(Path(folder))
     print(READY, end="", flush=True)
@@ -165,13 +163,14 @@ def load_context(folder: Path) -> PackContext:
     """What all scans of a set share, from a folder that holds its space.npz, atlases/ and settings.json."""
     from brain_models.atlas import Atlas
     from brain_models.space import BrainSpace
+    from configs.parse import parse
     from data_sharding import schema
     from data_sharding.write.packing import PackContext, PackSettings
 
     space = BrainSpace.load(folder / schema.SPACE)
     assert space.fingerprint  # computed once here, not in every child
     atlases = [Atlas.load(path) for path in sorted((folder / schema.ATLASES).glob("*.npz"))]
-    settings = PackSettings.from_dict(json.loads((folder / SETTINGS).read_text()))
+    settings = parse(json.loads((folder / SETTINGS).read_text()), PackSettings)
     return PackContext(space, {atlas.name: atlas for atlas in atlases}, settings)
 
 
@@ -193,14 +192,15 @@ def _become_child(part: Path, *, memory_bytes: int) -> None:
 def _fetch_pack_and_report(request: PackRequest, context: PackContext, task: dict[str, Any]) -> None:
     from brain_models.errors import ScanError
     from data_sharding.sources.remote import UnreachableError, fetched
-    from data_sharding.write.packing import write_part
+    from data_sharding.write.packing import write_segment
 
     part = Path(task["part"])
     files = Path(f"{part}.files")
     try:
-        local = fetched(request, files, max_bytes=task["download_bytes"])
+        named = {name: getattr(request, name) for name in ("path", "brain_mask", "confounds", "files")}
+        local = dataclasses.replace(request, **fetched(named, files, max_bytes=task["download_bytes"]))
         signal.setitimer(signal.ITIMER_REAL, task["timeout_s"])  # nobody handles the alarm: it kills, even in C code
-        outcome: dict[str, Any] = dataclasses.asdict(write_part(local, context, part))
+        outcome: dict[str, Any] = dataclasses.asdict(write_segment(local, context, part))
         outcome["grid"] = grid_of(local, context.space)
     except ScanError as error:
         outcome = {"reason": str(error)}

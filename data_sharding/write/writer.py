@@ -137,7 +137,7 @@ def _append_scans(plan: ShardPlan, helper: ScanProcess, store: Store, scratch: P
         made.quality.append(whose | outcome["quality"])
         made.regions.append(whose | {name: round(share, 4) for name, share in outcome["regions"].items()})
         with part.open("rb") as packed:
-            _copy(packed, file, outcome["payload"])
+            _copy(packed, file, outcome["num_bytes"])
     return made
 
 

@@ -289,7 +289,7 @@ def test_a_scan_that_takes_too_long_or_too_much_memory_is_refused(written: Shard
         ):
             helper.limits = limits
             assert reason in helper.pack(scan, tmp_path / "part")["reason"]
-        assert helper.pack(request, tmp_path / "part")["payload"] > 0
+        assert helper.pack(request, tmp_path / "part")["num_bytes"] > 0
 
 
 def test_open_set_says_what_is_missing_and_which_schema_it_reads(copied: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_every_awkward_file_gets_what_its_table_says(helper: ScanProcess, policy
         outcome = helper.pack(request, tmp_path / "part")
         if cause is None and (policy == "accept_as_stored" or name == "sform_qform_conflict"):
             assert "reason" not in outcome, outcome
-            outcomes[name] = (tmp_path / "part").read_bytes()[: outcome["payload"]]
+            outcomes[name] = (tmp_path / "part").read_bytes()[: outcome["num_bytes"]]
             assert read_header(path, "bold").repetition_time_s == pytest.approx(TR_S)
             conflict_mm = outcome["quality"]["conflict_mm"]
             assert (conflict_mm > 1) == (name == "sform_qform_conflict")
