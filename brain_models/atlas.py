@@ -5,6 +5,7 @@ Promise: labels are never used as indices (AAL3 has 166 labels within 1..170). K
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,7 @@ TEMPLATE_REGIONS: dict[str, dict[str, tuple[int, int, int]]] = {
     "brainstem": {"brainstem": (0, -28, -30)},
 }
 TEMPLATE_REACH_MM = 30.0
+NUM_PSEUDO_REGIONS = 100  # of a space without an atlas
 
 
 @dataclass(frozen=True)
@@ -161,24 +163,50 @@ class Atlas:
             raise SpaceError(f"atlas {self.name} labels {len(self.labels)} voxels, the data have {num_voxels}")
 
     def complete_labels(self, space: BrainSpace) -> Int64[np.ndarray, "voxel"]:
-        """Returns a label above 0 for every voxel: unlabelled tissue is halved along its longest axis, down to
-        pseudo-regions of the median region's size with labels above the atlas's own."""
+        """Returns a label above 0 for every voxel: unlabelled tissue is halved into pseudo-regions of the median
+        region's size, with labels above the atlas's own; into about 100 when the atlas has no region at all."""
         sizes = np.bincount(self.labels[self.labels != 0])
-        target = float(np.median(sizes[sizes > 0])) if sizes.any() else len(self.labels) / 100
+        target = float(np.median(sizes[sizes > 0])) if sizes.any() else len(self.labels) / NUM_PSEUDO_REGIONS
         labels = self.labels.astype(np.int64)
-        next_label = int(labels.max()) + 1
-        waiting = [np.flatnonzero(labels == 0)]
-        while waiting:
-            voxels = waiting.pop()
-            if len(voxels) > 1.5 * target:
-                places = space.positions_mm[voxels]
-                along = places[:, np.ptp(places, axis=0).argmax()]
-                order = np.argsort(along, kind="stable")
-                waiting += [voxels[order[: len(order) // 2]], voxels[order[len(order) // 2 :]]]
-            elif len(voxels):
-                labels[voxels] = next_label
-                next_label += 1
+        first = int(labels.max()) + 1
+        for label, voxels in enumerate(halved(space, labels == 0, largest=1.5 * target), start=first):
+            labels[voxels] = label
         return labels
+
+
+def no_atlas(space: BrainSpace) -> Atlas:
+    """Returns an atlas without a region: all of the space becomes pseudo-regions."""
+    return Atlas("none", np.zeros(space.num_voxels, dtype=np.int32), {}, {})
+
+
+def cluster_labels(space: BrainSpace, num_voxels: int) -> Int64[np.ndarray, "voxel"]:
+    """Returns labels 0, 1, ... of compact clusters of at most `num_voxels`, for `PatchLayout.from_labels`."""
+    if num_voxels < 1:
+        raise SpaceError(f"space {space.name} cannot be cut into clusters of {num_voxels} voxels; give 1 or more")
+    labels = np.empty(space.num_voxels, dtype=np.int64)
+    for label, voxels in enumerate(halved(space, np.ones(space.num_voxels, dtype=bool), largest=float(num_voxels))):
+        labels[voxels] = label
+    return labels
+
+
+def halved(
+    space: BrainSpace, is_in: Bool[np.ndarray, "voxel"], *, largest: float
+) -> Iterator[Int64[np.ndarray, "voxel"]]:
+    """Yields the voxels that `is_in` marks in clusters of at most `largest`, by halving along the longest axis.
+
+    No cluster reaches from one hemisphere of a surface to the other.
+    """
+    sides = [is_in] if space.hemispheres is None else [is_in & (space.hemispheres == side) for side in (1, 0)]
+    waiting = [np.flatnonzero(side) for side in sides]
+    while waiting:
+        voxels = waiting.pop()
+        if len(voxels) > largest:
+            positions_mm = space.positions_mm[voxels]
+            along = positions_mm[:, np.ptp(positions_mm, axis=0).argmax()]
+            order = np.argsort(along, kind="stable")
+            waiting += [voxels[order[: len(order) // 2]], voxels[order[len(order) // 2 :]]]
+        elif len(voxels):
+            yield voxels
 
 
 def atlas_from_image(path: Path | str, space: BrainSpace, names_csv: Path | None = None) -> Atlas:

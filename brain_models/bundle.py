@@ -150,7 +150,8 @@ def make_encoder(
 ) -> BrainEncoder:
     """Returns a fresh encoder with these stems."""
     layouts = {
-        name: (PatchLayout(spaces[name], stem.patch_voxels), stem.tubelet_frames) for name, stem in stems.items()
+        name: (PatchLayout.from_grid(spaces[name], stem.patch_voxels), stem.tubelet_frames)
+        for name, stem in stems.items()
     }
     return BrainEncoder(config, layouts)
 

@@ -57,8 +57,8 @@ class Stem(nn.Module):
     travel with the weights.
     """
 
-    gather: Int[Tensor, "patch place"]
-    is_valid: Bool[Tensor, "patch place"]
+    gather: Int[Tensor, "patch element"]
+    is_valid: Bool[Tensor, "patch element"]
     centres_mm: Float[Tensor, "patch 3"]
     voxel_offset: Float[Tensor, "voxel"]
     voxel_scale: Float[Tensor, "voxel"]
@@ -86,15 +86,15 @@ class Stem(nn.Module):
 
     def measured(self, is_measured: Bool[Tensor, "batch voxel"]) -> Bool[Tensor, "batch patch feature"]:
         """Returns True where a patch's feature stands for a measured voxel (equal for all tubelets)."""
-        places = is_measured[:, self.gather] & self.is_valid
-        return places.repeat(1, 1, self.tubelet_frames)
+        elements = is_measured[:, self.gather] & self.is_valid
+        return elements.repeat(1, 1, self.tubelet_frames)
 
     def by_token(self, values: Float[Tensor, "batch time voxel"]) -> Float[Tensor, "batch token feature"]:
         """Returns packed values gathered by token, frames-major inside a token; 0 outside the brain."""
-        places = values[:, :, self.gather].mul_(self.is_valid)
+        elements = values[:, :, self.gather].mul_(self.is_valid)
         return rearrange(
-            places,
-            "batch (tubelet frame) patch place -> batch (tubelet patch) (frame place)",
+            elements,
+            "batch (tubelet frame) patch element -> batch (tubelet patch) (frame element)",
             frame=self.tubelet_frames,
         )
 
@@ -105,9 +105,14 @@ class Stem(nn.Module):
     @torch.no_grad()
     def start_from(self, other: "Stem") -> None:
         """Take over a projection made for another token shape, by the pseudo-inverse of interpolating that shape to
-        this one (FlexiViT, Beyer 2023): a token interpolated to a finer shape gives the same features."""
-        places = "width (frame x y z) -> width frame x y z"
-        old = rearrange(other.project.weight, places, x=other.patch_voxels, y=other.patch_voxels, z=other.patch_voxels)
+        this one (FlexiViT, Beyer 2023): a token interpolated to a finer shape gives the same features.
+
+        Only cubes can be interpolated: with patches of another kind on either side the projection stays as it is.
+        """
+        if self.patch_voxels is None or other.patch_voxels is None:
+            return
+        by_axis = "width (frame x y z) -> width frame x y z"
+        old = rearrange(other.project.weight, by_axis, x=other.patch_voxels, y=other.patch_voxels, z=other.patch_voxels)
         in_time = torch.linalg.pinv(_interpolation(other.tubelet_frames, self.tubelet_frames)).to(old)
         in_space = torch.linalg.pinv(_interpolation(other.patch_voxels, self.patch_voxels)).to(old)
         new = einsum(old, in_time, in_space, "width f x y z, f frame, x p -> width frame p y z")
@@ -156,10 +161,10 @@ class BrainEncoder(nn.Module):
         frame_length = repetition_time_s if self.config.time_in == "seconds" else torch.ones_like(repetition_time_s)
         times = frame_length[:, None] * centre_frames[None]
         batch, patches = len(repetition_time_s), stem.num_patches
-        places = stem.centres_mm[None, None].expand(batch, num_tubelets, patches, 3)
+        centres_mm = stem.centres_mm[None, None].expand(batch, num_tubelets, patches, 3)
         times = times[:, :, None, None].expand(batch, num_tubelets, patches, 1)
         return rearrange(
-            torch.cat([places, times], dim=-1), "batch tubelet patch coordinate -> batch (tubelet patch) coordinate"
+            torch.cat([centres_mm, times], dim=-1), "batch tubelet patch coordinate -> batch (tubelet patch) coordinate"
         )
 
     def forward(

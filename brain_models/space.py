@@ -1,6 +1,6 @@
 """Brain spaces: the ordered list of in-brain locations that packed arrays are indexed by.
 
-Promise: two spaces with the same fingerprint order the same places the same way. Knows no scan and no model.
+Promise: two spaces with the same fingerprint hold the same locations in the same order. Knows no scan and no model.
 """
 
 import hashlib
@@ -49,6 +49,7 @@ class BrainSpace:
     hemispheres: np.ndarray | None = None  # int8 [voxel], 0 left, 1 right
     vertices: np.ndarray | None = None  # int32 [voxel], number in its hemisphere's mesh
     mesh_sizes: tuple[int, int] | None = None  # vertices of the left and the right mesh
+    triangles: np.ndarray | None = None  # int32 [triangle, 3], packed indices; None where the meshes were not given
 
     @property
     def num_voxels(self) -> int:
@@ -61,7 +62,10 @@ class BrainSpace:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Returns a SHA-256 over kind, template, positions and grid: equal for spaces that can be used alike."""
+        """Returns a SHA-256 over kind, template, positions and grid: equal for spaces that can be used alike.
+
+        Triangles are left out: they say nothing about the order of locations.
+        """
         digest = hashlib.sha256(f"{self.kind}|{self.template}|{self.grid_shape}".encode())
         digest.update(np.round(self.positions_mm, 3).astype("<f4").tobytes())
         if self.hemispheres is not None and self.vertices is not None:
@@ -78,6 +82,7 @@ class BrainSpace:
         if self.kind == "surface":
             hemispheres, vertices, mesh_sizes = require_mesh(self)
             arrays |= {"hemispheres": hemispheres, "vertices": vertices, "mesh_sizes": np.array(mesh_sizes)}
+            arrays |= {} if self.triangles is None else {"triangles": self.triangles}
         arrays |= {"name": np.array(self.name), "kind": np.array(self.kind), "template": np.array(self.template)}
         with open(path, "wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
@@ -101,6 +106,7 @@ class BrainSpace:
             hemispheres=saved.get("hemispheres"),
             vertices=saved.get("vertices"),
             mesh_sizes=tuple(int(size) for size in saved["mesh_sizes"]) if "mesh_sizes" in saved else None,  # type: ignore[arg-type]
+            triangles=saved.get("triangles"),
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from xml.parsers.expat import ExpatError
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int32
 
 from brain_models.errors import SpaceError
 from brain_models.space import BrainSpace
@@ -32,39 +32,59 @@ class SurfaceSpaceConfig:
     labels: list[int]  # of the vertices file: those that count; [] takes all it lists, or all that are not 0
 
 
+# positions in mm, and corners where the file has them
+Mesh = tuple[Float32[np.ndarray, "_ 3"], Int32[np.ndarray, "_ 3"] | None]
+
+
 def surface_space(config: SurfaceSpaceConfig) -> BrainSpace:
     """Returns the space of a configuration; positions are the given surfaces', NaN where there are none."""
-    positions = _mesh_positions(config)
-    chosen = _chosen(config, [None if mesh is None else len(mesh) for mesh in positions])
-    for side, mesh, is_chosen in zip(HEMISPHERES, positions, chosen, strict=True):
-        if mesh is not None and len(mesh) != len(is_chosen):
+    meshes = _meshes(config)
+    chosen = _chosen(config, [None if mesh is None else len(mesh[0]) for mesh in meshes])
+    for side, mesh, is_chosen in zip(HEMISPHERES, meshes, chosen, strict=True):
+        if mesh is not None and len(mesh[0]) != len(is_chosen):
             raise SpaceError(
-                f"space {config.name}: the {side} surface has {len(mesh)} vertices, {config.vertices} is about "
+                f"space {config.name}: the {side} surface has {len(mesh[0])} vertices, {config.vertices} is about "
                 f"{len(is_chosen)}; give both of one mesh"
             )
     vertices = [np.flatnonzero(is_chosen) for is_chosen in chosen]
     if not sum(map(len, vertices)):
         raise SpaceError(f"space {config.name}: no vertex of {config.vertices} has one of the labels {config.labels}")
-    places = [
-        np.full((len(numbers), 3), np.nan) if mesh is None else mesh[numbers]
-        for mesh, numbers in zip(positions, vertices, strict=True)
+    positions_mm = [
+        np.full((len(numbers), 3), np.nan) if mesh is None else mesh[0][numbers]
+        for mesh, numbers in zip(meshes, vertices, strict=True)
     ]
     return BrainSpace(
         name=config.name,
         kind="surface",
         template=config.template,
-        positions_mm=np.concatenate(places).astype(np.float32),
+        positions_mm=np.concatenate(positions_mm).astype(np.float32),
         grid_shape=None,
         affine=None,
         voxel_indices=None,
         hemispheres=np.repeat(np.arange(2, dtype=np.int8), [len(numbers) for numbers in vertices]),
         vertices=np.concatenate(vertices).astype(np.int32),
         mesh_sizes=(len(chosen[0]), len(chosen[1])),
+        triangles=_packed_triangles(meshes, chosen),
     )
 
 
-def _mesh_positions(config: SurfaceSpaceConfig) -> list[Float32[np.ndarray, "vertex 3"] | None]:
-    """Returns the vertices of both meshes in mm, or None where their shape is not known."""
+def _packed_triangles(
+    meshes: list[Mesh | None], chosen: list[Bool[np.ndarray, "_"]]
+) -> Int32[np.ndarray, "triangle 3"] | None:
+    """Returns the triangles all of whose corners belong to the space, by packed index; None where not known."""
+    packed, num_before = [], 0
+    for mesh, is_chosen in zip(meshes, chosen, strict=True):
+        if mesh is None or mesh[1] is None:
+            return None
+        corners = mesh[1]
+        index = np.cumsum(is_chosen) - 1 + num_before
+        packed.append(index[corners[is_chosen[corners].all(axis=1)]])
+        num_before += int(is_chosen.sum())
+    return np.concatenate(packed).astype(np.int32)
+
+
+def _meshes(config: SurfaceSpaceConfig) -> list[Mesh | None]:
+    """Returns the left and the right mesh, or None where their shape is not known."""
     if config.surfaces:
         return [_surface(path) for path in config.surfaces]
     if config.template != PACKAGED:
@@ -72,14 +92,17 @@ def _mesh_positions(config: SurfaceSpaceConfig) -> list[Float32[np.ndarray, "ver
     from nilearn.datasets import fetch_surf_fsaverage
 
     files = fetch_surf_fsaverage(PACKAGED)  # packaged: no network
-    return [(_surface(files[f"white_{side}"]) + _surface(files[f"pial_{side}"])) / 2 for side in HEMISPHERES]
+    pairs = [(_surface(files[f"white_{side}"]), _surface(files[f"pial_{side}"])) for side in HEMISPHERES]
+    return [((white + pial) / 2, triangles) for (white, triangles), (pial, _) in pairs]
 
 
-def _surface(path: Path | str) -> Float32[np.ndarray, "vertex 3"]:
-    points = load_gifti(path).get_arrays_from_intent("NIFTI_INTENT_POINTSET")
+def _surface(path: Path | str) -> Mesh:
+    image = load_gifti(path)
+    points = image.get_arrays_from_intent("NIFTI_INTENT_POINTSET")
+    triangles = image.get_arrays_from_intent("NIFTI_INTENT_TRIANGLE")
     if len(points) != 1 or points[0].data.ndim != 2 or points[0].data.shape[1] != 3:
         raise SpaceError(f"{path}: no surface (it has {len(points)} sets of points); give a .surf.gii file")
-    return points[0].data.astype(np.float32)
+    return points[0].data.astype(np.float32), triangles[0].data.astype(np.int32) if triangles else None
 
 
 def _chosen(config: SurfaceSpaceConfig, mesh_sizes: list[int | None]) -> list[Bool[np.ndarray, "vertex"]]:

@@ -188,7 +188,7 @@ def class_weights(labels: Labels, train_subjects: list[str]) -> tuple[float, flo
 
 def build_model(backbone: Bundle, config: AdhdConfig, atlas: Atlas) -> RunClassifier:
     """The backbone's encoder under a fresh head that pools over the atlas's own regions."""
-    layout = PatchLayout(backbone.spaces["bold"], backbone.stems["bold"].patch_voxels)
+    layout = PatchLayout.from_grid(backbone.spaces["bold"], backbone.stems["bold"].patch_voxels)
     membership = atlas.membership(layout, backbone.spaces["bold"])
     named = torch.from_numpy(membership.shares[:, membership.is_named])
     head = Classifier(config.head, backbone.encoder.config.width, membership=named)

@@ -32,7 +32,7 @@ class Geometry:
 
     @classmethod
     def of(cls, space: BrainSpace, atlas: Atlas, window: WindowConfig) -> "Geometry":
-        return cls(space, atlas, PatchLayout(space, window.patch_voxels), window)
+        return cls(space, atlas, PatchLayout.from_grid(space, window.patch_voxels), window)
 
     @property
     def num_tubelets(self) -> int:

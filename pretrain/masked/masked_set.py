@@ -5,7 +5,6 @@ Holds no weights: the stem it reads with and the head that guesses are the model
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64
@@ -42,7 +41,7 @@ class MaskedSet(nn.Module):
     references: References | None
     region_of_voxel: Int64[Tensor, "voxel"]
     patch_of_voxel: Int64[Tensor, "voxel"]
-    place_of_voxel: Int64[Tensor, "voxel"]
+    element_of_voxel: Int64[Tensor, "voxel"]
     voxel_weight: Float[Tensor, "voxel"]
     root_weight: Float[Tensor, "patch feature"]
 
@@ -59,15 +58,13 @@ class MaskedSet(nn.Module):
         self.regions = Regions.of(geometry.atlas)
         values_per_token = float(layout.voxels_per_patch.mean()) * geometry.window.tubelet_frames
         self.values_per_sample = self.masker.num_hidden * values_per_token  # hidden ones, as if all were measured
-        place = np.empty(layout.num_voxels, dtype=np.int64)
-        place[layout.gather[layout.is_valid]] = np.nonzero(layout.is_valid)[1]
         weight = voxel_weights(geometry, masking, loss)
         padded = torch.cat([weight, torch.zeros(1)])
         root = padded[torch.from_numpy(layout.gather)].sqrt().repeat(1, geometry.window.tubelet_frames)
         for key, tensor in {
             "region_of_voxel": torch.from_numpy(self.regions.column_of_voxel),
             "patch_of_voxel": torch.from_numpy(layout.patch_of_voxel),
-            "place_of_voxel": torch.from_numpy(place),
+            "element_of_voxel": torch.from_numpy(layout.element_of_voxel),
             "voxel_weight": weight,
             "root_weight": root,
         }.items():
@@ -92,13 +89,13 @@ class MaskedSet(nn.Module):
         """Features of hidden tokens put back where they belong on the packed axis, 0 elsewhere."""
         every = tokens.new_zeros(len(tokens), self.masker.num_tokens, tokens.shape[2])
         every.scatter_(1, choice.hidden[:, :, None].expand_as(tokens), tokens)
-        places = rearrange(
+        elements = rearrange(
             every,
-            "batch (tubelet patch) (frame place) -> batch (tubelet frame) patch place",
+            "batch (tubelet patch) (frame element) -> batch (tubelet frame) patch element",
             patch=self.masker.num_patches,
             frame=stem.tubelet_frames,
         )
-        return places[:, :, self.patch_of_voxel, self.place_of_voxel]
+        return elements[:, :, self.patch_of_voxel, self.element_of_voxel]
 
     def by_region(self, values: Float[Tensor, "batch time voxel"]) -> Float[Tensor, "batch region"]:
         """Sums over frames and the voxels of each region; the last column: no region."""

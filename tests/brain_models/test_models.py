@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from brain_models import bundle as bundles
-from brain_models.atlas import Atlas, atlas_from_image, template_parcellation
+from brain_models.atlas import Atlas, atlas_from_image, cluster_labels, no_atlas, template_parcellation
 from brain_models.bundle import Bundle, HeadSpec, StemSpec, make_encoder
 from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, PositionEmbedding, Stem
 from brain_models.errors import BundleError, SpaceError
@@ -39,13 +39,13 @@ def encoder(space: BrainSpace) -> BrainEncoder:
     return make_encoder(CONFIG, {"bold": space}, STEMS).eval()
 
 
-def test_every_voxel_is_in_exactly_one_patch_at_its_own_place(space: BrainSpace) -> None:
-    layout = PatchLayout(space, 2)
+def test_every_voxel_is_in_exactly_one_patch_at_its_own_element(space: BrainSpace) -> None:
+    layout = PatchLayout.from_grid(space, 2)
     used = layout.gather[layout.is_valid]
     assert sorted(used.tolist()) == list(range(space.num_voxels))
     assert (layout.gather[~layout.is_valid] == space.num_voxels).all()
-    patch, place = np.argwhere(layout.is_valid).T
-    np.testing.assert_array_equal(space.voxel_indices[used] % 2, np.stack(np.unravel_index(place, (2, 2, 2)), axis=1))
+    patch, element = np.argwhere(layout.is_valid).T
+    np.testing.assert_array_equal(space.voxel_indices[used] % 2, np.stack(np.unravel_index(element, (2, 2, 2)), axis=1))
     # 2 x 3 x 2 cubes, of which the two below the cut row hold nothing
     assert layout.num_patches == 2 * 3 * 2 - 2
     for row in range(layout.num_patches):
@@ -60,18 +60,18 @@ def test_tokens_hold_the_voxels_of_their_patch_and_frames(space: BrainSpace, enc
     is_measured[1, 7] = False
     stem = encoder.stem("bold")
     features = stem.features(values, is_measured)
-    layout = PatchLayout(space, 2)
-    num_places = 8
+    layout = PatchLayout.from_grid(space, 2)
+    num_elements = 8
     for batch, tubelet, patch in [(0, 0, 3), (1, 1, 0), (1, 0, 5)]:
         token = features[batch, tubelet * layout.num_patches + patch]
         for frame in range(2):
-            for place in range(num_places):
-                voxel = layout.gather[patch, place]
+            for element in range(num_elements):
+                voxel = layout.gather[patch, element]
                 if voxel == space.num_voxels or not is_measured[batch, voxel]:
                     expected = 0.0
                 else:
                     expected = float(values[batch, tubelet * 2 + frame, voxel])
-                assert float(token[frame * num_places + place]) == expected
+                assert float(token[frame * num_elements + element]) == expected
 
 
 def test_an_encoded_token_depends_on_visible_tokens_only_and_not_on_their_order(
@@ -91,7 +91,7 @@ def test_an_encoded_token_depends_on_visible_tokens_only_and_not_on_their_order(
 def test_positions_are_millimetres_and_seconds_of_the_tubelets_centre(space: BrainSpace, encoder: BrainEncoder) -> None:
     positions = encoder.positions("bold", 2, torch.tensor([2.0, 0.5]))
     num_patches = encoder.stem("bold").num_patches
-    np.testing.assert_allclose(positions[0, num_patches:, :3], PatchLayout(space, 2).centres_mm)
+    np.testing.assert_allclose(positions[0, num_patches:, :3], PatchLayout.from_grid(space, 2).centres_mm)
     # frames 0 1 | 2 3: centres at 0.5 and 2.5 frames
     assert positions[0, 0, 3] == 1.0
     assert positions[0, -1, 3] == 5.0
@@ -122,8 +122,8 @@ def test_a_stem_resampled_to_a_finer_token_gives_an_interpolated_token_the_same_
 ) -> None:
     space = space_from_mask(np.ones((4, 4, 4), dtype=bool), GRID_AFFINE, name="cube", template="none")
     torch.manual_seed(0)
-    old = Stem(PatchLayout(space, patch_voxels), tubelet_frames, 8)
-    new = Stem(PatchLayout(space, 4), 4, 8)
+    old = Stem(PatchLayout.from_grid(space, patch_voxels), tubelet_frames, 8)
+    new = Stem(PatchLayout.from_grid(space, 4), 4, 8)
     new.start_from(old)
     cube = torch.randn(1, tubelet_frames, patch_voxels, patch_voxels, patch_voxels)
     finer = cube
@@ -137,9 +137,49 @@ def test_a_stem_resampled_to_a_finer_token_gives_an_interpolated_token_the_same_
 
 
 def test_equal_layouts_have_equal_fingerprints_and_moved_ones_do_not(space: BrainSpace) -> None:
-    assert PatchLayout(space, 2).fingerprint == PatchLayout(space, 2).fingerprint
-    assert PatchLayout(space, 2).fingerprint != PatchLayout(space, 3).fingerprint
-    assert PatchLayout(space, 2).fingerprint != PatchLayout(_moved(space), 2).fingerprint
+    assert PatchLayout.from_grid(space, 2).fingerprint == PatchLayout.from_grid(space, 2).fingerprint
+    assert PatchLayout.from_grid(space, 2).fingerprint != PatchLayout.from_grid(space, 3).fingerprint
+    assert PatchLayout.from_grid(space, 2).fingerprint != PatchLayout.from_grid(_moved(space), 2).fingerprint
+
+
+def test_patches_of_labels_hold_the_voxels_of_their_label_around_their_mean_position(
+    space: BrainSpace, tmp_path: Path
+) -> None:
+    labels = np.random.default_rng(0).choice([7, -3, 40], size=space.num_voxels, p=[0.5, 0.3, 0.2])
+    layout = PatchLayout.from_labels(space, labels)
+    for patch, label in enumerate([-3, 7, 40]):
+        voxels = np.flatnonzero(labels == label)
+        assert layout.gather[patch][layout.is_valid[patch]].tolist() == voxels.tolist()
+        np.testing.assert_allclose(layout.centres_mm[patch], space.positions_mm[voxels].mean(axis=0), rtol=1e-5)
+        assert (layout.patch_of_voxel[voxels] == patch).all()
+    assert layout.gather.shape == (3, np.bincount(labels + 3).max())
+    layout.save(tmp_path / "layout.npz")
+    loaded = PatchLayout.load(tmp_path / "layout.npz")
+    assert (loaded.fingerprint, loaded.patch_voxels) == (layout.fingerprint, None)
+    with pytest.raises(SpaceError, match=r"has 71 voxels, the labels have shape \(3,\)"):
+        PatchLayout.from_labels(space, labels[:3])
+    (tmp_path / "layout.npz").write_bytes(b"PK")
+    with pytest.raises(SpaceError, match=r"layout\.npz is not a patch layout .* fetch the bundle again"):
+        PatchLayout.load(tmp_path / "layout.npz")
+
+
+def test_a_stem_leaves_its_projection_alone_where_patches_are_no_cubes(space: BrainSpace) -> None:
+    clusters = Stem(PatchLayout.from_labels(space, cluster_labels(space, 9)), 2, 8)
+    cubes = Stem(PatchLayout.from_grid(space, 2), 2, 8)
+    for stem, other in ((clusters, cubes), (cubes, clusters)):
+        before = stem.project.weight.detach().clone()
+        stem.start_from(other)
+        assert torch.equal(stem.project.weight, before)
+
+
+def test_a_space_without_an_atlas_is_cut_into_pseudo_regions_of_nearly_equal_size(space: BrainSpace) -> None:
+    large = space_from_mask(np.ones((11, 13, 12), dtype=bool), GRID_AFFINE, name="large", template="none")
+    membership = no_atlas(large).membership(PatchLayout.from_grid(large, 1), large)
+    assert not membership.is_named.any()
+    sizes = membership.shares.sum(axis=0)
+    assert (len(sizes), sizes.min(), sizes.max()) == (128, 13, 14)  # 1716 voxels halved seven times
+    with pytest.raises(SpaceError, match=r"clusters of 0 voxels; give 1 or more"):
+        cluster_labels(space, 0)
 
 
 def test_a_fresh_decoder_predicts_zero_everywhere(space: BrainSpace, encoder: BrainEncoder) -> None:
@@ -156,7 +196,7 @@ def test_membership_is_each_patchs_share_of_voxels_and_unlabelled_tissue_gets_re
     labels[space.voxel_indices[:, 0] == 1] = 170  # numbering with gaps
     labels[space.voxel_indices[:, 0] == 2] = 3
     atlas = Atlas("gaps", labels, {3: "three", 170: "last"}, {"end": [170]})
-    layout = PatchLayout(space, 2)
+    layout = PatchLayout.from_grid(space, 2)
     membership = atlas.membership(layout, space)
     np.testing.assert_allclose(membership.shares.sum(axis=1), 1, rtol=1e-6)
     assert membership.region_ids[membership.is_named].tolist() == [3, 170]
@@ -291,7 +331,7 @@ def _moved(space: BrainSpace) -> BrainSpace:
 
 
 def _classifier(space: BrainSpace, encoder: BrainEncoder) -> RunClassifier:
-    num_patches = PatchLayout(space, 2).num_patches
+    num_patches = PatchLayout.from_grid(space, 2).num_patches
     membership = torch.eye(num_patches)[:, :6]
     head = Classifier(HeadConfig(pooling="covariance", num_channels=3, dropout=0.0), 32, membership=membership)
     torch.nn.init.normal_(head.linear.weight)

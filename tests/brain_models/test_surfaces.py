@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from nibabel.cifti2 import BrainModelAxis
 
+from brain_models.atlas import cluster_labels
 from brain_models.cube import CubeSpaceConfig, cube_space
 from brain_models.errors import ScanError, SpaceError
+from brain_models.patches import PatchLayout
 from brain_models.preprocess import pack_t1
 from brain_models.space import BrainSpace
 from brain_models.surface_scans import pack_cifti, pack_gifti, read_surface_header
@@ -41,6 +43,31 @@ def test_fsaverage5_lies_halfway_between_nilearns_white_and_pial(tmp_path: Path)
     loaded = BrainSpace.load(tmp_path / "space.npz")
     assert loaded.fingerprint == space.fingerprint
     assert np.array_equal(loaded.vertices, space.vertices)
+    assert np.array_equal(loaded.triangles, space.triangles)
+    assert replace(space, triangles=None).fingerprint == space.fingerprint
+
+
+def test_triangles_of_a_masked_mesh_join_the_vertices_that_the_mesh_joins(tmp_path: Path) -> None:
+    whole = surface_space(ALL)
+    is_chosen = whole.positions_mm[:, 1] > 20
+    masks = mask_files(tmp_path, is_chosen[:10242], is_chosen[10242:])
+    few = surface_space(replace(ALL, vertices=masks))
+    expected = whole.triangles[is_chosen[whole.triangles].all(axis=1)]
+    np.testing.assert_array_equal(few.positions_mm[few.triangles], whole.positions_mm[expected])
+    assert 1000 < len(few.triangles) < len(whole.triangles)
+
+
+def test_clusters_of_vertices_are_small_compact_and_on_one_hemisphere() -> None:
+    space = surface_space(ALL)
+    layout = PatchLayout.from_labels(space, cluster_labels(space, 64))
+    assert layout.num_patches == 512  # 10242 vertices halved eight times, on both sides
+    assert layout.gather.shape[1] == 41
+    for patch in range(0, layout.num_patches, 37):
+        vertices = layout.gather[patch][layout.is_valid[patch]]
+        assert len(set(space.hemispheres[vertices])) == 1
+        assert np.linalg.norm(space.positions_mm[vertices] - layout.centres_mm[patch], axis=1).max() < 30
+    with pytest.raises(SpaceError, match=r"does not know the positions of its vertices; name its surfaces"):
+        PatchLayout.from_labels(replace(space, positions_mm=space.positions_mm * np.nan), space.vertices)
 
 
 def test_masks_of_every_format_choose_the_same_vertices(tmp_path: Path) -> None:
