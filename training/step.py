@@ -5,7 +5,9 @@ Promise: a rank waits for its device once a step, inside `Engine.step`; everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,7 +23,7 @@ MAX_NAMED_SCANS = 20
 Step = tuple[Sequence[Batch], State]
 
 
-class Ahead:
+class BatchFeed:
     """A source's steps; on a GPU the next batch is copied, from pinned memory, while the device works on this one."""
 
     def __init__(self, steps: Iterator[Step], device: torch.device, meter: Meter, *, is_ahead: bool) -> None:
@@ -31,12 +33,12 @@ class Ahead:
         self.is_ahead = is_ahead
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.next_step: Step | None = None
-        self.moved: Batch | None = None  # the first batch nobody has taken yet
+        self.moved: Batch | None = None  # the first batch that was moved ahead of its turn
 
-    def take(self) -> Step:
-        """The next step's batches as the source made them, and the state to go on from after it."""
-        taken, self.next_step = self.next_step or self._wait(), None
-        return taken
+    def next_batches(self) -> Step:
+        """The next step's batches as the source made them, and the state to resume from after it."""
+        following, self.next_step = self.next_step or self._wait(), None
+        return following
 
     def on_device(self, batches: Sequence[Batch], *, is_last_step: bool) -> Iterator[Batch]:
         """The step's batches on the device; the one after each is sent off when the caller comes back for more."""
@@ -45,8 +47,8 @@ class Ahead:
             self.moved = None
             if self.stream is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self.stream)
-                for value in _tensors(current).values():  # else the copying stream might reuse its memory too early
-                    value.record_stream(torch.cuda.current_stream(self.device))
+                for tensor in tensors_in(current):  # else the copying stream might reuse its memory too early
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
             yield current
             if not self.is_ahead:
                 continue
@@ -66,19 +68,43 @@ class Ahead:
 
     def _move(self, batch: Batch) -> Batch:
         if self.stream is not None:
-            for name, value in _tensors(batch).items():
-                setattr(batch, name, value.pin_memory())
+            batch = cast("Batch", with_tensors(batch, Tensor.pin_memory))
         with torch.cuda.stream(self.stream):  # None: the current one
             return batch.to(self.device)
 
 
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+def with_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
+    """A copy of a batch in which every tensor is changed, also inside dataclasses, dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for name, each in vars(value).items():  # not its fields: some are computed only when they are asked for
+            object.__setattr__(copied, name, with_tensors(each, change))  # also where the dataclass is frozen
+        return copied
+    if isinstance(value, dict):
+        return {key: with_tensors(each, change) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        changed = [with_tensors(each, change) for each in value]
+        return type(value)._make(changed) if hasattr(value, "_make") else type(value)(changed)  # a NamedTuple
+    return value
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Every tensor of a batch, also inside dataclasses, dicts, lists and tuples."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with_tensors(value, keep)
+    return found
 
 
 @dataclass
-class Shared:
-    """What all ranks know of a step, on its way from the device; read it after `Engine.step`, which waits anyway."""
+class StepTotals:
+    """A step's numbers that all ranks share, on their way from the device: read after `Engine.step`, which waits."""
 
     names: list[str]
     numbers: Tensor
@@ -92,18 +118,19 @@ class Shared:
         return dict(zip(self.names, losses, strict=True)), num_asked > 0
 
 
-def share(losses: list[dict[str, Tensor]], *, is_asked_to_stop: bool, device: torch.device) -> Shared:
-    """Queue the one small reduction of a step. Losses are summed because each is in sum form."""
+def reduce_over_ranks(losses: list[dict[str, Tensor]], *, is_asked_to_stop: bool, device: torch.device) -> StepTotals:
+    """The losses, summed over micro-batches and ranks because they are in sum form, and whether any rank was asked to
+    stop: the one small reduction of a step, queued."""
     names = sorted(losses[0])
     sums = [torch.stack([part[name].detach().float() for part in losses]).sum() for name in names]
     asked = torch.full((), float(is_asked_to_stop), device=device)
     numbers = total(torch.stack([*(value.to(device) for value in sums), asked]))
     if device.type != "cuda":
-        return Shared(names, numbers, None)
+        return StepTotals(names, numbers, None)
     numbers = numbers.to("cpu", non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-    return Shared(names, numbers, copied)
+    return StepTotals(names, numbers, copied)
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:
@@ -138,6 +165,6 @@ def not_finite(step: int, losses: list[dict[str, Tensor]], batches: Sequence[Bat
     )
     return TrainingError(
         f"step {step}: {what} is not finite; nothing was updated. Scans: {named}. Look at them with "
-        "'python -m data_sharding.verify <set>', then run again to go on from the last commit; or go on from it in "
+        "'python -m data_sharding.verify <set>', then run again to resume from the last commit; or resume from it in "
         "another run.folder, with train.start.checkpoint=<commit> and a lower train.optimizer.learning_rate"
     )

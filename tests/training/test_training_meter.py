@@ -17,7 +17,7 @@ from training_toys import GLOBAL_BATCH, ToySource, ToyTask, toy_batch, toy_confi
 from configs.entry import compose
 from training.config import ProfileConfig, ScheduleConfig, SpikeConfig, TrainConfig
 from training.loop import Services, fit
-from training.step import Ahead
+from training.step import BatchFeed
 from training.task import Cost
 from training.watch.meter import Interval, Meter, longest_prefix
 from training.watch.spikes import Spikes
@@ -98,10 +98,10 @@ def test_the_next_step_is_asked_for_once_the_last_batch_of_this_one_was_worked_o
                 asked.append(step)
                 yield item
 
-    ahead = Ahead(Counting().counted(), CPU, meter(), is_ahead=True)
+    ahead = BatchFeed(Counting().counted(), CPU, meter(), is_ahead=True)
     seen = []
     for step in range(3):
-        batches, state = ahead.take()
+        batches, state = ahead.next_batches()
         assert state["samples_consumed"] == GLOBAL_BATCH * (step + 1)
         for batch in ahead.on_device(batches, is_last_step=step == 2):
             assert asked == list(range(step + 1))
