@@ -156,7 +156,7 @@ def train_config(engine: str, *, precision: str, compiles: bool, recomputes: boo
         ),
         checkpoint=CheckpointConfig(1, 1, None, None, "lowest"),
         evaluation=EvaluationConfig(1, "validation", 1, []),
-        tracking=TrackingConfig(1, None, "benchmark", 1.0, 1.0),
+        tracking=TrackingConfig(1, None, "benchmark", False, 1.0, 1.0),
         spikes=SpikeConfig(100, 10.0),
         profile=ProfileConfig(0, 0),
         peak_tflops={},

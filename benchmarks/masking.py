@@ -22,7 +22,8 @@ from _task import Workload, geometry_of, packed_task, stored_batches, train_conf
 from data_sharding.read.batch import Batch, decode
 from pretrain.masked.masked_set import at
 from pretrain.masked.masked_volumes import MaskedVolumes
-from training.engine.engines import Engine, make_engine
+from training.engine.base import Engine
+from training.engine.engines import make_engine
 
 BUDGET = 0.05
 

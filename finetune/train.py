@@ -25,7 +25,7 @@ from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.probe import ProbeResult, start_head
 from training.checkpoint import committed_folders, file_sha256
 from training.collectives import from_main, this_process
-from training.engine.engines import own_device
+from training.engine.base import own_device
 from training.identity import claim, run_key
 from training.loop import Services, fit
 from training.registry import models as registry

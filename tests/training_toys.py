@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ from training.config import (
 )
 from training.task import Cost, ParameterGroup, State, Task
 from training.unfreezing import split_decay
+from training.whole_step import encoded_in_chunks, gathered, share_of_rank, symmetric_info_nce
 
 GLOBAL_BATCH = 8
 NUM_FEATURES = 6
+PAIR_SIDES = ("left", "right")
 
 
 @dataclass
@@ -59,10 +62,37 @@ def toy_batch(indices: list[int], size: int) -> ToyBatch:
     )
 
 
+@dataclass
+class PairBatch:
+    """Two sides of each sample, nested as batches of several kinds are."""
+
+    sides: dict[str, Tensor]  # of each name [batch feature]
+    weight: Tensor
+    scan_ids: list[str]
+
+    def to(self, device: torch.device) -> PairBatch:
+        sides = {name: side.to(device) for name, side in self.sides.items()}
+        return PairBatch(sides, self.weight.to(device), self.scan_ids)
+
+
+def pair_batch(indices: list[int], size: int) -> PairBatch:
+    """The samples' features beside a turned copy of them, padded with weight 0 to `size` rows."""
+    batch = toy_batch(indices, size)
+    sides = {"left": batch.features, "right": batch.features.flip(1).sin()}
+    return PairBatch(sides, batch.weight, batch.scan_ids)
+
+
 class ToySource:
     """Samples 0, 1, 2 ... in order; step s is samples [8s, 8s + 8)."""
 
-    def __init__(self, *, num_micro_batches: int = 2, num_validation: int = 13) -> None:
+    def __init__(
+        self,
+        *,
+        num_micro_batches: int = 2,
+        num_validation: int = 13,
+        make_batch: Callable[[list[int], int], Any] = toy_batch,
+    ) -> None:
+        self.make_batch = make_batch
         self.fingerprint = hashlib.sha256(b"toy").hexdigest()
         self.num_micro_batches = num_micro_batches
         self.num_validation = num_validation
@@ -70,25 +100,25 @@ class ToySource:
     def initial_state(self) -> State:
         return {"samples_consumed": 0}
 
-    def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
+    def steps(self, state: State) -> Iterator[tuple[list[Any], State]]:
         consumed = int(str(state["samples_consumed"]))
         while True:
             mine = list(range(consumed, consumed + GLOBAL_BATCH))[this_process().rank :: this_process().world_size]
             size = -(-len(mine) // self.num_micro_batches)
             parts = [mine[size * part : size * (part + 1)] for part in range(self.num_micro_batches)]
             consumed += GLOBAL_BATCH
-            yield [toy_batch(part, size + 1) for part in parts], {"samples_consumed": consumed}
+            yield [self.make_batch(part, size + 1) for part in parts], {"samples_consumed": consumed}
 
     def merge_states(self, states: list[State]) -> State:
         assert all(state == states[0] for state in states)
         return states[0]
 
-    def evaluation(self, split: str, *, limit: int | None) -> Iterator[ToyBatch]:
+    def evaluation(self, split: str, *, limit: int | None) -> Iterator[Any]:
         mine = [10_000 + index for index in range(limit or self.num_validation)][
             this_process().rank :: this_process().world_size
         ]
         for first in range(0, len(mine), 4):
-            yield toy_batch(mine[first : first + 4], 4)
+            yield self.make_batch(mine[first : first + 4], 4)
 
     def close(self) -> None:
         return
@@ -147,6 +177,62 @@ class ToyTask(Task):
         return Cost(tokens=len(batch.features), flops=6.0 * len(batch.features) * matrices)
 
 
+class ToyPairs(Task):
+    """Two encoders and a learned temperature: which left belongs to which right, among all rows of the step."""
+
+    needs_whole_step = True
+
+    def __init__(self, *, right_opens_at: int = 0, seed: int = 7) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.encoders = nn.ModuleDict(
+            {side: nn.Sequential(nn.Linear(NUM_FEATURES, 12), nn.GELU(), nn.Linear(12, 4)) for side in PAIR_SIDES}
+        )
+        with torch.no_grad():
+            for parameter in self.encoders.parameters():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+        self.temperature = nn.Parameter(torch.full((1,), 0.5))
+        self.right_opens_at = right_opens_at
+
+    def embedded(self, batch: PairBatch) -> list[Tensor]:
+        encoders = [self.encoders[side] for side in PAIR_SIDES]
+        values = [batch.sides[side] for side in PAIR_SIDES]
+        return [
+            encoded_in_chunks(encoder, rows, rows_per_chunk=2) for encoder, rows in zip(encoders, values, strict=True)
+        ]
+
+    def forward(self, batch: PairBatch) -> dict[str, Tensor]:  # type: ignore[override]
+        left, right = (gathered(rows) for rows in self.embedded(batch))
+        loss = symmetric_info_nce(left, right, gathered(batch.weight), temperature=self.temperature)
+        return {"loss": share_of_rank(loss)}
+
+    def predict(self, batch: PairBatch) -> dict[str, Tensor]:  # type: ignore[override]
+        return dict(zip(PAIR_SIDES, self.embedded(batch), strict=True))
+
+    def metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
+        left, right = (predictions[side] for side in PAIR_SIDES)
+        loss = symmetric_info_nce(left, right, torch.ones(len(left)), temperature=torch.full((1,), 0.5))
+        return {"loss": float(loss)}
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        opens_at = {"left": 0, "right": self.right_opens_at}
+        sides = [
+            group
+            for side in PAIR_SIDES
+            for group in split_decay(
+                side,
+                [self.encoders[side]],
+                learning_rate_scale=1.0,
+                weight_decay=0.1,
+                opens_at_step=opens_at[side],
+            )
+        ]
+        return [*sides, ParameterGroup("temperature", [self.temperature], 1.0, 0.0, 0)]
+
+    def cost(self, batch: PairBatch) -> Cost:  # type: ignore[override]
+        return Cost(tokens=len(batch.weight), flops=1.0)
+
+
 ENGINES = {
     "plain": EngineConfig("plain", 0, "fp32", False, False),
     "zero0": EngineConfig("deepspeed", 0, "fp32", False, False),
@@ -171,7 +257,7 @@ def toy_config(
             every_steps=checkpoint_every, keep_last=keep_last, keep_every_steps=None, best_metric=None, best_is="lowest"
         ),
         evaluation=EvaluationConfig(every_steps=100, split="validation", subset=8, final_splits=["validation"]),
-        tracking=TrackingConfig(every_steps=1, uri=None, experiment="toy", timeout_s=2, drain_s=20),
+        tracking=TrackingConfig(every_steps=1, uri=None, experiment="toy", group_norms=False, timeout_s=2, drain_s=20),
         spikes=SpikeConfig(window_steps=8, threshold=20.0),
         profile=ProfileConfig(start_step=2, num_steps=0),
         peak_tflops={},

@@ -2,11 +2,11 @@
 {jobs, num_ranks} one after the other, their exit codes in a file beside.
 
 A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, break_at, stop_at, stop_rank,
-poisoned_scan, copy_of}. When the source is asked for step `kill_at` the process ends without any clean-up; for step
-`stop_at`, rank `stop_rank` gets SIGTERM. `kill_after_s`: by rank, when SIGKILL comes, counted from the first step;
-`slow_s`: how long a step and an upload take at least. A job with `measure` makes one update and reports the optimiser's
-bytes, one with `measure_sum` how exactly ranks add up their gradients in bf16. `copy_of`: the folder that a job on one
-rank begins with a copy of.
+poisoned_scan, copy_of, task, group_norms}. With task `pairs` it trains ToyPairs. When the source is asked for step
+`kill_at` the process ends without any clean-up; for step `stop_at`, rank `stop_rank` gets SIGTERM. `kill_after_s`: by
+rank, when SIGKILL comes, counted from the first step; `slow_s`: how long a step and an upload take at least. A job
+with `measure` makes one update and reports the optimiser's bytes, one with `measure_sum` how exactly ranks add up
+their gradients in bf16. `copy_of`: the folder that a job on one rank begins with a copy of.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
-from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_batch, toy_config
+from training_toys import GLOBAL_BATCH, ToyPairs, ToySource, ToyTask, pair_batch, toy_batch, toy_config
 
 from cluster.storage.stores import LocalStore
 from training import loop
@@ -42,10 +43,13 @@ class BrokenSourceError(Exception):
 
 class DyingSource(ToySource):
     def __init__(self, job: dict) -> None:
-        super().__init__()
+        if job.get("task") == "pairs":
+            super().__init__(num_micro_batches=1, make_batch=pair_batch)
+        else:
+            super().__init__()
         self.job = job
 
-    def steps(self, state: State) -> Iterator[tuple[list[ToyBatch], State]]:
+    def steps(self, state: State) -> Iterator[tuple[list[Any], State]]:
         if self.job.get("kill_after_s"):
             after_s = self.job["kill_after_s"][this_process().rank]
             timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL))
@@ -120,6 +124,14 @@ def run_job(job: dict) -> None:
     path.write_text(json.dumps(report))
 
 
+def make_task(job: dict) -> ToyTask | ToyPairs:
+    if job.get("task") == "pairs":
+        return ToyPairs(right_opens_at=job.get("opens_at", 0))
+    task = ToyTask(encoder_opens_at=job.get("opens_at", 0), seed=job.get("seed", 7))
+    task.poisoned_scan = job.get("poisoned_scan")
+    return task
+
+
 def train(job: dict) -> dict:
     folder = Path(job["folder"])
     SlowStore.slow_s = job.get("slow_s", 0)
@@ -130,8 +142,10 @@ def train(job: dict) -> dict:
         checkpoint_every=job.get("checkpoint_every", 100),
         keep_last=job.get("keep_last", 2),
     )
-    task = ToyTask(encoder_opens_at=job.get("opens_at", 0), seed=job.get("seed", 7))
-    task.poisoned_scan = job.get("poisoned_scan")
+    config = dataclasses.replace(
+        config, tracking=dataclasses.replace(config.tracking, group_norms=job.get("group_norms", False))
+    )
+    task = make_task(job)
     exported = folder / "exported.pt"
 
     def export(trained: Task) -> None:

@@ -76,6 +76,7 @@ class TrackingConfig:
     every_steps: int
     uri: str | None  # MLflow tracking server or sqlite:///file.db; null: only the local metrics.jsonl
     experiment: str
+    group_norms: bool  # also the norm of each parameter group's gradient; then ranks exchange every gradient once more
     timeout_s: float  # of one request to the server
     drain_s: float  # how long the end of a run waits for the server to take what is left
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.collectives import any_true, gather
-from training.engine.engines import Engine
+from training.engine.base import Engine
 from training.errors import TrainingError
 from training.task import Batch, Source, Task
 

@@ -32,13 +32,14 @@ from training.checkpoint import (
 )
 from training.collectives import barrier, from_main, gather, this_process
 from training.config import TrainConfig
+from training.engine.base import Engine
 from training.engine.elastic import fetch_state
-from training.engine.engines import Engine, make_engine
+from training.engine.engines import make_engine
 from training.errors import StoppedError, TrainingError
 from training.evaluation import Evaluation, evaluate
 from training.registry import models as registry
 from training.registry.seen_subjects import copy_seen, keep_seen
-from training.step import Ahead, not_finite, scans_of_all_ranks, seed_of, share
+from training.step import BatchFeed, not_finite, reduce_over_ranks, scans_of_all_ranks, seed_of
 from training.task import Batch, Source, State, Task
 from training.watch.meter import Meter, peak_tflops_of
 from training.watch.progress import Progress
@@ -101,30 +102,33 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
         state = run.start.commit.data_state if run.start.commit else source.initial_state()
         if run.start.step == 0:
             evaluate_now(run, 0)  # what the weights a run starts from are worth
-        steps = Ahead(source.steps(state), engine.device, meter, is_ahead=engine.device.type == "cuda")
+        feed = BatchFeed(source.steps(state), engine.device, meter, is_ahead=engine.device.type == "cuda")
         for step in range(run.start.step, config.steps):
             done, is_last = step + 1, step + 1 == config.steps
             HEARTBEAT.beat()
             run.tracing.begin_step(step)
             meter.begin_step()
-            batches, state = steps.take()
+            batches, state = feed.next_batches()
             learning_rate = engine.begin(step)
             torch.manual_seed(seed_of(config.seed, step, this_process().rank))  # a resumed step draws the same numbers
             losses: list[dict[str, Tensor]] = []
-            for batch in steps.on_device(batches, is_last_step=is_last):
+            for batch in feed.on_device(batches, is_last_step=is_last):
                 with meter.forward():
                     losses.append(engine.losses(batch))
                 engine.backward(losses[-1]["loss"])
                 meter.count(task.cost(batch))
-            shared = share(losses, is_asked_to_stop=REQUEST.reason is not None, device=engine.device)
+            totals = reduce_over_ranks(losses, is_asked_to_stop=REQUEST.reason is not None, device=engine.device)
+            is_tracked = done % config.tracking.every_steps == 0 or is_last
+            group_norms = engine.group_norms() if is_tracked and config.tracking.group_norms else {}
             gradient_norm = engine.step()  # once per step, this rank waits here for its device
             if not math.isfinite(gradient_norm):  # then the engine has not updated anything, on any rank
                 raise not_finite(step, losses, batches)
-            values, is_stopping = shared.read()
+            values, is_stopping = totals.read()
             meter.end_step(done, batches)
 
             flag_spike(run, done, values, batches)
-            if done % config.tracking.every_steps == 0 or is_last:
+            if is_tracked:
+                values |= {f"gradient_norm/{name}": norm for name, norm in group_norms.items()}
                 track(run, done, values | {"learning_rate": learning_rate, "gradient_norm": gradient_norm})
             metrics: dict[str, float] = {}
             if done % config.evaluation.every_steps == 0 or is_last:

@@ -73,6 +73,8 @@ class ParameterGroup:
 class Task(nn.Module):
     """Model, loss and metrics. Subclasses implement what raises here; their batches are what their source yields."""
 
+    needs_whole_step = False  # True: the loss is computed on rows gathered from all ranks, see training.whole_step
+
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """The loss under "loss", and named parts: each divided by constants, so that the sum over all micro-batches and
         ranks of a step is the step's value, however the step was divided."""

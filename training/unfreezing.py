@@ -50,6 +50,11 @@ def checked_groups(task: Task) -> list[ParameterGroup]:
             f"in several: {twice or 'none'}; put every parameter in exactly one group (a frozen one in a group that "
             "opens at train.steps)"
         )
+    if scalars := sorted(name for name, parameter in task.named_parameters() if parameter.ndim == 0):
+        raise TrainingError(
+            f"{type(task).__name__}: {', '.join(scalars)}: a parameter without dimensions cannot be divided among "
+            "ranks; give it the shape [1]"
+        )
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(True)

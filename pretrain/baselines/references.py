@@ -28,7 +28,7 @@ from pretrain.baselines.guesses import (
 )
 from pretrain.errors import PretrainError
 from training.collectives import gather, sum_in_place, this_process
-from training.engine.engines import own_device
+from training.engine.base import own_device
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.sets import OpenedSet, reader_config
 from pretrain.report.collapse import Sentinels, embedding_metrics, sampled
 from training.collectives import gather, this_process
-from training.engine.engines import own_device
+from training.engine.base import own_device
 
 
 def open_sentinels(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> Sentinels:

@@ -14,7 +14,7 @@ from pretrain.masked.sets import OpenedSet, open_sets, open_source
 from pretrain.masked.study import build_task, identity
 from pretrain.report.tables import Table, as_csv
 from training.collectives import this_process
-from training.engine.engines import own_device
+from training.engine.base import own_device
 from training.identity import RECORD, differences
 from training.watch.artifacts import log_folder
 

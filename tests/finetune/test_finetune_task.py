@@ -25,7 +25,7 @@ from finetune.tasks.adhd_classification import NO_LABEL, AdhdClassification, bui
 from finetune.tasks.subject_prediction.evaluation import auroc, within_site_auroc
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.probe import principal_channels, start_head
-from training.engine.engines import PlainEngine
+from training.engine.plain import PlainEngine
 from training.loop import FitResult, Services, fit
 
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 60, 16, 104

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, sample, toy_config
 
-from training.engine.engines import PlainEngine, make_engine
-from training.engine.schedule import learning_rate_share
+from training.engine.engines import make_engine
+from training.engine.optimizer import learning_rate_share
+from training.engine.plain import PlainEngine
 from training.errors import TrainingError
 
 WORKER = Path(__file__).parents[1] / "training_worker.py"

@@ -21,7 +21,7 @@ from training.watch.tracking import RunLabel, Sender, Spool, Tracker, mlflow_env
 
 
 def tracking(uri: str | None, *, drain_s: float = 60) -> TrackingConfig:
-    return TrackingConfig(every_steps=1, uri=uri, experiment="toys", timeout_s=2, drain_s=drain_s)
+    return TrackingConfig(every_steps=1, uri=uri, experiment="toys", group_norms=False, timeout_s=2, drain_s=drain_s)
 
 
 def run(config: TrainConfig) -> FitResult:

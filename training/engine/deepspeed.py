@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 0-3 behind the calls of training.engine.engines.Engine. Imported only when a run asks for it."""
+"""DeepSpeed ZeRO 0-3 behind the calls of training.engine.base.Engine. Imported only when a run asks for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from training.collectives import this_process
 from training.config import TrainConfig
-from training.engine.engines import autocast, make_optimizer, open_groups, own_device, poisoned
-from training.engine.schedule import learning_rate_share
+from training.engine.base import autocast, norms_of_groups, own_device, poisoned
+from training.engine.optimizer import learning_rate_share, make_optimizer, open_groups
 from training.engine.zero_state import WHOLE, load_whole
 from training.errors import CheckpointError
 from training.task import Batch, Task
@@ -113,6 +113,13 @@ class DeepSpeedEngine:
         self.num_backward += 1
         if self.num_backward < self.num_micro_batches:
             self.deepspeed.step()  # only counts; the update happens at the last micro-batch
+
+    def group_norms(self) -> dict[str, float]:
+        if self.stage == 0:
+            return norms_of_groups(self.groups, lambda parameter: parameter.grad)
+        from deepspeed.utils import safe_get_full_grad
+
+        return norms_of_groups(self.groups, lambda each: safe_get_full_grad(each) if each.requires_grad else None)
 
     def step(self) -> float:
         self.num_backward = 0

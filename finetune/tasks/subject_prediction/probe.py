@@ -21,7 +21,7 @@ from brain_models.run_classifier import RunClassifier
 from data_sharding.read.reader import Batch
 from finetune.tasks.subject_prediction.baselines import LogisticConfig, fit_logistic
 from training.collectives import from_main, gather, sum_in_place, this_process
-from training.engine.engines import own_device
+from training.engine.base import own_device
 
 
 @dataclass

@@ -230,6 +230,6 @@ def test_numbers_that_cannot_be_meant_are_refused_by_key() -> None:
 
 def test_a_tracking_server_that_fails_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "table.csv").write_text("a\n")
-    config = TrackingConfig(every_steps=1, uri="http://127.0.0.1:1", experiment="x", timeout_s=1, drain_s=1)
+    config = TrackingConfig(1, "http://127.0.0.1:1", "x", group_norms=False, timeout_s=1, drain_s=1)
     assert not log_folder(tmp_path, name="report", run_id="none", config=config)
     assert "did not take the files" in caplog.text
