@@ -68,7 +68,7 @@ class DenseGrid(Task):
         return {"loss": error * len(values) / self.batch_size}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        return split_decay("model", [self], learning_rate_scale=1.0, weight_decay=0.05, opens_at_step=0)
+        return split_decay("model", [self], learning_rate_scale=1.0, weight_decay=0.05, opens_at=0)
 
     def cost(self, batch: Batch) -> Cost:
         config, tokens, rows = self.encoder.config, self.masker.num_tokens, len(batch.weight)

@@ -145,8 +145,8 @@ def train_config(engine: str, *, precision: str, compiles: bool, recomputes: boo
         seed=0,
         run=RunConfig("benchmark", "unused", "unused"),
         start=StartConfig(None, None),
-        optimizer=OptimizerConfig(5e-4, (0.9, 0.95), 1e-8, 1.0),
-        schedule=ScheduleConfig("constant", 0, 1.0),
+        optimizer=OptimizerConfig("adamw", 5e-4, (0.9, 0.95), 1e-8, 1.0),
+        schedule=ScheduleConfig("constant", 0, 1.0, None),
         engine=EngineConfig(
             kind="plain" if engine == "plain" else "deepspeed",
             zero_stage=stage,  # type: ignore[arg-type]

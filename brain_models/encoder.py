@@ -152,6 +152,12 @@ class BrainEncoder(nn.Module):
         assert isinstance(stem, Stem)
         return stem
 
+    def layers(self) -> list[tuple[str, list[nn.Module]]]:
+        """Returns what is unfrozen together, top first: the norm with the top block, blocks, stems with positions."""
+        blocks = [(str(index), [block]) for index, block in enumerate(self.blocks)][::-1]
+        (top, modules), *deeper = blocks
+        return [(top, [*modules, self.norm]), *deeper, ("stem", [self.stems, self.embed_position])]
+
     def positions(
         self, name: StemName, num_tubelets: int, repetition_time_s: Float[Tensor, "batch"]
     ) -> Float[Tensor, "batch token 4"]:

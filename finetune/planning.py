@@ -176,7 +176,8 @@ def openings(task: AdhdClassification, num_steps: int) -> dict[int, str]:
     for group in task.parameter_groups():
         size = sum(parameter.numel() for parameter in group.parameters)
         rate = f"{group.name} ({size:,} parameters, {group.learning_rate_scale:.2g} of the learning rate)"
-        by_step.setdefault(group.opens_at_step, []).append(rate)
+        assert isinstance(group.opens_at, int)  # UnfreezingConfig of this task knows steps only
+        by_step.setdefault(group.opens_at, []).append(rate)
     return {
         step: ", ".join(names) + (" — never, the run ends before" if step >= num_steps else "")
         for step, names in sorted(by_step.items())

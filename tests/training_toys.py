@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from training.config import (
     TrainConfig,
 )
 from training.task import Cost, ParameterGroup, State, Task
-from training.unfreezing import split_decay
+from training.unfreezing import UnfreezingConfig, layer_groups, split_decay
 from training.whole_step import encoded_in_chunks, gathered, share_of_rank, symmetric_info_nce
 
 GLOBAL_BATCH = 8
@@ -167,14 +168,37 @@ class ToyTask(Task):
                 [self.encoder],
                 learning_rate_scale=0.5,
                 weight_decay=0.1,
-                opens_at_step=self.encoder_opens_at,
+                opens_at=self.encoder_opens_at,
             ),
-            *split_decay("head", [self.head, self.offset], learning_rate_scale=1.0, weight_decay=0.1, opens_at_step=0),
+            *split_decay("head", [self.head, self.offset], learning_rate_scale=1.0, weight_decay=0.1, opens_at=0),
         ]
 
     def cost(self, batch: ToyBatch) -> Cost:  # type: ignore[override]
         matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
         return Cost(tokens=len(batch.features), flops=6.0 * len(batch.features) * matrices)
+
+
+class ToyLayers(ToyTask):
+    """The toy with an encoder of three layers, each with dropout, which open from the top."""
+
+    def __init__(self, unfreezing: UnfreezingConfig, *, seed: int = 7) -> None:
+        super().__init__(seed=seed)
+        self.unfreezing = unfreezing
+        generator_state = torch.random.get_rng_state()
+        torch.manual_seed(seed)
+        widths = [NUM_FEATURES, 12, 12, 12]
+        self.encoder = nn.Sequential(
+            *(
+                nn.Sequential(nn.Linear(before, after), nn.Tanh(), nn.Dropout(0.2))
+                for before, after in itertools.pairwise(widths)
+            )
+        )
+        torch.random.set_rng_state(generator_state)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        layers = [(str(index), [layer]) for index, layer in enumerate(self.encoder)][::-1]
+        head = split_decay("head", [self.head, self.offset], learning_rate_scale=1.0, weight_decay=0.1, opens_at=0)
+        return [*head, *layer_groups("encoder", layers, self.unfreezing, weight_decay=0.1)]
 
 
 class ToyPairs(Task):
@@ -224,7 +248,7 @@ class ToyPairs(Task):
                 [self.encoders[side]],
                 learning_rate_scale=1.0,
                 weight_decay=0.1,
-                opens_at_step=opens_at[side],
+                opens_at=opens_at[side],
             )
         ]
         return [*sides, ParameterGroup("temperature", [self.temperature], 1.0, 0.0, 0)]
@@ -250,8 +274,8 @@ def toy_config(
         seed=3,
         run=RunConfig(name="toy", folder=str(folder / "run"), scratch=str(folder / "scratch")),
         start=StartConfig(checkpoint=None, registered=None),
-        optimizer=OptimizerConfig(learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, clip_norm=1.0),
-        schedule=ScheduleConfig(kind="cosine", warmup_steps=2, final_share=0.1),
+        optimizer=OptimizerConfig(kind="adamw", learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, clip_norm=1.0),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=2, final_share=0.1, plateau=None),
         engine=ENGINES[engine],
         checkpoint=CheckpointConfig(
             every_steps=checkpoint_every, keep_last=keep_last, keep_every_steps=None, best_metric=None, best_is="lowest"

@@ -2,11 +2,12 @@
 {jobs, num_ranks} one after the other, their exit codes in a file beside.
 
 A job: {engine, folder, steps, checkpoint_every, keep_last, opens_at, seed, kill_at, break_at, stop_at, stop_rank,
-poisoned_scan, copy_of, task, group_norms}. With task `pairs` it trains ToyPairs. When the source is asked for step
-`kill_at` the process ends without any clean-up; for step `stop_at`, rank `stop_rank` gets SIGTERM. `kill_after_s`: by
-rank, when SIGKILL comes, counted from the first step; `slow_s`: how long a step and an upload take at least. A job
-with `measure` makes one update and reports the optimiser's bytes, one with `measure_sum` how exactly ranks add up
-their gradients in bf16. `copy_of`: the folder that a job on one rank begins with a copy of.
+poisoned_scan, copy_of, task, group_norms, unfreezing, train}. Tasks `pairs` and `layers` are ToyPairs and ToyLayers;
+`train` changes parts of the configuration. When the source is asked for step `kill_at` the process ends without any
+clean-up; for step `stop_at`, rank `stop_rank` gets SIGTERM. `kill_after_s`: by rank, when SIGKILL comes, counted from
+the first step; `slow_s`: how long a step and an upload take at least. A job with `measure` makes one update and
+reports the optimiser's bytes, one with `measure_sum` how exactly ranks add up their gradients in bf16. `copy_of`: the
+folder that a job on one rank begins with a copy of.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from typing import Any
 
 import torch
 import torch.distributed
-from training_toys import GLOBAL_BATCH, ToyPairs, ToySource, ToyTask, pair_batch, toy_batch, toy_config
+from training_toys import GLOBAL_BATCH, ToyLayers, ToyPairs, ToySource, ToyTask, pair_batch, toy_batch, toy_config
 
 from cluster.storage.stores import LocalStore
 from training import loop
 from training.collectives import this_process, total
+from training.config import DecayConfig, PlateauConfig
 from training.errors import TrainingError
 from training.loop import Services, fit
 from training.task import State, Task
+from training.unfreezing import UnfreezingConfig
 
 
 class BrokenSourceError(Exception):
@@ -127,6 +130,11 @@ def run_job(job: dict) -> None:
 def make_task(job: dict) -> ToyTask | ToyPairs:
     if job.get("task") == "pairs":
         return ToyPairs(right_opens_at=job.get("opens_at", 0))
+    if job.get("task") == "layers":
+        unfreezing = UnfreezingConfig(**job["unfreezing"])
+        if unfreezing.plateau is not None:
+            unfreezing.plateau = PlateauConfig(**job["unfreezing"]["plateau"])
+        return ToyLayers(unfreezing)
     task = ToyTask(encoder_opens_at=job.get("opens_at", 0), seed=job.get("seed", 7))
     task.poisoned_scan = job.get("poisoned_scan")
     return task
@@ -142,9 +150,12 @@ def train(job: dict) -> dict:
         checkpoint_every=job.get("checkpoint_every", 100),
         keep_last=job.get("keep_last", 2),
     )
+    changed = {"tracking": {"group_norms": job.get("group_norms", False)}, **job.get("train", {})}
     config = dataclasses.replace(
-        config, tracking=dataclasses.replace(config.tracking, group_norms=job.get("group_norms", False))
+        config, **{part: dataclasses.replace(getattr(config, part), **values) for part, values in changed.items()}
     )
+    if config.schedule.plateau is not None:
+        config.schedule.plateau = DecayConfig(**job["train"]["schedule"]["plateau"])
     task = make_task(job)
     exported = folder / "exported.pt"
 

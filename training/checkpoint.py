@@ -30,7 +30,7 @@ from training.task import State
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = "checkpoints"
 COMMIT = "COMMIT.json"
 RECEIPT_TIMEOUT_S = 1800.0
@@ -61,6 +61,7 @@ class Commit:
     config_hash: str
     mlflow_run_id: str | None
     metrics: dict[str, float]  # evaluated at this step
+    watched: dict[str, list[tuple[int, float]]]  # all values so far of the metrics that a plateau is waited for of
 
 
 @dataclass
@@ -115,9 +116,9 @@ def read_commit(store: Store, folder: str) -> Commit:
         raw = json.loads(store.read(f"{folder}/{COMMIT}"))
         if raw["schema"] != SCHEMA:
             raise CheckpointError(
-                f"{where} has schema {raw['schema']}, this code reads {SCHEMA}; use the code it names"
+                f"{where} has schema {raw['schema']}, this code reads {SCHEMA}; finish the run with the code that "
+                "began it, or start another run.folder"
             )
-        raw.pop("spool_position", None)  # earlier code wrote it and never read it
         return Commit(**{**raw, "files": [StoredFile(**file) for file in raw["files"]]})
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{where} cannot be read ({error!r}); {_older(store, folder)}") from error

@@ -25,8 +25,7 @@ class StartConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW."""
-
+    kind: Literal["adamw", "adam"]  # adam: weight decay is part of the gradient
     learning_rate: float
     betas: tuple[float, float]
     epsilon: float
@@ -34,10 +33,28 @@ class OptimizerConfig:
 
 
 @dataclass
+class PlateauConfig:
+    """A metric has stopped improving when `patience` evaluations in a row bring no new best."""
+
+    metric: str  # of train.evaluation.split, e.g. validation/loss
+    best_is: Literal["lowest", "highest"]
+    patience: int
+    min_change: float  # a new best is better than the one before by more than this
+
+
+@dataclass
+class DecayConfig(PlateauConfig):
+    factor: float  # the learning rate is multiplied by this at every plateau
+
+
+@dataclass
 class ScheduleConfig:
-    kind: Literal["cosine", "constant"]
+    """Linear warm-up, then half a cosine to the last step, a constant, or lower at every plateau of a metric."""
+
+    kind: Literal["cosine", "constant", "plateau"]
     warmup_steps: int
-    final_share: float  # of the peak learning rate, at the last step
+    final_share: float  # of the peak learning rate: cosine at the last step, plateau at the lowest
+    plateau: DecayConfig | None  # for kind plateau
 
 
 @dataclass
@@ -69,6 +86,11 @@ class EvaluationConfig:
     split: str
     subset: int  # samples of the split seen while training: a fixed hashed subset
     final_splits: list[str]  # seen whole, once, at the end
+
+    @property
+    def metric_prefix(self) -> str:
+        """What the names of metrics evaluated while training begin with; train/loss is the loss of a step."""
+        return "train_split" if self.split == "train" else self.split
 
 
 @dataclass
@@ -137,6 +159,7 @@ def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[s
         problems.append(f"{key}.schedule.warmup_steps: {config.schedule.warmup_steps}; must lie in 0..{key}.steps")
     if not 0 <= config.schedule.final_share <= 1:
         problems.append(f"{key}.schedule.final_share: {config.schedule.final_share}; must lie in 0..1")
+    problems += schedule_problems(config, key)
     if config.engine.kind == "plain" and num_workers > 1:
         problems.append(f"{key}.engine.kind: plain runs in one process, {num_workers} workers asked; use engine=zero2")
     if config.engine.compile and config.engine.zero_stage == 3:
@@ -152,4 +175,34 @@ def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[s
         )
     if config.start.checkpoint and config.start.registered:
         problems.append(f"{key}.start: give checkpoint or registered, not both")
+    return problems
+
+
+def schedule_problems(config: TrainConfig, key: str) -> list[str]:
+    """What is wrong with the schedule's plateau."""
+    plateau = config.schedule.plateau
+    if (config.schedule.kind == "plateau") != (plateau is not None):
+        given = "is null" if plateau is None else "is given"
+        return [
+            f"{key}.schedule.plateau: {given} with kind {config.schedule.kind}; kind plateau needs it, no other does"
+        ]
+    if plateau is None:
+        return []
+    problems = plateau_problems(plateau, f"{key}.schedule.plateau", config.evaluation)
+    if not 0 < plateau.factor < 1:
+        problems.append(f"{key}.schedule.plateau.factor: {plateau.factor}; must lie between 0 and 1")
+    return problems
+
+
+def plateau_problems(plateau: PlateauConfig, key: str, evaluation: EvaluationConfig) -> list[str]:
+    """What is wrong with a plateau to wait for; `key` is its full name in the composed configuration."""
+    problems = []
+    if plateau.patience < 1:
+        problems.append(f"{key}.patience: {plateau.patience}; must be 1 or more")
+    if plateau.min_change < 0:
+        problems.append(f"{key}.min_change: {plateau.min_change}; must be 0 or more")
+    if not plateau.metric.startswith(f"{evaluation.metric_prefix}/"):
+        problems.append(
+            f"{key}.metric: {plateau.metric}; evaluated while training are metrics of {evaluation.metric_prefix}/..."
+        )
     return problems

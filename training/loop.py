@@ -35,8 +35,10 @@ from training.config import TrainConfig
 from training.engine.base import Engine
 from training.engine.elastic import fetch_state
 from training.engine.engines import make_engine
+from training.engine.optimizer import plateau_rules
 from training.errors import StoppedError, TrainingError
 from training.evaluation import Evaluation, evaluate
+from training.plateau import Watch
 from training.registry import models as registry
 from training.registry.seen_subjects import copy_seen, keep_seen
 from training.step import BatchFeed, not_finite, reduce_over_ranks, scans_of_all_ranks, seed_of
@@ -92,6 +94,7 @@ class Run:
     tracing: Tracing
     progress: Progress
     nodes: Nodes
+    watch: Watch
 
 
 def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> FitResult:
@@ -109,7 +112,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
             run.tracing.begin_step(step)
             meter.begin_step()
             batches, state = feed.next_batches()
-            learning_rate = engine.begin(step)
+            learning_rate = engine.begin(step, run.watch.values)
             torch.manual_seed(seed_of(config.seed, step, this_process().rank))  # a resumed step draws the same numbers
             losses: list[dict[str, Tensor]] = []
             for batch in feed.on_device(batches, is_last_step=is_last):
@@ -168,6 +171,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     spikes = Spikes(config.spikes, spikes_path, start=_content(own, SPIKES), recent=_content(own, RECENT))
     tracker = open_tracker(config, services, run_key, scratch / SPOOL, start=_content(own, SPOOL))
     shutil.rmtree(fetched_folder(scratch), ignore_errors=True)  # a checkpoint's size on every node, for nothing now
+    rules = plateau_rules(config.schedule, engine.groups)
     progress = Progress(config.steps, is_shown=this_process().is_main)
     tracing = Tracing(config.profile, store, scratch)
     ending = Ending.FAILED
@@ -188,6 +192,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
                 tracing=tracing,
                 progress=progress,
                 nodes=Nodes(config.run.scratch, engine.device),
+                watch=Watch(rules, start=start.commit.watched if start.commit else {}),
             )
         ending = Ending.FINISHED
     except StoppedError:
@@ -272,8 +277,8 @@ def evaluate_now(run: Run, done: int) -> dict[str, float]:
     """The metrics of the evaluation subset after `done` updates, tracked and shown."""
     config = run.config.evaluation
     found = evaluate(run.task, run.source, run.engine, config.split, limit=config.subset)
-    prefix = "train_split" if config.split == "train" else config.split  # train/loss is the loss of a step
-    metrics = {f"{prefix}/{name}": value for name, value in found.metrics.items()}
+    metrics = {f"{config.metric_prefix}/{name}": value for name, value in found.metrics.items()}
+    run.watch.add(done, metrics)
     run.tracker.record(done, metrics)
     run.progress.show(done, metrics)
     return metrics
@@ -299,6 +304,7 @@ def save_checkpoint(run: Run, done: int, state: State, metrics: dict[str, float]
             config_hash=identity.config_hash(run.services.identity),
             mlflow_run_id=run.tracker.run_id,
             metrics=metrics,
+            watched=run.watch.so_far(),
         )
         run.checkpoints.commit_later(local, commit)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.errors import TrainingError
+from training.plateau import AtPlateau
 
 State = Mapping[str, object]  # JSON-able: where a source goes on
 
@@ -61,13 +62,13 @@ class Cost:
 
 @dataclass
 class ParameterGroup:
-    """Parameters that share a learning rate, a weight decay and the step at which they start to move."""
+    """Parameters that share a learning rate, a weight decay and the moment from which they move."""
 
     name: str
     parameters: list[nn.Parameter]
     learning_rate_scale: float  # times the schedule's learning rate
     weight_decay: float
-    opens_at_step: int  # 0: open from the start; from train.steps on: never
+    opens_at: int | AtPlateau  # a step (0: open from the start; from train.steps on: never), or a plateau of a metric
 
 
 class Task(nn.Module):

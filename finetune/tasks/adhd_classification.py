@@ -141,7 +141,7 @@ class AdhdClassification(Task):
             [self.model.head],
             learning_rate_scale=unfreezing.head_learning_rate_scale,
             weight_decay=self.config.weight_decay,
-            opens_at_step=0,
+            opens_at=0,
         )
         for depth, (name, modules) in enumerate(layers):
             groups += split_decay(
@@ -149,7 +149,7 @@ class AdhdClassification(Task):
                 modules,
                 learning_rate_scale=unfreezing.encoder_learning_rate_scale * unfreezing.depth_decay**depth,
                 weight_decay=self.config.weight_decay,
-                opens_at_step=unfreezing.first_block_opens_at_step + depth * unfreezing.steps_per_block,
+                opens_at=unfreezing.first_block_opens_at_step + depth * unfreezing.steps_per_block,
             )
         return groups
 

@@ -247,7 +247,7 @@ class MaskedVolumes(Task):
             [self.encoder, self.decoder],
             learning_rate_scale=1.0,
             weight_decay=self.weight_decay,
-            opens_at_step=0,
+            opens_at=0,
         )
 
     def cost(self, batch: Batch) -> Cost:

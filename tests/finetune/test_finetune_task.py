@@ -123,7 +123,7 @@ def test_head_moves_first_then_blocks_from_the_top_each_slower(tmp_path: Path) -
     task = make_task(runs, config, 0)
     torch.nn.init.normal_(task.model.head.linear.weight, std=0.1)
     groups = {group.name: group for group in task.parameter_groups()}
-    opens = {name: group.opens_at_step for name, group in groups.items() if "/" not in name}
+    opens = {name: group.opens_at for name, group in groups.items() if "/" not in name}
     assert opens == {"head": 0, "encoder.1": 2, "encoder.0": 4, "encoder.stem": 6}
     scales = [groups[name].learning_rate_scale for name in opens]
     assert scales == pytest.approx([0.1, 0.5, 0.35, 0.245])

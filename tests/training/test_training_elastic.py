@@ -79,7 +79,7 @@ def test_what_rank_0_has_written_down_comes_with_the_whole_state(tmp_path: Path)
         store.put_if_absent(f"{step}/{name}", data)
     stored = dataclasses.replace(files[2], name="whole.safetensors")
     store.put_if_absent(f"{step}/whole/COMMIT.json", json.dumps(dataclasses.asdict(stored)).encode())
-    commit = Commit(1, 4, files[:2], 2, "zero2", {}, "", "", None, {})
+    commit = Commit(1, 4, files[:2], 2, "zero2", {}, "", "", None, {}, {})
     fetch_whole(StartingPoint("own", store, step, commit, None), tmp_path / "local")
     found = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
     assert found == {name.rpartition("/")[2]: data for name, data in written.items()}
@@ -96,7 +96,7 @@ def test_a_store_that_goes_away_under_a_set_or_a_conversion_is_told_as_that(
     def away(*_: object) -> bytes:
         raise StoreUnavailableError("no answer")
 
-    commit = Commit(1, 4, [StoredFile("a", 1, "", 0)], 2, "zero2", {}, "", "", None, {})
+    commit = Commit(1, 4, [StoredFile("a", 1, "", 0)], 2, "zero2", {}, "", "", None, {}, {})
     point = StartingPoint("own", LocalStore(str(tmp_path)), "checkpoints/step-00000004-a", commit, None)
     monkeypatch.setattr(LocalStore, "get_file", away)
     monkeypatch.setattr(LocalStore, "read", away)

@@ -24,7 +24,7 @@ from training.watch.spikes import Spikes
 from training.watch.tracking import Spool, last_step, read_rows
 
 CPU = torch.device("cpu")
-CONSTANT = ScheduleConfig(kind="constant", warmup_steps=2, final_share=1.0)
+CONSTANT = ScheduleConfig(kind="constant", warmup_steps=2, final_share=1.0, plateau=None)
 
 
 def meter(*, peak_tflops: float | None = None, repeated_until: int = 0) -> Meter:

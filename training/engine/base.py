@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from training.config import EngineConfig
+from training.plateau import NOTHING_WATCHED, Watched
 from training.task import Batch, ParameterGroup
 
 
 class Engine(Protocol):
     device: torch.device
+    groups: list[ParameterGroup]
     runs_in_lockstep: bool  # True when every forward pass is a collective
 
-    def begin(self, step: int) -> float:
+    def begin(self, step: int, watched: Watched = NOTHING_WATCHED) -> float:
         """Open the groups due at `step` and set learning rates; the schedule's learning rate comes back."""
         ...
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from training.collectives import this_process
 from training.config import TrainConfig
 from training.engine.base import autocast, norms_of_groups, own_device, poisoned
-from training.engine.optimizer import learning_rate_share, make_optimizer, open_groups
+from training.engine.optimizer import begin_update, learning_rate_at, make_optimizer
 from training.engine.zero_state import WHOLE, load_whole
 from training.errors import CheckpointError
+from training.plateau import NOTHING_WATCHED, Watched, opening_step
 from training.task import Batch, Task
 from training.unfreezing import checked_groups
 
@@ -95,13 +96,12 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
 
-    def begin(self, step: int) -> float:
-        share = learning_rate_share(self.config.schedule, step=step, num_steps=self.config.steps)
-        rate = share * self.config.optimizer.learning_rate
+    def begin(self, step: int, watched: Watched = NOTHING_WATCHED) -> float:
+        rate = learning_rate_at(self.config, step, watched)
         for index, group in enumerate(self.groups):
-            if 0 < step == group.opens_at_step:
+            if 0 < step == opening_step(group.opens_at, watched):
                 self._restart_moments(index)
-        open_groups(self.optimizer, self.groups, step=step, rate=rate)
+        begin_update(self.task, self.optimizer, self.groups, rate=rate, step=step, watched=watched)
         return rate
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -165,8 +165,8 @@ class DeepSpeedEngine:
         return deepspeed.zero.GatheredParameters(parameters)
 
     def _restart_moments(self, index: int) -> None:
-        """Set AdamW's step count of a group to 0: ZeRO counted on while the group was closed, and a bias correction for
-        many steps applied to fresh moments would make its first updates several times too large."""
+        """Set the step count of a group to 0: ZeRO counted while the group was closed, and a bias correction for many
+        steps applied to fresh moments would make its first updates several times too large."""
         if self.stage == 3:
             zero = self.deepspeed.optimizer
             owners = enumerate(zero.fp32_partitioned_groups_flat)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from training.config import TrainConfig
 from training.engine.base import autocast, norms_of_groups, own_device, poisoned
-from training.engine.optimizer import learning_rate_share, make_optimizer, open_groups
+from training.engine.optimizer import begin_update, learning_rate_at, make_optimizer
 from training.errors import CheckpointError
+from training.plateau import NOTHING_WATCHED, Watched
 from training.task import Batch, Task
 from training.unfreezing import checked_groups
 
@@ -28,10 +29,9 @@ class PlainEngine:
         self.groups = checked_groups(task)
         self.optimizer = make_optimizer(self.groups, config, self.device)
 
-    def begin(self, step: int) -> float:
-        share = learning_rate_share(self.config.schedule, step=step, num_steps=self.config.steps)
-        rate = share * self.config.optimizer.learning_rate
-        open_groups(self.optimizer, self.groups, step=step, rate=rate)
+    def begin(self, step: int, watched: Watched = NOTHING_WATCHED) -> float:
+        rate = learning_rate_at(self.config, step, watched)
+        begin_update(self.task, self.optimizer, self.groups, rate=rate, step=step, watched=watched)
         return rate
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
