@@ -13,8 +13,7 @@ from brain_models.atlas import Atlas
 from brain_models.encoder import BrainEncoder, EncoderConfig
 from brain_models.space import require_grid, space_from_mask
 from data_sharding.read.batch import Batch
-from pretrain.masked.geometry import Geometry
-from pretrain.masked.masked_set import at
+from pretrain.masked.masked_set import Geometry, take_tokens
 from pretrain.masked.masking import MaskingConfig
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
@@ -62,9 +61,9 @@ class DenseGrid(Task):
         tokens = tokens + self.encoder.embed_position(positions)
         for block in self.encoder.blocks:
             tokens = block(tokens)
-        guess = self.predict_voxels(at(self.encoder.norm(tokens), choice.hidden)).float()
-        counted = at(stem.measured(is_measured), choice.hidden % self.masker.num_patches)
-        error = ((guess - at(features, choice.hidden)) * counted).square().mean()
+        guess = self.predict_voxels(take_tokens(self.encoder.norm(tokens), choice.hidden)).float()
+        counted = take_tokens(stem.measured(is_measured), choice.hidden % self.masker.num_patches)
+        error = ((guess - take_tokens(features, choice.hidden)) * counted).square().mean()
         return {"loss": error * len(values) / self.batch_size}
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -20,7 +20,7 @@ from _measure import Row, arguments_of, cpu_seconds, report
 from _task import Workload, geometry_of, packed_task, stored_batches, train_config
 
 from data_sharding.read.batch import Batch, decode
-from pretrain.masked.masked_set import at
+from pretrain.masked.masked_set import take_tokens
 from pretrain.masked.masked_volumes import MaskedVolumes
 from training.engine.base import Engine
 from training.engine.engines import make_engine
@@ -72,13 +72,10 @@ def shares(load: Workload, repetitions: int) -> Row:
 
 def tokenised(task: MaskedVolumes, batch: Batch) -> None:
     """Everything a step does between decoded windows and the encoder's input, and between its output and the loss."""
-    part = task.set_named("")
-    stem = task.encoder.stem(part.stem_name)
-    choice = part.masker.choose(batch.sample_seed)
-    features = stem.features(batch.values, batch.is_measured)
-    at(features, choice.visible)
-    at(features, choice.hidden)
-    part.counted(stem, batch.is_measured, choice)
+    masked = task.mask(batch)
+    take_tokens(masked.features, masked.choice.visible)
+    take_tokens(masked.features, masked.choice.hidden)
+    masked.of_hidden(masked.error_scale(masked.set.root_weight))
 
 
 def step(engine: Engine, batch: Batch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from brain_models.atlas import Atlas, aal3_groups
 from brain_models.space import BrainSpace, fsl_grid, space_from_mask
-from pretrain.masked.geometry import Geometry, WindowConfig
+from pretrain.masked.masked_set import Geometry, WindowConfig
 
 
 def ball(*, patch_voxels: int) -> Geometry:

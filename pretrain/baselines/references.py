@@ -32,7 +32,28 @@ from training.engine.base import own_device
 
 log = logging.getLogger(__name__)
 
-HiddenPatches = Callable[[Batch], Bool[Tensor, "batch tubelet patch"]]
+NAMES = ("neighbour", "global_drift", "ridge")  # of the baselines, in the order of tables
+
+HiddenTokens = Callable[[Batch], Bool[Tensor, "batch tubelet patch"]]
+SumsByRegion = Callable[[Float[Tensor, "batch time voxel"]], Float[Tensor, "batch region"]]
+
+
+@dataclass(frozen=True)
+class BaselineScores:
+    """The squared errors of each baseline on samples that a model is evaluated on, under the masks it is evaluated
+    with. A sample is known by its seed, which no two samples of a set share."""
+
+    sample_seed: Int64[Tensor, "sample"]  # ascending
+    errors: dict[str, Float[Tensor, "sample region"]]
+
+    def has(self, sample_seed: Int64[Tensor, "row"]) -> Bool[Tensor, "row"]:
+        """True for the samples that were scored."""
+        return torch.isin(sample_seed, self.sample_seed)
+
+    def errors_of(self, sample_seed: Int64[Tensor, "row"]) -> dict[str, Float[Tensor, "row region"]]:
+        """The errors of samples that were scored, in their order, by baseline."""
+        rows = torch.searchsorted(self.sample_seed, sample_seed)
+        return {name: errors[rows] for name, errors in self.errors.items()}
 
 
 def voxel_statistics(batches: Iterable[Batch], num_voxels: int) -> VoxelStatistics:
@@ -58,19 +79,14 @@ class References:
     ridge: RidgeOracle | None  # None: it needs more memory than configured
     penalty: float
 
-    @property
-    def names(self) -> list[str]:
-        """What `guess` gives."""
-        return ["neighbour", "global_drift", *(["ridge"] if self.ridge is not None else [])]
-
     def guess(
         self,
-        values: Float[Tensor, "batch time voxel"],
+        centred: Float[Tensor, "batch time voxel"],
         is_measured: Bool[Tensor, "batch voxel"],
         is_hidden: Bool[Tensor, "batch tubelet patch"],
     ) -> dict[str, Float[Tensor, "batch time voxel"]]:
-        """Each baseline's centred guess; like `values`, on the CPU."""
-        means = self.means(centre(values, is_measured, self.offset), is_measured)
+        """Each baseline's centred guess; like `centred`, on the CPU."""
+        means = self.means(centred, is_measured)
         neighbours = self.neighbour_patches(means, ~is_hidden)
         signal, drift = self.slow(means, neighbours, is_measured, ~is_hidden)
         guesses = {
@@ -80,6 +96,15 @@ class References:
         if self.ridge is not None:
             guesses["ridge"] = ridge_guess(self.ridge, means, ~is_hidden, penalty=self.penalty)
         return guesses
+
+    def squared_errors(
+        self, batch: Batch, is_hidden: Bool[Tensor, "batch tubelet patch"]
+    ) -> dict[str, Float[Tensor, "batch time voxel"]]:
+        """Each baseline's squared error where a hidden voxel was measured, 0 elsewhere."""
+        centred = centre(batch.values, batch.is_measured, self.offset)
+        is_scored = hidden_voxels(is_hidden, self.patch_of_voxel, centred.shape[1]) & batch.is_measured[:, None]
+        guesses = self.guess(centred, batch.is_measured, is_hidden)
+        return {name: (guess - centred).square() * is_scored for name, guess in guesses.items()}
 
     def means(
         self, centred: Float[Tensor, "batch time voxel"], is_measured: Bool[Tensor, "batch voxel"]
@@ -161,7 +186,7 @@ def fit_references(
     offset: Float[Tensor, "voxel"],
     patch_of_voxel: Int64[Tensor, "voxel"],
     centres_mm: Float[Tensor, "patch 3"],
-    hidden_patches: HiddenPatches,
+    hidden_tokens: HiddenTokens,
 ) -> References:
     """Baselines fitted on training batches; the ridge's penalty is chosen on subjects it had not seen by then.
 
@@ -183,20 +208,43 @@ def fit_references(
         subjects += list(itertools.compress(batch.subjects, real))
         if bool(real.any()):
             centred = centre(batch.values[real], batch.is_measured[real], offset)
-            references.learn_drift(centred, batch.is_measured[real], hidden_patches(batch)[real])
+            references.learn_drift(centred, batch.is_measured[real], hidden_tokens(batch)[real])
     sum_over_ranks(references.global_drift.moments, references.global_drift.products)
     if has_ridge(config, num_patches, num_voxels):
         of_all = cast("list[list[str]]", gather(subjects))
         is_kept = ~rows_set_aside_of_rank(of_all, config.choice_share, rank=this_process().rank)
-        fit_ridge(references, batches, is_kept, hidden_patches)
+        fit_ridge(references, batches, is_kept, hidden_tokens)
     return references
+
+
+def score_baselines(
+    references: References,
+    batches: Iterable[Batch],
+    *,
+    hidden_tokens: HiddenTokens,
+    by_region: SumsByRegion,
+) -> BaselineScores:
+    """The errors of the samples of all ranks' `batches`, on every rank; padding is left out."""
+    seeds: list[Tensor] = []
+    errors: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        real = batch.weight > 0
+        seeds.append(batch.sample_seed[real])
+        for name, squared in references.squared_errors(batch, hidden_tokens(batch)).items():
+            errors.setdefault(name, []).append(by_region(squared)[real])
+    shares = cast("list[tuple[list[Tensor], dict[str, list[Tensor]]]]", gather((seeds, errors)))
+    sample_seed, rows = torch.cat([seed for own, _ in shares for seed in own]).unique(return_inverse=True)
+    order = torch.empty_like(sample_seed).scatter_(0, rows, torch.arange(len(rows)))
+    return BaselineScores(
+        sample_seed, {name: torch.cat([each for _, own in shares for each in own[name]])[order] for name in errors}
+    )
 
 
 def fit_ridge(
     references: References,
     batches: Callable[[], Iterable[Batch]],
     is_kept: Bool[Tensor, "row"],
-    hidden_patches: HiddenPatches,
+    hidden_tokens: HiddenTokens,
 ) -> None:
     """Give the references a ridge of all rows, with the penalty that a ridge of the kept rows wants on the others."""
     num_patches, num_voxels = len(references.distance_mm), len(references.offset)
@@ -206,7 +254,7 @@ def fit_ridge(
             centred = centre(batch.values[rows], batch.is_measured[rows], references.offset)
             oracle.add(references.means(centred, batch.is_measured[rows]), centred)
         sum_over_ranks(oracle.patch_moments, oracle.voxel_moments)
-    references.penalty = _best_penalty(references, ridge, _with_rows(batches(), ~is_kept), hidden_patches)
+    references.penalty = _best_penalty(references, ridge, _with_rows(batches(), ~is_kept), hidden_tokens)
     ridge.merge(set_aside)
     references.ridge = ridge
 
@@ -265,19 +313,19 @@ def _best_penalty(
     references: References,
     ridge: RidgeOracle,
     held_out: Iterable[tuple[Batch, Bool[Tensor, "batch"]]],
-    hidden_patches: HiddenPatches,
+    hidden_tokens: HiddenTokens,
 ) -> float:
     """The candidate with the least squared error over the hidden, measured voxels of the chosen rows."""
     penalties = references.config.ridge_penalties
     errors = torch.zeros(len(penalties), dtype=torch.float64)
     for batch, rows in held_out:
-        is_measured, is_hidden = batch.is_measured[rows], hidden_patches(batch)[rows]
+        is_measured, is_hidden = batch.is_measured[rows], hidden_tokens(batch)[rows]
         centred = centre(batch.values[rows], is_measured, references.offset)
         is_scored = hidden_voxels(is_hidden, references.patch_of_voxel, centred.shape[1]) & is_measured[:, None]
         means = references.means(centred, is_measured)
-        for place_of, penalty in enumerate(penalties):
+        for number, penalty in enumerate(penalties):
             guess = ridge_guess(ridge, means, ~is_hidden, penalty=penalty)
-            errors[place_of] += float((guess - centred).square()[is_scored].sum())
+            errors[number] += float((guess - centred).square()[is_scored].sum())
     sum_over_ranks(errors)
     return penalties[int(errors.argmin())]
 

@@ -6,8 +6,7 @@ from typing import Literal
 from cluster.config import ClusterConfig
 from data_sharding.read.reader import DataConfig
 from pretrain.baselines.guesses import BaselineConfig
-from pretrain.masked.geometry import WindowConfig
-from pretrain.masked.masked_set import LossConfig
+from pretrain.masked.masked_set import LossConfig, WindowConfig
 from pretrain.masked.masked_volumes import ModelConfig
 from pretrain.masked.masking import MaskingConfig
 from pretrain.report.config import ReportConfig

@@ -3,7 +3,7 @@
 Knows sets, windows and layouts; nothing of files, ranks or the loop.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,23 +13,18 @@ from einops import reduce, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, StemName, kind_of
+from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, Stem, StemName, kind_of
 from brain_models.patches import PatchLayout
 from data_sharding.read.batch import Batch
 from pretrain.baselines.references import centre, hidden_voxels
 from pretrain.errors import PretrainError
 from pretrain.masked.costs import PassShape, flops_of_pass
-from pretrain.masked.geometry import Geometry, WindowConfig
-from pretrain.masked.masked_set import LossConfig, MaskedSet, SetSpec, at
+from pretrain.masked.masked_set import LossConfig, MaskedSet, SetSpec, take_tokens
 from pretrain.masked.masking import MaskingConfig, TokenChoice
 from pretrain.report.collapse import Sentinels, sampled
-from pretrain.report.scores import IntervalConfig, Row, metrics_of, score_rows
+from pretrain.report.scores import metrics_of
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
-
-ERROR_OF = "error_"  # a reference's, among the predictions
-
-__all__ = ["DecoderConfig", "Geometry", "LossConfig", "MaskedVolumes", "ModelConfig", "SetSpec", "WindowConfig"]
 
 
 @dataclass
@@ -47,13 +42,41 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class MaskedBatch:
+    """A batch with everything a forward pass looks up once: its set, the set's stem, what is hidden, the features."""
+
+    batch: Batch
+    set: MaskedSet
+    stem: Stem
+    choice: TokenChoice
+    features: Float[Tensor, "batch token feature"]  # standardised voxels; 0 where not measured or outside the brain
+
+    def error_scale(self, root_weight: Tensor | float = 1.0) -> Float[Tensor, "batch patch feature"]:
+        """What turns a residual of features into one of voxels: the voxel's scale, times the root of its weight; 0
+        where it is not measured."""
+        scale = self.stem.by_token(self.stem.voxel_scale.expand(1, self.stem.tubelet_frames, -1))
+        return self.stem.measured(self.batch.is_measured) * (scale * root_weight)
+
+    def of_hidden(self, values: Float[Tensor, "batch patch feature"]) -> Float[Tensor, "batch hidden feature"]:
+        """What each hidden token's patch has, the same in every tubelet."""
+        return take_tokens(values, self.choice.hidden % self.set.masker.num_patches)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """The encoded visible tokens, and the standardised voxels guessed from them for the hidden ones."""
+
+    encoded: Float[Tensor, "batch visible width"]
+    hidden: Float[Tensor, "batch hidden feature"]
+
+
+@dataclass
 class Reconstruction:
     """What was hidden of a batch, and how well it was guessed, voxel by voxel; 0 where not scored."""
 
     encoded: Float[Tensor, "batch visible width"]
-    is_hidden: Bool[Tensor, "batch tubelet patch"]
     is_scored: Bool[Tensor, "batch time voxel"]
-    truth: Float[Tensor, "batch time voxel"]  # about the training mean
+    truth: Float[Tensor, "batch time voxel"]  # about the mean that the stem holds
     squared: Float[Tensor, "batch time voxel"]
 
 
@@ -61,7 +84,7 @@ class MaskedVolumes(Task):
     """Reconstruction of hidden tokens, scored on measured voxels, about the training split's voxel mean.
 
     One trunk for all sets; sets whose tokens have the same shape share a stem and an output of the decoder. A batch is
-    of one set. Where a set has `references`, `predict` scores them beside the model on the same voxels.
+    of one set.
     """
 
     def __init__(
@@ -98,10 +121,10 @@ class MaskedVolumes(Task):
         self.num_columns = max(self.set_named(name).regions.num_columns for name in sets)
 
     def set_named(self, name: str) -> MaskedSet:
-        """The set of that name; of a single set, batches need not name it."""
-        part = self.sets[self.names.index(name) if name or len(self.names) > 1 else 0]
-        assert isinstance(part, MaskedSet)
-        return part
+        """The set of that name; batches of a run on a single set need not name it."""
+        one = self.sets[self.names.index(name) if name or len(self.names) > 1 else 0]
+        assert isinstance(one, MaskedSet)
+        return one
 
     def set_voxel_statistics(
         self, stem: StemName, mean: Float[Tensor, "voxel"], deviation: Float[Tensor, "voxel"]
@@ -113,133 +136,123 @@ class MaskedVolumes(Task):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss: weighted squared error over measured voxels of hidden tokens, divided by a constant; of several
         sets also under the set's name."""
-        part = self.set_named(batch.set_name)
-        choice = part.masker.choose(batch.sample_seed)
-        features = self._features(batch)
-        residual = self._guess(features, batch, choice).float() - at(features, choice.hidden)
-        counted = part.counted(self.encoder.stem(part.stem_name), batch.is_measured, choice)
-        squared = (residual * counted).square().sum(dim=(1, 2))
-        loss = (batch.weight * squared).sum() / (self.batch_size * part.values_per_sample)
+        masked = self.mask(batch)
+        scale = masked.of_hidden(masked.error_scale(masked.set.root_weight))
+        squared = (self.residual(masked) * scale).square().sum(dim=(1, 2))
+        loss = (batch.weight * squared).sum() / (self.batch_size * masked.set.values_per_sample)
         if len(self.names) == 1:
             return {"loss": loss}
-        return {"loss": loss + self._untouched(part.stem_name), f"loss/{part.name}": loss.detach()}
+        return {"loss": loss + self._untouched(masked.set.stem_name), f"loss/{masked.set.name}": loss.detach()}
 
-    def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """Per sample and region (the last column: no region): squared error of the model and of each reference, total
-        about the training mean, and the number of values they are summed over; per sample, the loss's weighted error,
-        where there are sentinels the mean encoded token and a few single ones.
-        """
-        part, found = self.set_named(batch.set_name), self.reconstruct(batch)
-        truth, is_scored = found.truth, found.is_scored
-        sums = {
-            "error": part.by_region(found.squared),
-            "total": part.by_region(truth.square() * is_scored),
-            "count": part.by_region(is_scored.float()),
-        }
-        if part.references is not None:
-            guesses = part.references.guess(batch.values.cpu(), batch.is_measured.cpu(), found.is_hidden.cpu())
-            # Registered weights bring the voxel mean they were trained with; the references are about this run's own.
-            shift = part.references.offset.to(truth.device) - self.encoder.stem(part.stem_name).voxel_offset
-            sums["total"] = part.by_region((truth - shift).square() * is_scored)  # about this run's training mean, too
-            for name, values in guesses.items():
-                residual = values.to(truth.device) + shift - truth
-                sums[f"{ERROR_OF}{name}"] = part.by_region(residual.square() * is_scored)
-            every = {name for each in self.names for name in self._errors_beside(each)}
-            for name in sorted(every - sums.keys()):
-                sums[name] = torch.full_like(sums["error"], torch.nan)  # another set's: all samples have the same names
-        padding = self.num_columns - part.regions.num_columns
-        sums = {name: nn.functional.pad(values, (0, padding)) for name, values in sums.items()}
-        of_set = torch.full((len(truth),), self.names.index(part.name), device=truth.device)
-        sums |= {"weighted": (found.squared * part.voxel_weight).sum(dim=(1, 2)), "set": of_set}
-        if self.sentinels is not None:
-            sums |= sampled(found.encoded, self.sentinels.config.tokens_per_sample)
-        return sums
+    def mask(self, batch: Batch, choice: TokenChoice | None = None) -> MaskedBatch:
+        """The batch with its hidden tokens: those that its samples' seeds choose, unless a choice is given."""
+        own = self.set_named(batch.set_name)
+        stem = self.encoder.stem(own.stem_name)
+        choice = choice or own.masker.choose(batch.sample_seed)
+        return MaskedBatch(batch, own, stem, choice, stem.features(batch.values, batch.is_measured))
+
+    def encode(
+        self, masked: MaskedBatch
+    ) -> tuple[Float[Tensor, "batch visible width"], Float[Tensor, "batch token 4"]]:
+        """The encoded visible tokens, and the positions of all tokens."""
+        name, visible = masked.set.stem_name, masked.choice.visible
+        positions = self.encoder.positions(name, masked.set.masker.num_tubelets, masked.batch.repetition_time_s)
+        encoded = self.encoder(take_tokens(masked.features, visible), take_tokens(positions, visible), name)
+        return encoded, positions
+
+    def guess(self, masked: MaskedBatch) -> Guess:
+        """The hidden tokens, guessed from the visible ones."""
+        choice = masked.choice
+        encoded, positions = self.encode(masked)
+        visible_at, hidden_at = take_tokens(positions, choice.visible), take_tokens(positions, choice.hidden)
+        return Guess(encoded, self.decoder(encoded, visible_at, hidden_at, masked.set.stem_name).float())
+
+    def residual(self, masked: MaskedBatch) -> Float[Tensor, "batch hidden feature"]:
+        """Guess minus truth of the hidden tokens, in standardised voxels."""
+        return self.guess(masked).hidden - take_tokens(masked.features, masked.choice.hidden)
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """What is hidden of each sample, and how well each of its voxels is guessed."""
-        part = self.set_named(batch.set_name)
-        stem = self.encoder.stem(part.stem_name)
-        choice = part.masker.choose(batch.sample_seed)
-        encoded, positions = self._encode(self._features(batch), batch, choice)
-        guess = self._decode(encoded, positions, part, choice).float()
-        is_hidden = part.hidden_patches(choice)
-        is_scored = hidden_voxels(is_hidden, part.patch_of_voxel, batch.values.shape[1])
+        masked = self.mask(batch)
+        own, stem, guess = masked.set, masked.stem, self.guess(masked)
+        is_scored = hidden_voxels(own.is_hidden(masked.choice), own.patch_of_voxel, batch.values.shape[1])
         is_scored = is_scored & batch.is_measured[:, None]
         truth = centre(batch.values, batch.is_measured, stem.voxel_offset)
-        squared = (part.by_voxel(stem, guess, choice) * stem.voxel_scale - truth).square() * is_scored
-        return Reconstruction(encoded, is_hidden, is_scored, truth, squared)
+        guessed = own.by_voxel(stem, guess.hidden, masked.choice) * stem.voxel_scale
+        return Reconstruction(guess.encoded, is_scored, truth, (guessed - truth).square() * is_scored)
 
     def patch_errors(
         self, batch: Batch, hidden: Bool[Tensor, "patch"]
     ) -> tuple[Float[Tensor, "batch patch"], Float[Tensor, "batch patch"]]:
         """With these patches hidden in all frames: squared error summed over each, 0 where visible; and the total
         about the training mean, of all."""
-        part = self.set_named(batch.set_name)
-        stem = self.encoder.stem(part.stem_name)
-        choice = hiding(hidden, part.masker.num_tubelets, len(batch.weight))
-        features = self._features(batch)
-        scale = stem.by_token(stem.voxel_scale.expand(1, stem.tubelet_frames, -1)) * stem.measured(batch.is_measured)
+        masker = self.set_named(batch.set_name).masker
+        masked = self.mask(batch, hiding(hidden, masker.num_tubelets, len(batch.weight)))
+        scale = masked.error_scale()
         by_patch = "batch (tubelet patch) feature -> batch patch"
-        patches = part.masker.num_patches
-        residual = self._guess(features, batch, choice).float() - at(features, choice.hidden)
-        error = (residual * at(scale, choice.hidden % patches)).square()
-        truth = features * scale.repeat(1, part.masker.num_tubelets, 1)
-        total = reduce(truth.square(), by_patch, "sum", patch=patches)
+        error = (self.residual(masked) * masked.of_hidden(scale)).square()
+        truth = masked.features * scale.repeat(1, masker.num_tubelets, 1)
+        total = reduce(truth.square(), by_patch, "sum", patch=masker.num_patches)
         errors = torch.zeros_like(total)
         errors[:, hidden] = reduce(error, by_patch, "sum", patch=int(hidden.sum()))
         return errors, total
 
-    def encode_visible(self, batch: Batch) -> Float[Tensor, "batch visible width"]:
-        """The encoded tokens that `predict` guesses from."""
-        choice = self.set_named(batch.set_name).masker.choose(batch.sample_seed)
-        encoded, _ = self._encode(self._features(batch), batch, choice)
-        return encoded
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Per sample and region (the last column: no region): squared error, total about this run's training mean, and
+        the number of values they are summed over; per sample, the weighted error of the loss, its set and its seed;
+        where there are sentinels, the mean encoded token and a few single ones."""
+        own, found = self.set_named(batch.set_name), self.reconstruct(batch)
+        # Registered weights bring the voxel mean they were trained with; what scores 0 is this run's own.
+        offset = self.encoder.stem(own.stem_name).voxel_offset
+        shift = 0.0 if own.training_mean is None else own.training_mean - offset
+        sums = {
+            "error": own.by_region(found.squared),
+            "total": own.by_region((found.truth - shift).square() * found.is_scored),
+            "count": own.by_region(found.is_scored.float()),
+        }
+        padding = self.num_columns - own.regions.num_columns
+        rows = {name: nn.functional.pad(values, (0, padding)) for name, values in sums.items()}
+        rows["weighted"] = (found.squared * own.voxel_weight).sum(dim=(1, 2))
+        rows["set"] = torch.full_like(batch.sample_seed, self.names.index(own.name))
+        rows["sample_seed"] = batch.sample_seed
+        if self.sentinels is not None:
+            rows |= sampled(found.encoded, self.sentinels.config.tokens_per_sample)
+        return rows
+
+    def by_set(self, predictions: dict[str, Tensor]) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+        """For each set that has any: which rows are its own, and those rows with the set's own region columns and the
+        errors of the baselines on the same samples."""
+        found = {}
+        for index, name in enumerate(self.names):
+            own = self.set_named(name)
+            chosen = predictions["set"] == index
+            if own.baselines is not None:
+                chosen = own.scored_beside_baselines(chosen, predictions["sample_seed"])
+            if bool(chosen.any()):
+                rows = {key: values[chosen] for key, values in predictions.items()}
+                rows |= {key: rows[key][:, : own.regions.num_columns] for key in ("error", "total", "count")}
+                beside = {} if own.baselines is None else own.baselines.errors_of(rows["sample_seed"])
+                found[name] = chosen, rows | {f"error_{baseline}": errors for baseline, errors in beside.items()}
+        return found
 
     def metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
         """loss and r2 with their parts, and those of the sentinels; of several sets <set>/r2 and so on, and the loss
         weighted as training is."""
-        by_set = {}
-        for name, rows in self.by_set(predictions).items():
-            part = self.set_named(name)
-            loss = float(rows["weighted"].double().sum() / (len(rows["weighted"]) * part.values_per_sample))
-            by_set[name] = metrics_of(rows, part.regions, values_per_sample=part.values_per_sample) | {"loss": loss}
-            if self.sentinels is not None:
-                by_set[name] |= self.sentinels.metrics(name, rows)
-        if len(self.names) == 1:
-            return by_set[self.names[0]]
-        weights = {name: self.set_named(name).weight for name in by_set}
-        whole = sum(weights[name] * found["loss"] for name, found in by_set.items()) / sum(weights.values())
-        return {"loss": whole} | {
-            f"{name}/{key}": value for name, found in by_set.items() for key, value in found.items()
-        }
-
-    def score_table(
-        self, predictions: dict[str, Tensor], subjects: Mapping[str, Sequence[str]], config: IntervalConfig
-    ) -> dict[str, list[Row]]:
-        """By set, how well everything, each group and each region was guessed; `subjects` of each set's rows."""
-        return {
-            name: score_rows(rows, self.set_named(name).regions, subjects=subjects[name], config=config)
-            for name, rows in self.by_set(predictions).items()
-        }
-
-    def by_set(self, predictions: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The predictions of each set that has any, with its own number of region columns."""
         found = {}
-        for index, name in enumerate(self.names):
-            rows = predictions["set"] == index
-            columns, beside = self.set_named(name).regions.num_columns, self._errors_beside(name)
-            if bool(rows.any()):
-                found[name] = {
-                    key: values[rows][:, :columns] if is_by_region(key) else values[rows]
-                    for key, values in predictions.items()
-                    if key in beside or not key.startswith(ERROR_OF)
-                }
-        return found
+        for name, (_, rows) in self.by_set(predictions).items():
+            own = self.set_named(name)
+            found[name] = {"loss": self.split_loss(name, rows)} | metrics_of(rows, own.regions)
+            if self.sentinels is not None:
+                found[name] |= self.sentinels.metrics(name, rows)
+        if len(self.names) == 1:
+            return found[self.names[0]]
+        weights = {name: self.set_named(name).weight for name in found}
+        whole = sum(weights[name] * values["loss"] for name, values in found.items()) / sum(weights.values())
+        return {"loss": whole} | {f"{name}/{key}": value for name, each in found.items() for key, value in each.items()}
 
-    def _errors_beside(self, name: str) -> list[str]:
-        """The predictions that a set's references are scored by."""
-        references = self.set_named(name).references
-        return [] if references is None else [f"{ERROR_OF}{each}" for each in references.names]
+    def split_loss(self, name: str, rows: dict[str, Tensor]) -> float:
+        """The loss of a set's rows of a split, as training counts it."""
+        return float(rows["weighted"].double().sum() / (len(rows["weighted"]) * self.set_named(name).values_per_sample))
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return split_decay(
@@ -255,11 +268,11 @@ class MaskedVolumes(Task):
         flops = flops_of_pass(self.config.encoder, self.config.decoder, shape)
         return Cost(tokens=shape.rows * shape.num_tokens, flops=flops)
 
-    def pass_shape(self, part: MaskedSet, *, rows: int) -> PassShape:
+    def pass_shape(self, own: MaskedSet, *, rows: int) -> PassShape:
         """What a forward pass on `rows` samples of a set holds."""
-        num_hidden = part.masker.num_hidden
-        num_features = self.encoder.stem(part.stem_name).num_features
-        return PassShape(rows, part.masker.num_tokens - num_hidden, num_hidden, num_features)
+        num_hidden = own.masker.num_hidden
+        num_features = self.encoder.stem(own.stem_name).num_features
+        return PassShape(rows, own.masker.num_tokens - num_hidden, num_hidden, num_features)
 
     def checkpoint_activations(self) -> None:
         self.encoder.recomputes_activations = self.decoder.recomputes_activations = True
@@ -286,40 +299,10 @@ class MaskedVolumes(Task):
             else:
                 mine.start_from(known[min(known, key=lambda other: kind_of(other) != kind_of(name))])
 
-    def hidden_patches(self, batch: Batch) -> Bool[Tensor, "batch tubelet patch"]:
+    def is_hidden(self, batch: Batch) -> Bool[Tensor, "batch tubelet patch"]:
         """True for the tokens that this batch hides."""
-        part = self.set_named(batch.set_name)
-        return part.hidden_patches(part.masker.choose(batch.sample_seed))
-
-    def _features(self, batch: Batch) -> Float[Tensor, "batch token feature"]:
-        stem = self.encoder.stem(self.set_named(batch.set_name).stem_name)
-        return stem.features(batch.values, batch.is_measured)
-
-    def _guess(
-        self, features: Float[Tensor, "batch token feature"], batch: Batch, choice: TokenChoice
-    ) -> Float[Tensor, "batch hidden feature"]:
-        """Standardised voxels of the hidden tokens, guessed from the visible ones."""
-        encoded, positions = self._encode(features, batch, choice)
-        return self._decode(encoded, positions, self.set_named(batch.set_name), choice)
-
-    def _encode(
-        self, features: Float[Tensor, "batch token feature"], batch: Batch, choice: TokenChoice
-    ) -> tuple[Float[Tensor, "batch visible width"], Float[Tensor, "batch token 4"]]:
-        """The visible tokens, encoded, and every token's position."""
-        part = self.set_named(batch.set_name)
-        positions = self.encoder.positions(part.stem_name, part.masker.num_tubelets, batch.repetition_time_s)
-        encoded = self.encoder(at(features, choice.visible), at(positions, choice.visible), part.stem_name)
-        return encoded, positions
-
-    def _decode(
-        self,
-        encoded: Float[Tensor, "batch visible width"],
-        positions: Float[Tensor, "batch token 4"],
-        part: MaskedSet,
-        choice: TokenChoice,
-    ) -> Float[Tensor, "batch hidden feature"]:
-        visible_positions = at(positions, choice.visible)
-        return self.decoder(encoded, visible_positions, at(positions, choice.hidden), part.stem_name)
+        own = self.set_named(batch.set_name)
+        return own.is_hidden(own.masker.choose(batch.sample_seed))
 
     def _untouched(self, used: StemName) -> Tensor:
         """0, with the stems and outputs this step does not use in its graph: their gradient is then zero, not absent,
@@ -332,11 +315,6 @@ class MaskedVolumes(Task):
             if name != used
         ]
         return 0.0 * torch.stack([*sums, self.encoder.stem(used).voxel_offset.new_zeros(())]).sum()
-
-
-def is_by_region(name: str) -> bool:
-    """True for the predictions that have a column a region."""
-    return name in ("error", "total", "count") or name.startswith(ERROR_OF)
 
 
 def hiding(hidden: Bool[Tensor, "patch"], num_tubelets: int, num_samples: int) -> TokenChoice:

@@ -1,21 +1,21 @@
-"""Which tokens a sample hides: every token gets a sort key, the lowest keys are hidden up to an exact budget.
+"""Which tokens a sample hides: every token gets a sort key, and the lowest keys are hidden up to an exact budget.
 
 Pure functions of each sample's seed; knows layouts and atlases only as arrays, and nothing of models or data.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from data_sharding.hashing import GOLDEN_GAMMA, splitmix64
 from pretrain.errors import MaskingError
 
-Arm = Literal["random", "tube", "future", "region"]
+StrategyName = Literal["random", "tube", "future", "region"]
 Rule = Literal["majority", "any", "pure"]
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -24,7 +24,7 @@ _FULL_SHARE = 1 - 1e-4  # membership is float32; patches hold at most a few thou
 
 @dataclass
 class MaskingConfig:
-    kind: Arm
+    kind: StrategyName
     hidden_share: float  # of all patches; the token budget is this many patches in every tubelet
     rule: Rule  # how a patch belongs to regions
     groups: list[str]  # hide only patches of these atlas groups; empty = the whole brain
@@ -47,8 +47,8 @@ class TokenChoice:
     visible: Int64[Tensor, "batch visible"]
 
 
-def hidden_patches(hidden_share: float, num_patches: int) -> int:
-    """The budget in patches; every arm hides exactly this many tokens per tubelet on average."""
+def num_hidden_patches(hidden_share: float, num_patches: int) -> int:
+    """The budget in patches; every strategy hides exactly this many tokens per tubelet on average."""
     return round(hidden_share * num_patches)
 
 
@@ -136,7 +136,7 @@ def masking_problems(
 ) -> list[str]:
     """Why this arm cannot hide its budget on this layout, each with the number; empty when it can."""
     num_patches = membership.shape[0]
-    budget = hidden_patches(config.hidden_share, num_patches)
+    budget = num_hidden_patches(config.hidden_share, num_patches)
     problems = []
     if not 0 < budget < num_patches:
         problems.append(
@@ -161,7 +161,7 @@ class Masker(nn.Module):
     """Chooses the hidden tokens of a batch; built once from a configuration and a membership matrix."""
 
     regions: Int64[Tensor, "patch choice"]
-    eligible: Bool[Tensor, "patch"]
+    eligible: Bool[Tensor, "key"]
     key_offsets: Int64[Tensor, "key"]
     region_offsets: Int64[Tensor, "region"]
 
@@ -177,50 +177,61 @@ class Masker(nn.Module):
         if problems:
             raise MaskingError("; ".join(problems))
         super().__init__()
-        self.kind = config.kind
-        self.num_patches, self.num_regions = membership.shape
+        self.strategy = STRATEGIES[config.kind]
+        self.num_patches, num_regions = membership.shape
         self.num_tubelets = num_tubelets
-        self.num_hidden = hidden_patches(config.hidden_share, self.num_patches) * num_tubelets
-        self.register_buffer("regions", regions_of_patches(membership, config.rule, columns.allowed), persistent=False)
-        self.register_buffer("eligible", eligible_patches(membership, config, columns), persistent=False)
-        self.by_patch = self.kind in ("tube", "region")
-        num_keys = self.num_patches if self.by_patch else self.num_tokens
-        self.register_buffer("key_offsets", stream_offsets(num_keys, stream=0), persistent=False)
-        self.register_buffer("region_offsets", stream_offsets(self.num_regions, stream=1), persistent=False)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_patches * self.num_tubelets
+        self.num_tokens = self.num_patches * num_tubelets
+        self.num_hidden = num_hidden_patches(config.hidden_share, self.num_patches) * num_tubelets
+        keys_per_patch = 1 if self.strategy.hides_whole_patches else num_tubelets
+        for name, tensor in {
+            "regions": regions_of_patches(membership, config.rule, columns.allowed),
+            "eligible": eligible_patches(membership, config, columns).repeat(keys_per_patch),
+            "key_offsets": stream_offsets(self.num_patches * keys_per_patch, stream=0),
+            "region_offsets": stream_offsets(num_regions, stream=1),
+        }.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def choose(self, sample_seed: Int64[Tensor, "batch"]) -> TokenChoice:
-        """Each sample's hidden and visible tokens, a function of its own seed only."""
-        order = self.sort_keys(sample_seed).argsort(dim=1, stable=True)
-        if self.by_patch:
+        """Each sample's hidden and visible tokens, a function of its own seed only.
+
+        The lowest keys are hidden. Their low 31 bits are random and break ties, so what crosses the budget is trimmed
+        at random.
+        """
+        keys = random_bits(sample_seed, self.key_offsets)
+        if self.strategy.comes_first is not None:
+            keys = keys + (self.strategy.comes_first(self, sample_seed) << 31)
+        order = torch.where(self.eligible, keys, _NEVER).argsort(dim=1, stable=True)
+        if self.strategy.hides_whole_patches:
             first_token = torch.arange(self.num_tubelets, device=order.device) * self.num_patches
-            order = rearrange(order, "batch patch -> batch patch 1") + first_token
-            order = rearrange(order, "batch patch tubelet -> batch (patch tubelet)")
+            order = (order[:, :, None] + first_token).flatten(1)
         hidden, visible = order[:, : self.num_hidden], order[:, self.num_hidden :]
         return TokenChoice(hidden.sort(dim=1).values, visible.sort(dim=1).values)
 
-    def sort_keys(self, sample_seed: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch key"]:
-        """The keys, lowest hidden first: one a patch for tube and region, one a token for random and future.
 
-        The low 31 bits are random and break ties, so what crosses the budget is trimmed at random.
-        """
-        keys = random_bits(sample_seed, self.key_offsets)
-        if self.kind == "region":
-            keys = keys + (self._region_numbers(sample_seed) << 31)
-        elif self.kind == "future":
-            tubelets_left = torch.arange(self.num_tubelets - 1, -1, -1, device=keys.device)
-            keys = keys + (repeat(tubelets_left, "tubelet -> (tubelet patch)", patch=self.num_patches) << 31)
-        eligible = self.eligible
-        if not self.by_patch:
-            eligible = repeat(eligible, "patch -> (tubelet patch)", tubelet=self.num_tubelets)
-        return torch.where(eligible, keys, _NEVER)
+def region_numbers(masker: Masker, sample_seed: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch patch"]:
+    """A random number per region; a patch gets the lowest of its regions', one without a region a number above all."""
+    numbers = random_bits(sample_seed, masker.region_offsets)
+    above_all = torch.full_like(numbers[:, :1], 1 << 31)
+    return torch.cat([numbers, above_all], dim=1)[:, masker.regions].amin(dim=2)
 
-    def _region_numbers(self, sample_seed: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch patch"]:
-        """The number a patch inherits: the lowest among its regions; unreachable patches get one above all."""
-        numbers = random_bits(sample_seed, self.region_offsets)
-        above_all = torch.full_like(numbers[:, :1], 1 << 31)
-        numbers = torch.cat([numbers, above_all], dim=1)
-        return numbers[:, self.regions].amin(dim=2)
+
+def tubelets_left(masker: Masker, sample_seed: Int64[Tensor, "batch"]) -> Int64[Tensor, "token"]:
+    """How many tubelets follow each token's."""
+    following = torch.arange(masker.num_tubelets - 1, -1, -1, device=sample_seed.device)
+    return following.repeat_interleave(masker.num_patches)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How tokens are sorted before the first ones are hidden, up to the budget."""
+
+    hides_whole_patches: bool  # one key per patch, which hides it in every tubelet; else one key per token
+    comes_first: Callable[[Masker, Tensor], Tensor] | None  # lowest is hidden first; None: all tokens are equal
+
+
+STRATEGIES: dict[StrategyName, Strategy] = {
+    "random": Strategy(hides_whole_patches=False, comes_first=None),
+    "tube": Strategy(hides_whole_patches=True, comes_first=None),
+    "future": Strategy(hides_whole_patches=False, comes_first=tubelets_left),
+    "region": Strategy(hides_whole_patches=True, comes_first=region_numbers),
+}

@@ -2,25 +2,26 @@
 
 import math
 from collections.abc import Mapping
+from typing import get_args
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from data_sharding.read.addresses import run_table
 from data_sharding.read.joint import sets_of_steps
 from pretrain.baselines.guesses import ridge_bytes
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.costs import bytes_kept
-from pretrain.masked.geometry import Geometry
-from pretrain.masked.masked_set import MaskedSet
+from pretrain.masked.masked_set import Geometry, MaskedSet
 from pretrain.masked.masked_volumes import MaskedVolumes
-from pretrain.masked.reach import reach_of_groups
-from pretrain.masked.sets import OpenedSet, open_sets
-from pretrain.masked.study import build_task
+from pretrain.masked.masking import Rule, columns_of_groups, reachable
+from pretrain.masked.sets import OpenedSet, build_task, open_sets
 from training.engine.engines import checkpoint_bytes
 
 BYTES_PER_VALUE = {"int8": 1, "float16": 2}  # in the shards
 STAGES = (0, 1, 2, 3)
 MIB = 2**20
+WHOLE = "brain"
 
 
 def plan(config: PretrainConfig) -> str:
@@ -36,7 +37,7 @@ def plan(config: PretrainConfig) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def set_lines(config: PretrainConfig, opened: OpenedSet, part: MaskedSet, *, num_steps: int) -> dict[str, str]:
+def set_lines(config: PretrainConfig, opened: OpenedSet, masked_set: MaskedSet, *, num_steps: int) -> dict[str, str]:
     """The plan's lines about one set, of which `num_steps` steps are made."""
     geometry = opened.geometry
     samples = samples_per_epoch(opened)
@@ -50,7 +51,7 @@ def set_lines(config: PretrainConfig, opened: OpenedSet, part: MaskedSet, *, num
         "samples drawn": f"{drawn:,} in {num_steps:,} steps: {drawn / max(samples, 1):.1f} epochs",
         "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} a sample)",
         "shards a worker": f"all {num_shards:,}, {min(config.data.shuffle_shards, num_shards):,} at a time",
-        "tokens a sample": f"{part.masker.num_tokens:,}, {part.masker.num_hidden:,} of them hidden "
+        "tokens a sample": f"{masked_set.masker.num_tokens:,}, {masked_set.masker.num_hidden:,} of them hidden "
         f"({geometry.layout.num_patches} patches x {geometry.num_tubelets} tubelets)",
         "ridge baseline": ridge_line(config, geometry),
     }
@@ -144,3 +145,20 @@ def ridge_line(config: PretrainConfig, geometry: Geometry) -> str:
 def count(module: nn.Module) -> int:
     """Parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def reach_of_groups(shares: Float[Tensor, "patch region"], geometry: Geometry) -> dict[Rule, dict[str, float]]:
+    """The share of all patches that region masking can hide, by rule and group; 'brain': without naming a group.
+
+    `shares` are the geometry's own membership, pseudo-regions of unlabelled tissue included.
+    """
+    region_ids = geometry.atlas.membership(geometry.layout, geometry.space).region_ids.tolist()
+    groups = geometry.atlas.groups
+    columns = {name: columns_of_groups([name], "groups", atlas_groups=groups, region_ids=region_ids) for name in groups}
+    return {
+        rule: {
+            name: float(reachable(shares, rule, allowed).float().mean())
+            for name, allowed in {WHOLE: None, **columns}.items()
+        }
+        for rule in get_args(Rule)
+    }

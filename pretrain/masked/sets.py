@@ -1,16 +1,18 @@
-"""The shard sets of a run: opened, cut into tokens, and read by every rank. One, or several with a weight each."""
+"""The shard sets of a run, one or several with a weight each: opened, cut into tokens, and read by every rank."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from brain_models.encoder import TokenKind
 from data_sharding.read.joint import JointSource, named
 from data_sharding.read.reader import Batch, BatchSource, ReaderConfig, ShardSet, open_set
 from pretrain.errors import PretrainError
 from pretrain.masked.config import PretrainConfig
-from pretrain.masked.geometry import Geometry
-from pretrain.masked.masked_set import SetSpec
-from training.collectives import Process
+from pretrain.masked.masked_set import Geometry, SetSpec
+from pretrain.masked.masked_volumes import MaskedVolumes
+from training.collectives import Process, this_process
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,19 @@ def open_sets(config: PretrainConfig, *, scratch: str | None = None) -> dict[str
     return found
 
 
+def build_task(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> MaskedVolumes:
+    """A fresh task, the same on every rank."""
+    torch.manual_seed(config.train.seed)
+    return MaskedVolumes(
+        config.model,
+        {name: each.spec for name, each in sets.items()},
+        masking=config.masking,
+        loss=config.loss,
+        batch_size=config.data.batch_size,
+        weight_decay=config.weight_decay,
+    )
+
+
 def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], process: Process) -> BatchSource | JointSource:
     """What a rank trains and evaluates on."""
     sources = {
@@ -65,13 +80,14 @@ def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], process: 
     return JointSource(sources, {name: each.weight for name, each in sets.items()}, seed=config.data.seed)
 
 
-def training_subset(config: PretrainConfig, opened: OpenedSet, process: Process) -> Iterator[Batch]:
-    """A rank's share of the training samples that statistics and baselines are fitted on, the same every time.
+def training_subset(config: PretrainConfig, opened: OpenedSet) -> Iterator[Batch]:
+    """This rank's share of the training samples that statistics and baselines are fitted on, the same every time.
 
     Dealt out, so that the last subjects, which the ridge's penalty is chosen on at length, are not all one rank's.
     """
     reader = reader_config(config, opened.name)
-    source = BatchSource(opened.shard_set, reader, rank=process.rank, world_size=process.world_size)
+    here = this_process()
+    source = BatchSource(opened.shard_set, reader, rank=here.rank, world_size=here.world_size)
     for batch in source.evaluation("train", limit=config.baselines.fit_samples, is_dealt_out=True):
         yield named(batch, opened.name)
     source.close()

@@ -10,26 +10,28 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from safetensors.torch import save_file
 
 from brain_models import bundle
 from brain_models.bundle import Bundle, StemSpec
 from cluster.storage.stores import store_for
-from pretrain.baselines.references import fit_references, voxel_statistics
 from pretrain.masked.config import PretrainConfig
-from pretrain.masked.examined import WEIGHTS, save_weights
 from pretrain.masked.masked_volumes import MaskedVolumes
-from pretrain.masked.sets import OpenedSet, open_sets, open_source, training_subset
-from pretrain.masked.untrained import open_sentinels
-from pretrain.report.tables import Table, as_report, reconstruction_table
+from pretrain.masked.preparation import prepare
+from pretrain.masked.sets import OpenedSet, build_task, open_sets, open_source
+from pretrain.report.scores import IntervalConfig, RegionScore, report_of, score_rows
 from training.collectives import this_process
+from training.evaluation import Evaluation
+from training.identity import claim, config_hash, run_key
 from training.loop import FitResult, Services, fit
 from training.registry import models as registry
 from training.registry.seen_subjects import overlap, seen_before, write_seen
 from training.task import Task
+
+WEIGHTS = "pretraining.safetensors"  # encoder and decoder; the bundle has no decoder
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +40,22 @@ def train(config: PretrainConfig) -> dict[str, object]:
     """What the run led to, as in <run.folder>/metrics.json; every rank calls it and gets the same."""
     sets = open_sets(config, scratch=config.run.scratch)
     task = build_task(config, sets)
-    fit_to_training_split(task, config, sets)
-    task.sentinels = open_sentinels(task, config, sets)
     source = open_source(config, sets, this_process())
     exporter = Exporter(config, sets)
+    claim(exporter.store, identity(config))
+    run_key(exporter.store, identity(config))  # refuses the folder of another run
+    prepare(task, config, sets, key=preparation_key(config, source.fingerprint))
     tags = lineage(config, sets) | {"callosum.set_fingerprint": source.fingerprint}
     services = Services(identity=identity(config), export=exporter.export, tags=tags)
     result = fit(task, source, config.train, services)
-    tables = {
-        split: reconstruction_table(task, found, split, sets=sets, config=config.report.intervals)
-        for split, found in result.evaluations.items()
+    scores = {
+        split: score_split(task, evaluation, split, sets=sets, config=config.report.intervals)
+        for split, evaluation in result.evaluations.items()
     }
-    summary = summarise(task, config, result, tables=tables, sets=sets)
+    summary = summarise(config, result, scores=scores, sets=sets)
     if result.is_main:
         try:
-            summary["report"] = exporter.report(result, tables)
+            summary["report"] = exporter.report(result, scores)
             summary["seen_before"] = held_out_seen(config, sets, seen_before(exporter.store))
             exporter.publish(result, summary, tags)
         finally:
@@ -60,41 +63,38 @@ def train(config: PretrainConfig) -> dict[str, object]:
     return summary
 
 
-def build_task(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> MaskedVolumes:
-    """A fresh task, the same on every rank."""
-    torch.manual_seed(config.train.seed)
-    return MaskedVolumes(
-        config.model,
-        {name: each.spec for name, each in sets.items()},
-        masking=config.masking,
-        loss=config.loss,
-        batch_size=config.data.batch_size,
-        weight_decay=config.weight_decay,
-    )
+def preparation_key(config: PretrainConfig, fingerprint: str) -> str:
+    """What the preparation of a run depends on; the sentinels' tokens are no part of the configuration's hash."""
+    tokens = config.report.sentinels.tokens_per_sample
+    return f"{config_hash(identity(config))} {fingerprint} {tokens}"
 
 
-def fit_to_training_split(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> None:
-    """Give the task the training split's voxel statistics, a stem's from all its sets, and the baselines fitted on it.
+@dataclass(frozen=True)
+class SetScores:
+    """How well the hidden voxels of one set's samples of a split were guessed."""
 
-    Every rank reads its share of the same fixed subset, and all have the same numbers.
-    """
-    for stem_name in task.encoder.stems:
-        readers = [each for name, each in sets.items() if task.set_named(name).stem_name == stem_name]
-        subjects = {subject for each in readers for subject in each.training_subjects}
-        if len(subjects) >= config.min_mean_subjects:
-            batches = itertools.chain.from_iterable(training_subset(config, each, this_process()) for each in readers)
-            statistics = voxel_statistics(batches, readers[0].geometry.space.num_voxels)
-            task.set_voxel_statistics(stem_name, statistics.mean, statistics.deviation(config.deviation_floor))
-    for name, each in sets.items():
-        part, layout = task.set_named(name), each.geometry.layout
-        part.references = fit_references(
-            partial(training_subset, config, each, this_process()),
-            config.baselines,
-            offset=task.encoder.stem(part.stem_name).voxel_offset.clone(),
-            patch_of_voxel=torch.from_numpy(layout.patch_of_voxel),
-            centres_mm=torch.from_numpy(layout.centres_mm),
-            hidden_patches=task.hidden_patches,
-        )
+    regions: list[RegionScore]
+    loss: float
+    num_samples: int
+
+
+def score_split(
+    task: MaskedVolumes,
+    evaluation: Evaluation,
+    split: str,
+    *,
+    sets: Mapping[str, OpenedSet],
+    config: IntervalConfig,
+) -> dict[str, SetScores]:
+    """The scores of a whole split by set, with intervals over subjects."""
+    scores = {}
+    for name, (is_own, rows) in task.by_set(evaluation.predictions).items():
+        runs = sets[name].shard_set.runs(sets[name].kind, [split])
+        subject_of = dict(zip(runs["scan_id"], runs["subject"], strict=True))
+        subjects = [subject_of[scan] for scan in itertools.compress(evaluation.scan_ids, is_own.tolist())]
+        regions = score_rows(rows, task.set_named(name).regions, subjects=subjects, config=config)
+        scores[name] = SetScores(regions, task.split_loss(name, rows), len(subjects))
+    return scores
 
 
 def identity(config: PretrainConfig) -> dict[str, object]:
@@ -118,15 +118,19 @@ def lineage(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> dict[str, 
 
 
 def summarise(
-    task: MaskedVolumes,
     config: PretrainConfig,
     result: FitResult,
     *,
-    tables: Mapping[str, Table],
+    scores: Mapping[str, Mapping[str, SetScores]],
     sets: Mapping[str, OpenedSet],
 ) -> dict[str, object]:
     """metrics.json: r2 on each final split beside the baselines, by group and region, and where it came from."""
-    reconstruction = {split: as_report(task, found, tables[split]) for split, found in result.evaluations.items()}
+    reconstruction: dict[str, object] = {}
+    for split, by_set in scores.items():
+        reports = {
+            name: report_of(own.regions, loss=own.loss, num_samples=own.num_samples) for name, own in by_set.items()
+        }
+        reconstruction[split] = reports if len(sets) > 1 else reports[next(iter(sets))]
     return {
         "kind": config.label,
         "sets": {
@@ -185,7 +189,8 @@ class Exporter:
         """Write the encoder as a bundle, locally and into the run folder."""
         assert isinstance(task, MaskedVolumes)
         # First: the bundle's golden output is a forward pass, after which ZeRO 3 takes whole weights away again.
-        save_weights(task, self.weights)
+        weights = {name: values.detach().cpu().contiguous() for name, values in task.state_dict().items()}
+        save_file(weights, self.weights)
         self.store.put(WEIGHTS, self.weights)
         first_of = {task.set_named(name).stem_name: each for name, each in reversed([*self.sets.items()])}
         fingerprints = ", ".join(each.shard_set.fingerprint for each in self.sets.values())
@@ -207,11 +212,12 @@ class Exporter:
         for path in sorted(self.folder.iterdir()):
             self.store.put(f"bundle/{path.name}", path)
 
-    def report(self, result: FitResult, tables: Mapping[str, Table]) -> dict[str, object]:
+    def report(self, result: FitResult, scores: Mapping[str, Mapping[str, SetScores]]) -> dict[str, object]:
         """What the run says about itself: numbers for metrics.json, files in the run folder and in MLflow."""
-        from pretrain.report.runs import report_run  # needs matplotlib, scikit-learn and nibabel
+        from pretrain.masked.run_report import report_run  # needs matplotlib, scikit-learn and nibabel
 
         run_id = result.mlflow_run_id
+        tables = {split: {name: own.regions for name, own in by_set.items()} for split, by_set in scores.items()}
         return report_run(self.config, self.sets, weights=self.weights, tables=tables, mlflow_run_id=run_id)
 
     def publish(self, result: FitResult, summary: dict[str, object], tags: Mapping[str, str]) -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from brain_models.space import BrainSpace, require_grid
-from data_sharding.read.batch import Batch
-from pretrain.masked.masked_volumes import MaskedVolumes
 
 MIN_VALUES = 8  # hidden values a voxel needs for an r2
 
@@ -25,17 +25,23 @@ class VoxelMaps:
     num_windows: int
 
 
-def voxel_maps(task: MaskedVolumes, batches: Iterable[Batch], num_voxels: int) -> VoxelMaps:
-    """The maps of the batches' hidden, measured values, under the masks the task evaluates with."""
+class ScoredVoxels(Protocol):
+    """What the maps need to know of a batch, each [batch, time, voxel] and 0 where not scored."""
+
+    squared: Tensor
+    truth: Tensor  # about the training mean; also where not scored
+    is_scored: Tensor
+
+
+def voxel_maps(batches: Iterable[ScoredVoxels], num_voxels: int) -> VoxelMaps:
+    """The maps of all hidden, measured values of the batches."""
     error, total, count = (torch.zeros(num_voxels, dtype=torch.float64) for _ in range(3))
     num_windows = 0
-    with torch.no_grad():
-        for batch in batches:
-            found = task.reconstruct(batch)
-            for sums, values in ((error, found.squared), (total, found.truth.square() * found.is_scored)):
-                sums += values.sum(dim=(0, 1)).double().cpu()
-            count += found.is_scored.sum(dim=(0, 1)).double().cpu()
-            num_windows += len(batch.weight)
+    for batch in batches:
+        for sums, values in ((error, batch.squared), (total, batch.truth.square() * batch.is_scored)):
+            sums += values.sum(dim=(0, 1)).double().cpu()
+        count += batch.is_scored.sum(dim=(0, 1)).double().cpu()
+        num_windows += len(batch.squared)
     is_known = (count >= MIN_VALUES) & (total > 0)
     r2 = torch.where(is_known, 1 - error / total.clamp(min=1e-12), torch.nan)
     rmse = torch.where(count >= MIN_VALUES, (error / count.clamp(min=1)).sqrt(), torch.nan)

@@ -1,11 +1,13 @@
-"""How well hidden voxels were guessed: pure functions from per-sample, per-region sums to r2, with intervals.
+"""How well hidden voxels were guessed: pure functions from per-sample, per-region sums to tables of r2 with intervals.
 
 r2 = 1 - squared error / squared distance from the training split's voxel mean, over all hidden, measured values of a
 split: a perfect guess scores 1, the training mean 0.
 """
 
+import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,8 +67,9 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Row:
-    """How well one part of the brain was guessed. `gain` is the model's r2 minus a baseline's, subjects paired."""
+class RegionScore:
+    """How well a region, a group or everything was guessed. `gain` is the model's r2 minus a baseline's, subjects
+    paired."""
 
     scope: str  # all, group or region
     name: str
@@ -81,13 +84,10 @@ def explained(error: Tensor, total: Tensor) -> float:
     return float(1 - error.sum() / total.sum()) if float(total.sum()) > 0 else float("nan")
 
 
-def metrics_of(predictions: dict[str, Tensor], regions: Regions, *, values_per_sample: float) -> dict[str, float]:
-    """loss (as in training), r2, r2/<baseline> and r2/group/<group>, from sums [sample, region]."""
+def metrics_of(predictions: dict[str, Tensor], regions: Regions) -> dict[str, float]:
+    """r2, r2/<baseline> and r2/group/<group>, from sums [sample, region]."""
     error, total, count = (predictions[name].double().sum(dim=0) for name in ("error", "total", "count"))
-    metrics = {
-        "loss": float(error.sum() / (len(predictions["error"]) * values_per_sample)),
-        "r2": explained(error, total),
-    }
+    metrics = {"r2": explained(error, total)}
     for name, sums in predictions.items():
         if name.startswith("error_"):
             metrics[f"r2/{name.removeprefix('error_')}"] = explained(sums.double(), total)
@@ -99,7 +99,7 @@ def metrics_of(predictions: dict[str, Tensor], regions: Regions, *, values_per_s
 
 def score_rows(
     predictions: dict[str, Tensor], regions: Regions, *, subjects: Sequence[str], config: IntervalConfig
-) -> list[Row]:
+) -> list[RegionScore]:
     """The whole table: everything, each group, each region that was hidden at all; `subjects` are the rows'."""
     names, of_row = np.unique(np.asarray(subjects), return_inverse=True)
     scopes = scopes_of(regions)
@@ -119,7 +119,7 @@ def score_rows(
     r2 = {key: 1 - (draws @ error) / drawn_total for key, error in errors.items()}
     gain = {key: r2[MODEL] - found for key, found in r2.items() if key != MODEL}
     return [
-        Row(
+        RegionScore(
             scope,
             name,
             int((count[:, number] > 0).sum()),
@@ -166,7 +166,7 @@ def interval(draws: Float[Tensor, "draw"], config: IntervalConfig) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def report_of(rows: Sequence[Row], *, loss: float, num_samples: int) -> dict[str, object]:
+def report_of(rows: Sequence[RegionScore], *, loss: float, num_samples: int) -> dict[str, object]:
     """The table as metrics.json holds it: r2 of model and baselines, over everything, by group and by region."""
     groups = {row.name: numbers_of(row) for row in rows if row.scope == "group"}
     regions = {row.name: numbers_of(row) for row in rows if row.scope == "region"}
@@ -182,7 +182,7 @@ def report_of(rows: Sequence[Row], *, loss: float, num_samples: int) -> dict[str
     }
 
 
-def numbers_of(row: Row) -> dict[str, object]:
+def numbers_of(row: RegionScore) -> dict[str, object]:
     """A row as plain numbers: the model's r2 with its interval, and the baselines'."""
     model = row.r2[MODEL]
     numbers: dict[str, object] = {"r2": model.value, "low": model.low, "high": model.high}
@@ -191,3 +191,37 @@ def numbers_of(row: Row) -> dict[str, object]:
         | {name: found.value for name, found in row.r2.items() if name != MODEL}
         | {"subjects": row.num_subjects, "values": row.num_values}
     )
+
+
+def as_csv(tables: Mapping[str, Mapping[str, Sequence[RegionScore]]], alignments: Mapping[str, str]) -> str:
+    """One line per split, set and region or group: r2 of the model and of each baseline, and what the model gains."""
+    lines = [
+        {"split": split, "set": name, "alignment": alignments[name]} | csv_line(row)
+        for split, table in tables.items()
+        for name, rows in table.items()
+        for row in rows
+    ]
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def csv_line(row: RegionScore) -> dict[str, object]:
+    """A score as columns; an empty cell where there is no value."""
+    line: dict[str, object] = {"scope": row.scope, "name": row.name, "subjects": row.num_subjects}
+    line |= {"values": row.num_values, "mean": MEAN_R2}
+    for name, found in row.r2.items():
+        key = "r2" if name == MODEL else name
+        line |= {key: _decimals(found.value), f"{key}_low": _decimals(found.low), f"{key}_high": _decimals(found.high)}
+    for name, found in row.gain.items():
+        key = f"gain_over_{name}"
+        line |= {key: _decimals(found.value), f"{key}_low": _decimals(found.low), f"{key}_high": _decimals(found.high)}
+    return line
+
+
+def _decimals(value: float | None) -> str:
+    """Six decimals, or nothing."""
+    return "" if value is None else f"{value:.6f}"

@@ -24,15 +24,23 @@ from data_sharding.phantoms.study.write import write_phantom
 from data_sharding.read.fetch import Fetched, Fetcher, WindowRead
 from data_sharding.read.reader import BatchSource, ShardSet, open_set
 from data_sharding.write.build import build
+from pretrain.analysis import analyse_again
 from pretrain.errors import PretrainError
+from pretrain.masked import preparation
 from pretrain.masked.config import PretrainConfig
+from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import Masker
 from pretrain.masked.planning import plan
-from pretrain.masked.sets import open_sets, reader_config
-from pretrain.masked.study import build_task, fit_to_training_split, train
-from pretrain.masked.untrained import open_sentinels
+from pretrain.masked.preparation import (
+    fit_voxel_statistics,
+    fitted_references,
+    prepare,
+    scores_of_baselines,
+    untrained_embedding,
+)
+from pretrain.masked.sets import build_task, open_sets, reader_config
+from pretrain.masked.study import preparation_key, train
 from pretrain.masked.validation import validate
-from pretrain.report.runs import analyse_again
 from training.registry import models as registry
 from training.registry.seen_subjects import hash_subject, keep_seen, read_seen, seen_before, write_seen
 
@@ -94,7 +102,7 @@ def test_a_few_subjects_mean_is_not_taken_for_a_population_mean(shards: str, tmp
         config = config_of(shards, tmp_path, *overrides, kind="t1")
         sets = open_sets(config)
         task = build_task(config, sets)
-        fit_to_training_split(task, config, sets)
+        fit_voxel_statistics(task, config, sets)
         assert bool(task.encoder.stem("t1").voxel_offset.any()) == has_mean
 
 
@@ -110,10 +118,10 @@ def fitted(config: PretrainConfig) -> dict[str, object]:
         monkeypatch.setattr(Fetcher, "fetch", counted)
         sets = open_sets(config)
         task = build_task(config, sets)
-        fit_to_training_split(task, config, sets)
-    stem, references = task.encoder.stem("bold"), task.set_named("bold").references
-    untrained = open_sentinels(task, config, sets).untrained["bold"]
-    assert references is not None
+        fit_voxel_statistics(task, config, sets)
+        references = fitted_references(task, config, sets["bold"])
+    stem, scores = task.encoder.stem("bold"), scores_of_baselines(task, config, sets["bold"])
+    untrained = untrained_embedding(task, config, sets["bold"])
     assert references.ridge is not None
     return {
         "offset": stem.voxel_offset,
@@ -123,6 +131,8 @@ def fitted(config: PretrainConfig) -> dict[str, object]:
         "voxels": references.ridge.voxel_moments,
         "penalty": torch.tensor(references.penalty),
         "embedding": torch.tensor(list(untrained.values())),
+        "sample_seed": scores.sample_seed,
+        **{f"error of {name}": errors for name, errors in scores.errors.items()},
         "num_read": num_read[0],
     }
 
@@ -147,11 +157,54 @@ def test_two_ranks_fit_the_baselines_of_one_and_each_reads_only_its_share(
     for rank in ranks:
         rank.join()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name in ("offset", "scale", "drift", "patches", "voxels", "penalty", "embedding"):
+    for name in first.keys() - {"num_read"}:
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-5)
     if num_samples == 48:
         assert first["num_read"] == second["num_read"] == alone["num_read"] / 2
+
+
+def test_a_resumed_run_reads_back_what_it_prepared_and_another_configuration_prepares_anew(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(shards, tmp_path, "train.evaluation.subset=4")
+    sets = open_sets(config)
+
+    def prepared(key: str) -> MaskedVolumes:
+        task = build_task(config, sets)
+        prepare(task, config, sets, key=key)
+        return task
+
+    first = prepared("one")
+    record = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    with monkeypatch.context() as without:
+        without.setattr(preparation, "compute", None)
+        again = prepared("one")
+    mine, theirs = first.set_named("bold").baselines, again.set_named("bold").baselines
+    assert list(mine.errors) == list(theirs.errors) == ["neighbour", "global_drift", "ridge"]
+    assert torch.equal(mine.sample_seed, theirs.sample_seed)
+    assert all(torch.equal(errors, theirs.errors[name]) for name, errors in mine.errors.items())
+    assert torch.equal(first.encoder.stem("bold").voxel_scale, again.encoder.stem("bold").voxel_scale)
+    assert torch.equal(first.set_named("bold").training_mean, again.set_named("bold").training_mean)
+    assert first.sentinels == again.sentinels
+    prepared("another")
+    assert "baselines.json is of another configuration or set; computing it again" in caplog.text
+    kept = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    assert kept == record | {"key": "another"}
+    tensors = tmp_path / "run" / "baselines.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-4] + b"four")
+    with pytest.raises(PretrainError, match=r"is not the file that baselines.json was written with; delete both"):
+        prepared("another")
+
+
+def test_the_key_of_a_preparation_has_configuration_set_and_sentinels(shards: str, tmp_path: Path) -> None:
+    config = config_of(shards, tmp_path)
+    others = ["masking.hidden_share=0.25", "baselines.fit_samples=32", "report.sentinels.tokens_per_sample=2"]
+    keys = {preparation_key(config_of(shards, tmp_path, other), "set") for other in [*others, "train.seed=7"]}
+    assert len(keys | {preparation_key(config, "set"), preparation_key(config, "other")}) == 6
+    assert preparation_key(config_of(shards, tmp_path, "report.maps.num_samples=3"), "set") == preparation_key(
+        config, "set"
+    )
 
 
 @pytest.mark.parametrize("kind", ["bold", "t1"])

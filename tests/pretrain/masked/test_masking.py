@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pretrain.errors import MaskingError
-from pretrain.masked.geometry import Geometry
+from pretrain.masked.masked_set import Geometry
 from pretrain.masked.masking import (
     Columns,
     Masker,
@@ -13,10 +13,11 @@ from pretrain.masked.masking import (
     masking_problems,
     random_bits,
     reachable,
+    region_numbers,
     regions_of_patches,
     stream_offsets,
 )
-from pretrain.masked.reach import reach_of_groups
+from pretrain.masked.planning import reach_of_groups
 from tests.phantom_spaces import AAL3_LABELS, aal3_like, aal3_like_sizes
 
 REGION_IDS = [1, 2, 4, 7, 9, 10]  # gaps in the numbering; 7 has one voxel, 9 has two; 10 stands for a pseudo-region
@@ -138,7 +139,7 @@ def test_reach_of_a_rule_and_a_group(membership: torch.Tensor) -> None:
 @pytest.mark.parametrize("rule", ["majority", "any"])
 def test_region_arm_hides_whole_regions_and_trims_only_the_last(membership: torch.Tensor, rule: str) -> None:
     one = masker(membership, "region", rule=rule, num_tubelets=1)
-    numbers = one._region_numbers(SEEDS)
+    numbers = region_numbers(one, SEEDS)
     for sample, hidden in enumerate(one.choose(SEEDS).hidden.tolist()):
         last = max(numbers[sample, patch].item() for patch in hidden)
         visible = set(range(10)) - set(hidden)

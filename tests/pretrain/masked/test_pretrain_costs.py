@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brain_models.encoder import EncoderConfig
 from pretrain.masked.costs import bytes_kept
-from pretrain.masked.masked_volumes import DecoderConfig, Geometry, LossConfig, MaskedVolumes, ModelConfig, SetSpec
+from pretrain.masked.masked_set import Geometry, LossConfig, SetSpec
+from pretrain.masked.masked_volumes import DecoderConfig, MaskedVolumes, ModelConfig
 from pretrain.masked.masking import MaskingConfig
 from tests.phantom_spaces import ball
 from tests.pretrain.masked.test_pretrain_task import make_batch

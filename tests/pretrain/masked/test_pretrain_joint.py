@@ -22,8 +22,8 @@ from data_sharding.read.joint import JointSource, sets_of_steps, split_conflicts
 from data_sharding.write.build import build
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.planning import count, plan, state_bytes, steps_by_set
-from pretrain.masked.sets import open_sets, open_source
-from pretrain.masked.study import build_task, train
+from pretrain.masked.sets import build_task, open_sets, open_source
+from pretrain.masked.study import train
 from pretrain.masked.validation import validate
 from tests.pretrain.test_pretrain_training import TINY
 from training.collectives import Process

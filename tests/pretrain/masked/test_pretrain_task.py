@@ -8,16 +8,17 @@ from brain_models.atlas import Atlas
 from brain_models.encoder import EncoderConfig
 from data_sharding.read.reader import Batch
 from pretrain.baselines.guesses import BaselineConfig
-from pretrain.baselines.references import fit_references, rows_set_aside, rows_set_aside_of_rank, voxel_statistics
-from pretrain.errors import MaskingError
-from pretrain.masked.masked_volumes import (
-    DecoderConfig,
-    Geometry,
-    LossConfig,
-    MaskedVolumes,
-    ModelConfig,
-    SetSpec,
+from pretrain.baselines.references import (
+    References,
+    fit_references,
+    rows_set_aside,
+    rows_set_aside_of_rank,
+    score_baselines,
+    voxel_statistics,
 )
+from pretrain.errors import MaskingError
+from pretrain.masked.masked_set import Geometry, LossConfig, SetSpec
+from pretrain.masked.masked_volumes import DecoderConfig, MaskedVolumes, ModelConfig
 from pretrain.masked.masking import MaskingConfig
 from pretrain.report.scores import IntervalConfig, Regions, interval, metrics_of, report_of, resamples, score_rows
 from tests.phantom_spaces import ball
@@ -79,25 +80,25 @@ def rows(batch: Batch, chosen: slice) -> Batch:
 
 def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch, weight: np.ndarray) -> float:
     """The definition, one hidden voxel at a time, in float64; voxels count as `weight` says."""
-    part = task.set_named("")
-    choice = part.masker.choose(batch.sample_seed)
     with torch.no_grad():
-        guess = task._guess(task._features(batch), batch, choice).double()
+        masked = task.mask(batch)
+        guess = task.guess(masked).hidden.double()
+    choice, own = masked.choice, masked.set
     stem, layout = task.encoder.stem("bold"), geometry.layout
     offset, scale = stem.voxel_offset.double(), stem.voxel_scale.double()
     total = 0.0
     for sample in range(len(batch.weight)):
-        for place, token in enumerate(choice.hidden[sample].tolist()):
+        for number, token in enumerate(choice.hidden[sample].tolist()):
             tubelet, patch = divmod(token, layout.num_patches)
             for frame in range(2):
                 for cell, voxel in enumerate(layout.gather[patch]):
                     if voxel == layout.num_voxels or not batch.is_measured[sample, voxel]:
                         continue
                     truth = batch.values[sample, tubelet * 2 + frame, voxel].double()
-                    answer = offset[voxel] + scale[voxel] * guess[sample, place, frame * layout.gather.shape[1] + cell]
+                    answer = offset[voxel] + scale[voxel] * guess[sample, number, frame * layout.gather.shape[1] + cell]
                     total += float(batch.weight[sample] * weight[voxel] * (answer - truth) ** 2)
     values_per_token = layout.voxels_per_patch.mean() * 2
-    return total / (BATCH_SIZE * part.masker.num_hidden * values_per_token)
+    return total / (BATCH_SIZE * own.masker.num_hidden * values_per_token)
 
 
 def test_loss_equals_its_definition_in_a_float64_loop(geometry: Geometry) -> None:
@@ -172,12 +173,9 @@ def test_voxels_that_were_not_measured_change_neither_loss_nor_gradient(geometry
 def test_hidden_voxels_are_not_seen(geometry: Geometry) -> None:
     task, batch, other = make_task(geometry), make_batch(geometry), make_batch(geometry)
     owner = torch.from_numpy(geometry.layout.patch_of_voxel)
-    is_hidden = task.hidden_patches(batch)[:, :, owner].repeat_interleave(2, dim=1)
+    is_hidden = task.is_hidden(batch)[:, :, owner].repeat_interleave(2, dim=1)
     other.values += 5 * is_hidden
-    guesses = [
-        task._guess(task._features(one), one, task.set_named("").masker.choose(one.sample_seed))
-        for one in (batch, other)
-    ]
+    guesses = [task.guess(task.mask(one)).hidden for one in (batch, other)]
     assert torch.equal(guesses[0], guesses[1])
     assert float(is_hidden.float().mean()) == pytest.approx(0.5, abs=0.1)
 
@@ -208,9 +206,9 @@ def test_r2_of_a_perfect_guess_is_one_and_of_the_mean_zero(geometry: Geometry) -
     regions = Regions.of(geometry.atlas)
     total = torch.rand(5, regions.num_columns) + 1
     sums = {"error": torch.zeros_like(total), "total": total, "count": total * 3, "error_ridge": total}
-    metrics = metrics_of(sums, regions, values_per_sample=7.0)
+    metrics = metrics_of(sums, regions)
     assert metrics["r2"] == metrics["r2/group/left"] == 1
-    assert metrics["r2/ridge"] == metrics["loss"] == 0
+    assert metrics["r2/ridge"] == 0
     assert "r2/group/absent" not in metrics
     rows = score_rows(sums, regions, subjects=list("abcde"), config=INTERVALS)
     assert report_of(rows, loss=0.0, num_samples=5)["regions"]["octant 3"]["r2"] == 1
@@ -223,7 +221,7 @@ def test_r2_pools_sums_over_the_split_and_by_region() -> None:
     error = torch.tensor([[1.0, 2.0, 0.0], [0.0, 2.0, 3.0]])
     total = torch.tensor([[2.0, 4.0, 1.0], [2.0, 12.0, 11.0]])
     sums = {"error": error, "total": total, "count": total}
-    assert metrics_of(sums, regions, values_per_sample=2.0)["loss"] == pytest.approx(8 / (2 * 2.0))
+    assert metrics_of(sums, regions)["r2"] == pytest.approx(1 - 8 / 32)
     report = report_of(score_rows(sums, regions, subjects=["a", "b"], config=INTERVALS), loss=2.0, num_samples=2)
     assert report["r2"] == pytest.approx(1 - 8 / 32)
     assert report["groups"]["both"]["r2"] == pytest.approx(1 - 5 / 20)
@@ -247,32 +245,72 @@ def test_a_budget_out_of_reach_is_refused_before_a_model_is_made(geometry: Geome
         geometry.masker(MaskingConfig(kind="region", hidden_share=0.9, rule="pure", groups=["left"], exclude=[]))
 
 
+def give_baselines(task: MaskedVolumes, references: References, batches: list[Batch], name: str = "") -> None:
+    own = task.set_named(name)
+    own.training_mean = references.offset
+    own.baselines = score_baselines(references, batches, hidden_tokens=task.is_hidden, by_region=own.by_region)
+
+
+def references_of(task: MaskedVolumes, geometry: Geometry, batches: list[Batch], **changes: object) -> References:
+    config = {"num_neighbours": 3, "drift_degree": 1, "ridge_max_gib": 1.0, "ridge_penalties": [1.0], "fit_samples": 24}
+    return fit_references(
+        lambda: batches,
+        BaselineConfig(**(config | {"choice_share": 0.5} | changes)),
+        offset=task.encoder.stem("bold").voxel_offset.clone(),
+        patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
+        centres_mm=torch.from_numpy(geometry.layout.centres_mm),
+        hidden_tokens=task.is_hidden,
+    )
+
+
 def test_sets_with_and_without_a_ridge_are_scored_together(geometry: Geometry) -> None:
     task = make_task(geometry, sets=("large", "small"))
     batches = {name: dataclasses.replace(make_batch(geometry), set_name=name) for name in ("large", "small")}
     for name, ridge_max_gib in (("large", 0.0), ("small", 1.0)):
-        task.set_named(name).references = fit_references(
-            lambda name=name: [batches[name]],
-            BaselineConfig(3, 1, ridge_max_gib=ridge_max_gib, ridge_penalties=[1.0], fit_samples=4, choice_share=0.5),
-            offset=task.encoder.stem("bold").voxel_offset.clone(),
-            patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
-            centres_mm=torch.from_numpy(geometry.layout.centres_mm),
-            hidden_patches=task.hidden_patches,
-        )
+        references = references_of(task, geometry, [batches[name]], ridge_max_gib=ridge_max_gib)
+        give_baselines(task, references, [batches[name]], name)
     with torch.no_grad():
         found = [task.predict(batch) for batch in batches.values()]
     assert found[0].keys() == found[1].keys()
-    rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    rows = {name: torch.cat([one[name] for one in found]) for name in found[0]}
     metrics = task.metrics(rows)
-    alone = metrics_of(found[1], Regions.of(geometry.atlas), values_per_sample=1)
-    assert metrics["small/r2/ridge"] == pytest.approx(alone["r2/ridge"])
+    error = task.set_named("small").baselines.errors_of(batches["small"].sample_seed)["ridge"].double().sum()
+    assert metrics["small/r2/ridge"] == pytest.approx(1 - float(error / found[1]["total"].double().sum()))
     assert "large/r2/ridge" not in metrics
     assert metrics["large/r2/neighbour"] == metrics["small/r2/neighbour"]
-    table = task.score_table(rows, dict.fromkeys(batches, batches["small"].subjects), INTERVALS)
-    assert [list(row.r2) for name in batches for row in table[name][:1]] == [
+    tables = [
+        score_rows(own, Regions.of(geometry.atlas), subjects=batches["small"].subjects, config=INTERVALS)
+        for _, own in task.by_set(rows).values()
+    ]
+    assert [list(table[0].r2) for table in tables] == [
         ["model", "neighbour", "global_drift"],
         ["model", "neighbour", "global_drift", "ridge"],
     ]
+
+
+def test_baseline_scores_are_found_by_sample_and_padding_has_none(geometry: Geometry) -> None:
+    task, batch = make_task(geometry), make_batch(geometry, size=6)
+    batch.weight[4] = 0
+    references = references_of(task, geometry, [batch])
+    give_baselines(task, references, [rows(batch, slice(3, 6)), rows(batch, slice(0, 4))])
+    baselines = task.set_named("").baselines
+    order = torch.tensor([5, 0, 3])
+    errors = references.squared_errors(batch, task.is_hidden(batch))
+    assert baselines.has(batch.sample_seed).tolist() == [True, True, True, True, False, True]
+    for name, found in baselines.errors_of(batch.sample_seed[order]).items():
+        torch.testing.assert_close(found, task.set_named("").by_region(errors[name])[order])
+
+
+def test_a_sample_that_the_baselines_could_not_be_scored_on_is_left_out_and_said(
+    geometry: Geometry, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, batch = make_task(geometry), make_batch(geometry)
+    give_baselines(task, references_of(task, geometry, [batch]), [rows(batch, slice(0, 3))])
+    with torch.no_grad():
+        sums = task.predict(batch)
+    alone = {name: values[:3] for name, values in sums.items()}
+    assert task.metrics(sums) == task.metrics(alone)
+    assert "1 of 4 samples of set bold are left out" in caplog.text
 
 
 def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) -> None:
@@ -282,22 +320,8 @@ def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) ->
         batch.values = (batch.values * 0.1 + torch.randn(8, 4, 1)) * batch.is_measured[:, None]
     statistics = voxel_statistics(training, geometry.space.num_voxels)
     task.set_voxel_statistics("bold", statistics.mean, statistics.deviation(0.1))
-    references = fit_references(
-        lambda: training,
-        BaselineConfig(
-            num_neighbours=3,
-            drift_degree=1,
-            ridge_max_gib=1.0,
-            ridge_penalties=[1e-3, 1e2],
-            fit_samples=24,
-            choice_share=0.25,
-        ),
-        offset=statistics.mean,
-        patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
-        centres_mm=torch.from_numpy(geometry.layout.centres_mm),
-        hidden_patches=task.hidden_patches,
-    )
-    task.set_named("bold").references = references
+    references = references_of(task, geometry, training, ridge_penalties=[1e-3, 1e2], choice_share=0.25)
+    give_baselines(task, references, training)
     assert references.penalty == 1e-3
     with torch.no_grad():
         metrics = task.metrics(task.predict(training[0]))
@@ -307,37 +331,32 @@ def test_references_are_scored_on_the_voxels_of_the_model(geometry: Geometry) ->
     assert metrics["r2"] < 0.5
     of_own_mean = task.predict(training[0])
     task.set_voxel_statistics("bold", statistics.mean + 3, statistics.deviation(0.1))  # as registered weights bring
-    for name in ("error_ridge", "total"):  # the mean that scores 0 is this run's
-        torch.testing.assert_close(task.predict(training[0])[name], of_own_mean[name], rtol=1e-3, atol=1e-3)
+    total = task.predict(training[0])["total"]  # the mean that scores 0 is this run's
+    torch.testing.assert_close(total, of_own_mean["total"], rtol=1e-3, atol=1e-3)
+
+
+def test_padding_rows_are_no_part_of_the_voxel_statistics(geometry: Geometry) -> None:
+    batch = make_batch(geometry, size=6)
+    batch.weight[4:] = 0
+    padded = voxel_statistics([batch], geometry.space.num_voxels)
+    alone = voxel_statistics([rows(batch, slice(0, 4))], geometry.space.num_voxels)
+    assert torch.equal(padded.mean, alone.mean)
+    assert torch.equal(padded.deviation(0.1), alone.deviation(0.1))
 
 
 def test_a_ridge_that_needs_too_much_memory_is_left_out_and_said(
     geometry: Geometry, caplog: pytest.LogCaptureFixture
 ) -> None:
     task, batch = make_task(geometry), make_batch(geometry)
-    references = fit_references(
-        lambda: [batch],
-        BaselineConfig(
-            num_neighbours=3,
-            drift_degree=1,
-            ridge_max_gib=1e-6,
-            ridge_penalties=[1.0],
-            fit_samples=4,
-            choice_share=0.5,
-        ),
-        offset=torch.zeros(geometry.space.num_voxels),
-        patch_of_voxel=torch.from_numpy(geometry.layout.patch_of_voxel),
-        centres_mm=torch.from_numpy(geometry.layout.centres_mm),
-        hidden_patches=task.hidden_patches,
-    )
-    guesses = references.guess(batch.values, batch.is_measured, task.hidden_patches(batch))
+    references = references_of(task, geometry, [batch], ridge_max_gib=1e-6)
+    guesses = references.guess(batch.values, batch.is_measured, task.is_hidden(batch))
     assert guesses.keys() == {"neighbour", "global_drift"}
     assert "the ridge baseline is left out" in caplog.text
 
 
 def test_errors_of_chosen_patches_are_those_of_the_mask_that_hides_them(geometry: Geometry) -> None:
     task, batch = make_task(geometry), rows(make_batch(geometry), slice(0, 1))
-    hidden = task.hidden_patches(batch)[0, 0]
+    hidden = task.is_hidden(batch)[0, 0]
     with torch.no_grad():
         sums = task.predict(batch)
         errors, total = task.patch_errors(batch, hidden)

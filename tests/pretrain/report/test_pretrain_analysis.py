@@ -19,8 +19,7 @@ from pretrain.report.contribution import Contribution, Experiment, contexts, con
 from pretrain.report.maps import VoxelMaps, write_nifti
 from pretrain.report.pictures import draw_contributions, draw_maps
 from pretrain.report.probes import by_subject, probe, same_question
-from pretrain.report.scores import Interval, IntervalConfig, Regions, score_rows
-from pretrain.report.tables import as_csv
+from pretrain.report.scores import Interval, IntervalConfig, Regions, as_csv, score_rows
 from tests.phantom_spaces import ball
 from training.config import TrackingConfig
 from training.watch.artifacts import log_folder
@@ -170,9 +169,17 @@ def test_a_collapsed_embedding_is_flagged_by_name_and_a_living_one_is_not(caplog
     found = sentinels.metrics("rest", dead)
     assert found["embedding_collapsed"] == 1
     assert "the embedding of rest is collapsing: embedding_variance" in caplog.text
-    assert collapses({"embedding_rank": 2.0}, {"embedding_rank": 12.0}, config) == [
-        "embedding_rank 2 is below 0.2 of the untrained encoder's 12"
-    ]
+
+
+def test_rank_and_variance_have_a_limit_each() -> None:
+    config = SentinelConfig(tokens_per_sample=3, min_rank_share=0.2, min_variance_share=0.05)
+    untrained = {"embedding_rank": 12.0, "embedding_variance": 4.0}
+    for values, expected in (
+        ((2.5, 0.21), []),
+        ((2.3, 0.21), ["embedding_rank 2.3 is below 0.2 of the untrained encoder's 12"]),
+        ((2.5, 0.19), ["embedding_variance 0.19 is below 0.05 of the untrained encoder's 4"]),
+    ):
+        assert collapses(dict(zip(untrained, values, strict=True)), untrained, config) == expected
 
 
 def test_intervals_are_over_subjects_and_gains_are_paired() -> None:

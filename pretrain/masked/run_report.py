@@ -5,51 +5,128 @@ One process with whole weights; costs what `report` in the configuration allows.
 
 import csv
 import dataclasses
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
-from pretrain.masked.examined import Examined
-from pretrain.masked.sets import OpenedSet
-from pretrain.masked.study import build_task
+from cluster.storage.stores import store_for
+from data_sharding.read.batch import Batch
+from data_sharding.read.joint import named
+from data_sharding.read.reader import BatchSource
+from pretrain.masked.config import PretrainConfig
+from pretrain.masked.masked_volumes import MaskedVolumes
+from pretrain.masked.sets import OpenedSet, build_task, reader_config
 from pretrain.report.config import PROBED_SPLITS
 from pretrain.report.contribution import Contribution, Experiment, contexts, contributions
 from pretrain.report.maps import voxel_maps, write_nifti
 from pretrain.report.pictures import draw_contributions, draw_maps
-from pretrain.report.probes import Probe, by_subject, probe, same_question
+from pretrain.report.probes import by_subject, probe, same_question
+from pretrain.report.scores import RegionScore, as_csv
+from training.engine.base import own_device
+from training.watch.artifacts import log_folder
 
 FOLDER = "report"  # of the run folder, and of the MLflow run's artifacts
+RECONSTRUCTION = "reconstruction.csv"
 
 
-def analyse(examined: Examined, folder: Path) -> dict[str, object]:
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """A task with the weights of a run, in evaluation mode on `device`, and its sets."""
+
+    task: MaskedVolumes
+    config: PretrainConfig
+    sets: Mapping[str, OpenedSet]
+    device: torch.device
+
+    def batches(self, name: str, split: str, limit: int | None) -> Iterator[Batch]:
+        """The windows of a set's split, or a fixed hashed subset, without padding, on the device."""
+        source = BatchSource(self.sets[name].shard_set, reader_config(self.config, name), rank=0, world_size=1)
+        for batch in source.evaluation(split, limit=limit):
+            if bool((batch.weight > 0).any()):
+                yield named(without_padding(batch.to(self.device)), name)
+        source.close()
+
+    def subject_of(self, name: str, splits: list[str]) -> dict[str, str]:
+        """Subjects by scan."""
+        runs = self.sets[name].shard_set.runs(self.sets[name].kind, splits)
+        return dict(zip(runs["scan_id"], runs["subject"], strict=True))
+
+
+def without_padding(batch: Batch) -> Batch:
+    """The rows that count."""
+    rows = torch.nonzero(batch.weight > 0)[:, 0]
+    numbers = rows.tolist()
+    return Batch(
+        values=batch.values[rows],
+        is_measured=batch.is_measured[rows],
+        repetition_time_s=batch.repetition_time_s[rows],
+        weight=batch.weight[rows],
+        sample_seed=batch.sample_seed[rows],
+        scan_ids=[batch.scan_ids[row] for row in numbers],
+        subjects=[batch.subjects[row] for row in numbers],
+        first_frame=[batch.first_frame[row] for row in numbers],
+        set_name=batch.set_name,
+    )
+
+
+def report_run(
+    config: PretrainConfig,
+    sets: Mapping[str, OpenedSet],
+    *,
+    weights: Path,
+    tables: Mapping[str, Mapping[str, Sequence[RegionScore]]],
+    mlflow_run_id: str | None,
+) -> dict[str, object]:
+    """The numbers of the report on weights in a local file; its files are in the run folder and in MLflow."""
+    task = build_task(config, sets)
+    task.load_state_dict(load_file(weights))
+    trained_run = TrainedRun(task.to(own_device()).eval(), config, sets, own_device())
+    Path(config.run.scratch).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.run.scratch) as scratch:
+        folder = Path(scratch)
+        numbers = analyse(trained_run, folder)
+        if tables:
+            alignments = {name: opened.alignment for name, opened in sets.items()}
+            (folder / RECONSTRUCTION).write_text(as_csv(tables, alignments))
+        store = store_for(config.run.folder)
+        for path in sorted(folder.iterdir()):
+            store.put(f"{FOLDER}/{path.name}", path)
+        log_folder(folder, name=FOLDER, run_id=mlflow_run_id, config=config.train.tracking)
+    return numbers
+
+
+def analyse(trained_run: TrainedRun, folder: Path) -> dict[str, object]:
     """The numbers of everything that `report` asks for, by set; files go below `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    report, numbers = examined.config.report, {}
+    report, numbers = trained_run.config.report, {}
     with torch.no_grad():
-        for name in examined.sets:
+        for name in trained_run.sets:
             started = time.monotonic()
             found: dict[str, object] = {}
             if report.maps.num_samples != 0:
-                found["maps"] = make_maps(examined, name, folder)
+                found["maps"] = make_maps(trained_run, name, folder)
             if report.contribution.num_samples > 0:
-                found["contribution"] = make_contributions(examined, name, folder)
+                found["contribution"] = make_contributions(trained_run, name, folder)
             if report.probes.num_samples > 0:
-                found["probes"] = make_probes(examined, name)
+                found["probes"] = make_probes(trained_run, name)
             numbers[name] = found | {"seconds": round(time.monotonic() - started, 1)}
     return dict(numbers)
 
 
-def make_maps(examined: Examined, name: str, folder: Path) -> dict[str, object]:
+def make_maps(trained_run: TrainedRun, name: str, folder: Path) -> dict[str, object]:
     """Maps of each final split: r2, error and number of values as NIfTI, and a picture."""
-    opened = examined.sets[name]
+    opened = trained_run.sets[name]
     space, labels = opened.geometry.space, opened.geometry.atlas.labels
     numbers: dict[str, object] = {}
-    for split in examined.config.train.evaluation.final_splits:
-        batches = examined.batches(name, split, examined.config.report.maps.num_samples)
-        maps = voxel_maps(examined.task, batches, space.num_voxels)
+    for split in trained_run.config.train.evaluation.final_splits:
+        batches = trained_run.batches(name, split, trained_run.config.report.maps.num_samples)
+        maps = voxel_maps((trained_run.task.reconstruct(batch) for batch in batches), space.num_voxels)
         stem = f"{name}_{split}"
         for key, values in (("r2", maps.r2), ("rmse", maps.rmse), ("values", maps.num_values)):
             write_nifti(values, space, folder / f"{stem}_{key}.nii.gz")
@@ -65,20 +142,20 @@ def make_maps(examined: Examined, name: str, folder: Path) -> dict[str, object]:
     return numbers
 
 
-def make_contributions(examined: Examined, name: str, folder: Path) -> dict[str, object]:
+def make_contributions(trained_run: TrainedRun, name: str, folder: Path) -> dict[str, object]:
     """What each region's visibility adds to the guess of the others: CSV, picture, and the regions that stand out."""
-    config, opened = examined.config.report.contribution, examined.sets[name]
-    split = examined.config.train.evaluation.final_splits[0]
-    batches = list(examined.batches(name, split, config.num_samples))
+    config, opened = trained_run.config.report.contribution, trained_run.sets[name]
+    split = trained_run.config.train.evaluation.final_splits[0]
+    batches = list(trained_run.batches(name, split, config.num_samples))
     every, regions = patches_by_region(opened)
     num_patches = opened.geometry.layout.num_patches
     hidden = contexts(every, num_patches, num_contexts=config.num_contexts, seed=config.seed)
-    nothing_more = torch.from_numpy(hidden[0]).to(examined.device)
-    total = np.concatenate([examined.task.patch_errors(batch, nothing_more)[1].double().cpu() for batch in batches])
+    nothing_more = torch.from_numpy(hidden[0]).to(trained_run.device)
+    total = np.concatenate([trained_run.task.patch_errors(batch, nothing_more)[1].double().cpu() for batch in batches])
 
     def errors(is_hidden: np.ndarray) -> np.ndarray:
-        chosen = torch.from_numpy(is_hidden).to(examined.device)
-        return np.concatenate([examined.task.patch_errors(batch, chosen)[0].double().cpu() for batch in batches])
+        chosen = torch.from_numpy(is_hidden).to(trained_run.device)
+        return np.concatenate([trained_run.task.patch_errors(batch, chosen)[0].double().cpu() for batch in batches])
 
     centres = opened.geometry.layout.centres_mm.astype(np.float64)
     rows = contributions(
@@ -87,7 +164,7 @@ def make_contributions(examined: Examined, name: str, folder: Path) -> dict[str,
         np.linalg.norm(centres[:, None] - centres[None], axis=2),
         subjects=[subject for batch in batches for subject in batch.subjects],
         config=config,
-        intervals=examined.config.report.intervals,
+        intervals=trained_run.config.report.intervals,
     )
     write_contributions(rows, folder / f"{name}_contribution.csv", alignment=opened.alignment)
     title = f"{name}: region contribution, {len(total)} windows of split {split}"
@@ -130,41 +207,39 @@ def write_contributions(rows: list[Contribution], path: Path, *, alignment: str)
         writer.writerows(lines)
 
 
-def make_probes(examined: Examined, name: str) -> dict[str, object]:
+def make_probes(trained_run: TrainedRun, name: str) -> dict[str, object]:
     """How well site and repetition time are read from the embedding, beside the embedding of untrained weights."""
-    labels = subject_labels(examined, name)
-    untrained = build_task(examined.config, examined.sets)
+    labels = subject_labels(trained_run, name)
+    untrained = build_task(trained_run.config, trained_run.sets)
     for stem in untrained.encoder.stems:
-        trained = examined.task.encoder.stem(stem)
+        trained = trained_run.task.encoder.stem(stem)
         untrained.set_voxel_statistics(stem, trained.voxel_offset.cpu(), trained.voxel_scale.cpu())
     encoders = {
-        "trained": examined,
-        "untrained": dataclasses.replace(examined, task=untrained.to(examined.device).eval()),
+        "trained": trained_run,
+        "untrained": dataclasses.replace(trained_run, task=untrained.to(trained_run.device).eval()),
     }
     found: dict[str, object] = {
-        "time_in": examined.config.model.encoder.time_in,
+        "time_in": trained_run.config.model.encoder.time_in,
         "same_question": same_question({key: list(values.values()) for key, values in labels.items()}),
     }
     for encoder, each in encoders.items():
         subjects, embeddings = embedded(each, name)
         found[encoder] = {
-            label: numbers_of(probe(embeddings, [of_subject[one] for one in subjects], examined.config.report.probes))
+            label: dataclasses.asdict(
+                probe(embeddings, [of_subject[one] for one in subjects], trained_run.config.report.probes)
+            )
             for label, of_subject in labels.items()
         }
     return found
 
 
-def numbers_of(found: Probe) -> dict[str, object]:
-    return dataclasses.asdict(found)
-
-
-def embedded(examined: Examined, name: str) -> tuple[list[str], np.ndarray]:
+def embedded(trained_run: TrainedRun, name: str) -> tuple[list[str], np.ndarray]:
     """Subjects, and the mean over each one's windows of the mean token of the whole window, nothing hidden."""
-    stem_name = examined.task.set_named(name).stem_name
+    stem_name = trained_run.task.set_named(name).stem_name
     rows, subjects = [], []
     for split in PROBED_SPLITS:
-        for batch in examined.batches(name, split, examined.config.report.probes.num_samples):
-            tokens = examined.task.encoder.encode_windows(
+        for batch in trained_run.batches(name, split, trained_run.config.report.probes.num_samples):
+            tokens = trained_run.task.encoder.encode_windows(
                 batch.values, batch.is_measured, batch.repetition_time_s, stem_name
             )
             rows.append(tokens.mean(dim=1).double().cpu().numpy())
@@ -172,9 +247,9 @@ def embedded(examined: Examined, name: str) -> tuple[list[str], np.ndarray]:
     return by_subject(np.concatenate(rows), subjects)
 
 
-def subject_labels(examined: Examined, name: str) -> dict[str, Mapping[str, str | None]]:
+def subject_labels(trained_run: TrainedRun, name: str) -> dict[str, Mapping[str, str | None]]:
     """Site and repetition time of each subject; None where not known, or where a subject's scans differ."""
-    opened = examined.sets[name]
+    opened = trained_run.sets[name]
     runs = opened.shard_set.runs(opened.kind, PROBED_SPLITS)
     times = [f"{time:.3f} s" if time > 0 else None for time in runs["repetition_time_s"]]  # NaN and 0: none, or a T1
     sites = [site if isinstance(site, str) and site else None for site in runs["site"]]
