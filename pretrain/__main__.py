@@ -1,17 +1,17 @@
-"""Learn a backbone from unlabelled brain scans: hide regions, guess their voxels; ends with a registered encoder.
+"""Pretrain an encoder on unlabelled brain scans: hide regions, predict their voxels, register the encoder.
 
-Example (two workers on this machine, the shards of `python -m data_sharding`):
+Example (two workers on this machine, on a shard set written by `python -m data_sharding`):
 
   python -m pretrain kind=bold shards=out/shards run.folder=out/runs/bold model=tiny engine=zero2 cluster=local
 
-Required: kind=bold|t1  shards=<shard set>  run.folder=<where the run lives>
-Jointly:  "sets={rest: {kind: bold, shards: <set>, weight: 0.7}, anat: {kind: t1, shards: <set>, weight: 0.3}}"
-          instead of kind and shards: one trunk for sets of any kind, resolution and repetition time
+Required: kind=bold|t1  shards=<shard set>  run.folder=<folder of the run>
+Joint:    "sets={rest: {kind: bold, shards: <set>, weight: 0.7}, anat: {kind: t1, shards: <set>, weight: 0.3}}"
+          instead of kind and shards: one encoder for sets of any kind, resolution and repetition time
 Groups:   model=tiny|small|base|large  masking=region|random|tube|future  engine=plain|zero0..zero3
           cluster=inline|local|ray  experiment=quick_bold|demo_bold|demo_t1
 
-The same command with the same run.folder goes on where the run stopped. Results: <run.folder>/metrics.json
-(r2 of hidden voxels about the training mean, beside the mean, neighbour and ridge baselines) and <run.folder>/bundle.
+The same command resumes a run that was interrupted. Results: <run.folder>/metrics.json (r2 of hidden voxels about the
+training mean, beside the mean, neighbour, drift and ridge baselines) and <run.folder>/bundle.
 """
 
 from cluster.ray.launch import run_on_workers

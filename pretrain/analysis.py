@@ -1,13 +1,13 @@
-"""Look at a finished pretraining run: maps of how well each voxel is guessed, what each region contributes, and how
-much of site and repetition time is in the embedding.
+"""Analyse a finished pretraining run: how well each voxel is predicted, what each region contributes to the prediction,
+and how well site and repetition time can be read from the embedding.
 
-Example (the same command line as the run's, with how many windows to spend):
+Example (the command line of the run, with the number of windows to analyse):
 
   python -m pretrain.analysis kind=bold shards=out/shards run.folder=out/runs/bold model=tiny \\
       report.contribution.num_samples=32 report.probes.num_samples=512
 
-Runs in this process. Files go to <run.folder>/report and to the run's artifacts in MLflow, numbers to `report` in
-<run.folder>/metrics.json.
+Runs in this process. Writes files to <run.folder>/report and to the run's artifacts in MLflow, and numbers to `report`
+in <run.folder>/metrics.json.
 """
 
 import json
@@ -36,7 +36,7 @@ def analyse_again(config: PretrainConfig) -> None:
     if source.fingerprint != summary["fingerprint"]:
         raise PretrainError(
             f"{config.run.folder} was trained on the set {summary['fingerprint'][:12]}, what is there now is "
-            f"{source.fingerprint[:12]}; bring the set back that it was trained on"
+            f"{source.fingerprint[:12]}; restore the set that it was trained on"
         )
     Path(config.run.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.run.scratch) as scratch:
@@ -57,18 +57,18 @@ def check_is_of_run(store: Store, config: PretrainConfig) -> None:
     for name in ("metrics.json", WEIGHTS, RECORD):
         if not store.exists(name):
             raise PretrainError(
-                f"run.folder={config.run.folder} holds no {name}: not a finished run; let 'python -m pretrain' finish "
-                "with the same run.folder"
+                f"run.folder={config.run.folder} holds no {name}: not a finished run; finish it with 'python -m "
+                "pretrain' and the same run.folder"
             )
     if differing := differences(store, identity(config)):
         raise PretrainError(
-            f"{store.join(RECORD)} is of another command; give the run's own, with nothing but report.* changed:\n"
-            + "\n".join(f"  - {line}" for line in differing)
+            f"{store.join(RECORD)} belongs to another configuration; repeat the run's own command and change "
+            "only report.*:\n" + "\n".join(f"  - {line}" for line in differing)
         )
 
 
 def plan(config: PretrainConfig) -> str:
-    """What looking at the run would cost, in forward passes a window."""
+    """What the analysis would cost, in forward passes per window."""
     report = config.report
     contribution, probes = report.contribution, report.probes
     splits = config.train.evaluation.final_splits
@@ -77,8 +77,9 @@ def plan(config: PretrainConfig) -> str:
         [
             f"maps          {report.maps.num_samples} windows of each of {', '.join(splits)} of every set",
             f"contribution  {contribution.num_samples} windows of {', '.join(splits[:1])}, each encoded about "
-            f"{passes:,} times for every different size of a region, in patches",
-            f"probes        {probes.num_samples} windows each of train and validation, trained and untrained",
+            f"{passes:,} times per region size (in patches)",
+            f"probes        {probes.num_samples} windows of train and of validation each, by the trained and "
+            "by an untrained encoder",
         ]
     )
 

@@ -25,7 +25,7 @@ WHOLE = "brain"
 
 
 def plan(config: PretrainConfig) -> str:
-    """What would happen, a line each: about every set, then about the whole run."""
+    """The lines of the plan: about every set, then about the whole run."""
     sets = open_sets(config)
     task = build_task(config, sets)
     lines: dict[str, str] = {}
@@ -38,7 +38,7 @@ def plan(config: PretrainConfig) -> str:
 
 
 def set_lines(config: PretrainConfig, opened: OpenedSet, masked_set: MaskedSet, *, num_steps: int) -> dict[str, str]:
-    """The plan's lines about one set, of which `num_steps` steps are made."""
+    """The plan's lines about one set, of which `num_steps` steps are drawn."""
     geometry = opened.geometry
     samples = samples_per_epoch(opened)
     drawn = num_steps * config.data.batch_size
@@ -46,12 +46,12 @@ def set_lines(config: PretrainConfig, opened: OpenedSet, masked_set: MaskedSet, 
     num_shards = opened.shard_set.runs(opened.kind, ["train"])["shard"].nunique()
     lines = {
         "set": f"{opened.location}, space {geometry.space.name}, {geometry.space.num_voxels:,} voxels",
-        "samples an epoch": f"{samples:,} of the train split",
-        "bytes an epoch": f"{samples * sample_bytes:,}",
+        "samples per epoch": f"{samples:,} of the train split",
+        "bytes per epoch": f"{samples * sample_bytes:,}",
         "samples drawn": f"{drawn:,} in {num_steps:,} steps: {drawn / max(samples, 1):.1f} epochs",
-        "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} a sample)",
-        "shards a worker": f"all {num_shards:,}, {min(config.data.shuffle_shards, num_shards):,} at a time",
-        "tokens a sample": f"{masked_set.masker.num_tokens:,}, {masked_set.masker.num_hidden:,} of them hidden "
+        "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} per sample)",
+        "shards per worker": f"all {num_shards:,}, {min(config.data.shuffle_shards, num_shards):,} at a time",
+        "tokens per sample": f"{masked_set.masker.num_tokens:,}, {masked_set.masker.num_hidden:,} of them hidden "
         f"({geometry.layout.num_patches} patches x {geometry.num_tubelets} tubelets)",
         "ridge baseline": ridge_line(config, geometry),
     }
@@ -74,11 +74,11 @@ def run_lines(config: PretrainConfig, task: MaskedVolumes, sets: Mapping[str, Op
         "weights and optimiser": ", ".join(f"ZeRO {stage} {size / MIB:,.1f} MiB" for stage, size in states.items()),
         "activations": f"{kept[False] / MIB:,.1f} MiB, {kept[True] / MIB:,.1f} MiB when recomputed "
         f"({config.data.micro_batch_size} samples, {engine.precision})",
-        "memory a rank": f"{(whole + kept[engine.activation_checkpointing]) / MIB:,.1f} MiB as configured, buffers of "
-        "the libraries not counted",
+        "memory per rank": f"{(whole + kept[engine.activation_checkpointing]) / MIB:,.1f} MiB as configured, without "
+        "the buffers of libraries",
         "a checkpoint": f"{checkpoint_bytes(task, engine, num_ranks=num_ranks) / MIB:,.1f} MiB, the last "
         f"{config.train.checkpoint.keep_last} kept",
-        "workers": f"{num_ranks} ({config.cluster.kind}), {micro_batches(config)} forward passes a step on each",
+        "workers": f"{num_ranks} ({config.cluster.kind}), {micro_batches(config)} forward passes per step on each",
     }
 
 
@@ -90,7 +90,7 @@ def steps_by_set(config: PretrainConfig) -> dict[str, int]:
 
 
 def samples_per_epoch(opened: OpenedSet) -> int:
-    """Windows of the train split that may be drawn; one a T1."""
+    """Windows of the train split that may be drawn; one per T1."""
     frames = opened.geometry.window.window_frames
     return run_table(opened.shard_set, kind=opened.kind, split="train", window_frames=frames).num_samples
 
