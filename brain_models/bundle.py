@@ -1,11 +1,14 @@
-"""Bundles: a folder with model.yaml, weights.safetensors, the spaces and a golden output.
+"""Bundles: a folder with model.yaml, weights.safetensors, what its stems read, and a golden output.
 
 Promise: what loads computes what was saved: loading recomputes the golden output and refuses beyond 1e-4. No pickle.
+Knows the kinds of models only as rows of brain_models.models.
 """
 
 import dataclasses
 import os
 import subprocess
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,75 +19,63 @@ import yaml
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from brain_models.encoder import BrainEncoder, EncoderConfig, StemName, kind_of
+from brain_models.atlas import Atlas
+from brain_models.embedding import ScanEmbedding, embed_scan
+from brain_models.encoder import BrainEncoder, StemName, kind_of
 from brain_models.errors import BundleError
-from brain_models.heads import Classifier, HeadConfig
+from brain_models.inputs import Row, Stems, StemSpec, read_scan, require_frames
+from brain_models.models import MODELS, ModelKind
 from brain_models.patches import PatchLayout
-from brain_models.recipe import BoldPreprocessing, CleaningConfig
-from brain_models.run_classifier import RunClassifier
+from brain_models.recipe import BoldPreprocessing
 from brain_models.space import BrainSpace
 
-SCHEMA = 2  # 2: several stems a kind, by layout fingerprint; time_in
+SCHEMA = 3  # 3: model kinds; layouts and atlases travel with their stems
 GOLDEN_TOLERANCE = 1e-4
 GOLDEN_SEED = 2009
 COMMIT_VARIABLE = "CALLOSUM_GIT_COMMIT"  # set by cluster.submit, for copies without history
-
-
-@dataclass
-class StemSpec:
-    """What a stem sees; `needs_brain_mask`: its shards were packed with the scans' brain masks.
-
-    `preprocessing` is what was done to its runs; None: nothing (a T1).
-    """
-
-    patch_voxels: int
-    tubelet_frames: int
-    window_frames: int
-    needs_brain_mask: bool
-    preprocessing: BoldPreprocessing | None = None
-
-
-@dataclass
-class HeadSpec:
-    """A classifier over segments of `segment_frames`; a run's logit is the mean of its segments'."""
-
-    config: HeadConfig
-    segment_frames: int
-    positive: str
-    negative: str
-    threshold: float  # probability of `positive` from which a run is called positive; chosen on validation
+STEM_VALUES = ("tubelet_frames", "window_frames", "needs_brain_mask")  # of a stem in model.yaml, as they are
 
 
 @dataclass
 class Bundle:
-    """A loaded bundle: one encoder, spaces by stem, and a classifier if it has a head.
+    """A model and what its stems read. `kind` is a row of MODELS, `config` is of that row's dataclass.
 
-    The stem named as a kind ("bold", "t1") is the first of that kind; others have another token shape.
+    The stem named as a kind of scan ("bold", "t1") is the first of that kind; others have another token shape.
     """
 
-    encoder: BrainEncoder
-    spaces: dict[StemName, BrainSpace]
+    kind: str
+    config: Any
+    model: nn.Module
     stems: dict[StemName, StemSpec]
-    head: HeadSpec | None
-    classifier: RunClassifier | None
     made_by: dict[str, str]
 
     @property
-    def model(self) -> BrainEncoder | RunClassifier:
-        return self.classifier or self.encoder
+    def encoder(self) -> BrainEncoder:
+        """Returns the encoder, which may be the model itself; AttributeError for a kind without one."""
+        encoder = self.model if isinstance(self.model, BrainEncoder) else self.model.get_submodule("encoder")
+        assert isinstance(encoder, BrainEncoder)
+        return encoder
 
     def in_space(self, kind: str, space: BrainSpace) -> "Bundle":
         """Returns this bundle with the stem of `kind` for `space` under that plain name, if it has one."""
-        same = (name for name in self.stems if self.spaces[name].fingerprint == space.fingerprint)
-        found = next((name for name in same if kind_of(name) == kind), kind)
-        if found != kind:
+        same = (name for name, stem in self.stems.items() if stem.space.fingerprint == space.fingerprint)
+        name = next((name for name in same if kind_of(name) == kind), kind)
+        if name != kind:
             stems = self.encoder.stems
-            stems[kind], stems[found] = stems[found], stems[kind]
-            self.spaces[kind], self.spaces[found] = self.spaces[found], self.spaces[kind]
-            self.stems[kind], self.stems[found] = self.stems[found], self.stems[kind]
+            stems[kind], stems[name] = stems[name], stems[kind]
+            self.stems[kind], self.stems[name] = self.stems[name], self.stems[kind]
         return self
+
+    def embed(self, row: Row) -> ScanEmbedding:
+        """Returns tokens, region embeddings and the embedding of one scan, read as the served model reads it.
+
+        `row` gives paths by column: {"bold": ..., "confounds": ...} or {"t1w": ...}; ScanError as in serving.
+        """
+        scan = read_scan(row, self.stems)
+        with torch.inference_mode():
+            return embed_scan(self.encoder, self.stems[scan.stem], require_frames(scan, scan.window_frames))
 
 
 def save(folder: Path | str, bundle: Bundle) -> Path:
@@ -95,24 +86,20 @@ def save(folder: Path | str, bundle: Bundle) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, space in bundle.spaces.items():
-        space.save(folder / f"space_{name}.npz")
+    for name, stem in bundle.stems.items():
+        stem.space.save(folder / f"space_{name}.npz")
+        stem.layout.save(folder / f"layout_{name}.npz")
+        if stem.atlas is not None:
+            stem.atlas.save(folder / f"atlas_{name}.npz")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in bundle.model.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
-    fresh = make_encoder(bundle.encoder.config, bundle.spaces, bundle.stems)
-    np.save(folder / "golden.npy", _golden_output(_filled(dataclasses.replace(bundle, encoder=fresh), weights)).numpy())
+    fresh = dataclasses.replace(bundle, model=_model(bundle.kind, bundle.config, bundle.stems, weights))
+    np.save(folder / "golden.npy", _golden_output(fresh).numpy())
     spec = {
         "schema": SCHEMA,
-        "encoder": dataclasses.asdict(bundle.encoder.config),
-        "stems": {
-            name: dataclasses.asdict(stem)
-            | {
-                "space_fingerprint": bundle.spaces[name].fingerprint,
-                "layout_fingerprint": bundle.encoder.stem(name).layout_fingerprint,
-            }
-            for name, stem in bundle.stems.items()
-        },
-        "head": dataclasses.asdict(bundle.head) if bundle.head else None,
+        "kind": bundle.kind,
+        "config": dataclasses.asdict(bundle.config),
+        "stems": {name: _described(stem) for name, stem in bundle.stems.items()},
         "made_by": bundle.made_by | {"commit": code_commit(), "torch": str(torch.__version__)},
     }
     (folder / "model.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
@@ -126,40 +113,27 @@ def load(folder: Path | str) -> Bundle:
     """
     folder = Path(folder)
     spec = _read_spec(folder)
-    spaces = {name: BrainSpace.load(folder / f"space_{name}.npz") for name in spec["stems"]}
-    for name, stem in spec["stems"].items():
-        if stem.pop("space_fingerprint") != spaces[name].fingerprint:
-            raise BundleError(f"{folder}/space_{name}.npz is not the space this model was trained on; fetch it again")
-    layouts = {name: stem.pop("layout_fingerprint") for name, stem in spec["stems"].items()}
-    stems = {name: _stem_spec(stem) for name, stem in spec["stems"].items()}
-    weights = _read_weights(folder)
-    encoder = make_encoder(EncoderConfig(**spec["encoder"]), spaces, stems)
-    if changed := [name for name, layout in layouts.items() if encoder.stem(name).layout_fingerprint != layout]:
-        raise BundleError(f"{folder}: this code cuts the tokens of {changed} otherwise than the code that wrote it did")
-    head = spec["head"] and HeadSpec(**(spec["head"] | {"config": HeadConfig(**spec["head"]["config"])}))
+    kind = spec["kind"]
+    stems = {name: _read_stem(folder, name, described) for name, described in spec["stems"].items()}
+    config = _from_plain(MODELS[kind].config, spec["config"])
     try:
-        bundle = _filled(Bundle(encoder, spaces, stems, head, None, spec["made_by"]), weights)
+        model = _model(kind, config, stems, _read_weights(folder))
     except RuntimeError as error:
         raise BundleError(f"{folder}: weights do not fit model.yaml ({error}); fetch the bundle again") from error
+    bundle = Bundle(kind, config, model, stems, spec["made_by"])
     _check_golden(bundle, folder)
     return bundle
 
 
-def make_encoder(
-    config: EncoderConfig, spaces: dict[StemName, BrainSpace], stems: dict[StemName, StemSpec]
-) -> BrainEncoder:
-    """Returns a fresh encoder with these stems."""
-    layouts = {
-        name: (PatchLayout.from_grid(spaces[name], stem.patch_voxels), stem.tubelet_frames)
-        for name, stem in stems.items()
-    }
-    return BrainEncoder(config, layouts)
+def model_kind(folder: Path | str) -> ModelKind:
+    """Returns the kind of model a bundle folder holds; BundleError when it is none that this code reads."""
+    return MODELS[_read_spec(Path(folder))["kind"]]
 
 
 def code_commit() -> str:
     """Returns the git commit of this code, with '+' when it differs from it.
 
-    A copy on a cluster's node has no history: whoever sent it there says the commit by COMMIT_VARIABLE, else 'unknown'.
+    A copy on a cluster's node has no history: whoever sent it there sets COMMIT_VARIABLE; 'unknown' without it.
     """
     here = Path(__file__).parent
     try:
@@ -175,11 +149,39 @@ def code_commit() -> str:
     return described.stdout.strip()
 
 
-def _stem_spec(raw: dict[str, Any]) -> StemSpec:
-    made = raw.get("preprocessing")
-    if made is not None:
-        made = BoldPreprocessing(**(made | {"cleaning": CleaningConfig(**made["cleaning"])}))
-    return StemSpec(**(raw | {"preprocessing": made}))
+def _described(stem: StemSpec) -> dict[str, Any]:
+    """Returns what model.yaml says of a stem; its arrays lie in files of their own."""
+    return {name: getattr(stem, name) for name in STEM_VALUES} | {
+        "preprocessing": stem.preprocessing and dataclasses.asdict(stem.preprocessing),
+        "space_fingerprint": stem.space.fingerprint,
+        "layout_fingerprint": stem.layout.fingerprint,
+        "atlas": stem.atlas and stem.atlas.name,
+    }
+
+
+def _read_stem(folder: Path, name: StemName, described: Mapping[str, Any]) -> StemSpec:
+    space = BrainSpace.load(folder / f"space_{name}.npz")
+    layout = PatchLayout.load(folder / f"layout_{name}.npz")
+    for file, fingerprint in (("space", space.fingerprint), ("layout", layout.fingerprint)):
+        if fingerprint != described[f"{file}_fingerprint"]:
+            raise BundleError(f"{folder}/{file}_{name}.npz is not the {file} this model was trained on; fetch it again")
+    recipe = described["preprocessing"]
+    return StemSpec(
+        space,
+        layout,
+        **{value: described[value] for value in STEM_VALUES},
+        preprocessing=recipe and _from_plain(BoldPreprocessing, recipe),
+        atlas=Atlas.load(folder / f"atlas_{name}.npz") if described["atlas"] else None,
+    )
+
+
+def _from_plain(dataclass_type: Any, plain: Mapping[str, Any]) -> Any:
+    """Returns the dataclass whose `dataclasses.asdict` is `plain`."""
+    types = typing.get_type_hints(dataclass_type)
+    nested = {name for name in plain if dataclasses.is_dataclass(types[name])}
+    return dataclass_type(
+        **{name: _from_plain(types[name], value) if name in nested else value for name, value in plain.items()}
+    )
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:
@@ -189,7 +191,13 @@ def _read_spec(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{folder}/model.yaml cannot be read ({error}); is this a bundle folder?") from error
     if spec.get("schema") != SCHEMA:
         raise BundleError(
-            f"{folder}/model.yaml has schema {spec.get('schema')}, this code reads {SCHEMA}; export again"
+            f"{folder}/model.yaml has schema {spec.get('schema')}, this code reads {SCHEMA}; run the command that made "
+            "it again, with this code"
+        )
+    if spec["kind"] not in MODELS:
+        raise BundleError(
+            f"{folder}/model.yaml holds a {spec['kind']!r}, this code knows {', '.join(MODELS)}; use the code of "
+            f"commit {spec['made_by'].get('commit')}"
         )
     return spec
 
@@ -201,43 +209,19 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise BundleError(f"{folder}/weights.safetensors cannot be read ({error}); fetch the bundle again") from error
 
 
-def _filled(bundle: Bundle, weights: dict[str, Tensor]) -> Bundle:
-    """Returns the bundle with these weights in its fresh encoder, and in a fresh classifier if it has a head."""
-    classifier = _classifier(bundle.encoder, bundle.head, bundle.stems, weights) if bundle.head else None
-    filled = dataclasses.replace(bundle, classifier=classifier)
-    filled.model.load_state_dict(weights, strict=True)
-    filled.model.eval()
-    return filled
+def _model(kind: str, config: Any, stems: Stems, weights: dict[str, Tensor]) -> nn.Module:
+    """Returns a new model with these weights, in eval mode."""
+    model = MODELS[kind].build(config, stems)
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
 
 
-def _classifier(
-    encoder: BrainEncoder, head: HeadSpec, stems: dict[StemName, StemSpec], weights: dict[str, Tensor]
-) -> RunClassifier:
-    membership = weights.get("head.pool.shares")
-    module = Classifier(head.config, encoder.config.width, membership=membership)
-    return RunClassifier(encoder, module, window_frames=stems["bold"].window_frames)
-
-
-def _golden_output(bundle: Bundle) -> Float[Tensor, "stem output"]:
-    """Returns embeddings of one seeded random window for each stem, or the logit, which is of the stem bold."""
-    outputs = []
+def _golden_output(bundle: Bundle) -> Float[Tensor, "example output"]:
+    """Returns the outputs of inputs that are the same in every run."""
+    kind = MODELS[bundle.kind]
     with torch.inference_mode():
-        for name in ["bold"] if bundle.classifier else sorted(bundle.stems):
-            window_frames = bundle.stems[name].window_frames
-            generator = np.random.Generator(np.random.PCG64(GOLDEN_SEED))
-            num_frames = bundle.head.segment_frames if bundle.head else window_frames
-            shape = (1, num_frames, bundle.spaces[name].num_voxels)
-            values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-            is_measured = torch.ones(1, shape[2], dtype=torch.bool)
-            repetition_time_s = torch.full((1,), 2.0)
-            if bundle.classifier:
-                outputs.append(bundle.classifier(values, is_measured, repetition_time_s)[:, None])
-            else:
-                embedding = bundle.encoder.embed(
-                    values, is_measured, repetition_time_s, name=name, window_frames=window_frames
-                )
-                outputs.append(embedding)
-    return torch.cat(outputs)
+        examples = kind.examples(bundle.config, bundle.stems, GOLDEN_SEED)
+        return torch.cat([kind.compute(bundle.model, bundle.config, example) for example in examples])
 
 
 def _check_golden(bundle: Bundle, folder: Path) -> None:
@@ -245,10 +229,8 @@ def _check_golden(bundle: Bundle, folder: Path) -> None:
         expected = torch.from_numpy(np.load(folder / "golden.npy", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder}/golden.npy cannot be read ({error}); fetch the bundle again") from error
-    found = _golden_output(bundle)
-    if bundle.classifier:
-        expected = expected[:1]  # earlier code wrote the same logit once a stem
-    off = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+    computed = _golden_output(bundle)
+    off = float((computed - expected).abs().max()) if computed.shape == expected.shape else float("inf")
     if not off <= GOLDEN_TOLERANCE:
         raise BundleError(
             f"{folder}: the golden output is off by {off:.2g} (limit {GOLDEN_TOLERANCE}): this code computes something "

@@ -1,4 +1,4 @@
-"""Heads that turn the tokens of a run into one number a class decision is made from; they travel with the weights.
+"""Heads that turn the tokens of a run into one number: a logit or a standardised value; they travel with the weights.
 
 A run reaches a head as consecutive windows of tokens. Heads know no file and no label.
 """
@@ -82,8 +82,8 @@ class CovariancePool(nn.Module):
         return self.couple(self.node_tokens(tokens))
 
 
-class Classifier(nn.Module):
-    """Pooling, standardisation with stored numbers, dropout and one linear layer: a logit a run, above 0 for a case."""
+class RunHead(nn.Module):
+    """Pooling, standardisation with stored numbers, dropout and one linear layer: one number per run."""
 
     centre: Tensor
     spread: Tensor
@@ -102,7 +102,7 @@ class Classifier(nn.Module):
         self.register_buffer("spread", torch.ones(self.pool.num_features))
 
     def forward(self, tokens: Float[Tensor, "batch window patch width"]) -> Float[Tensor, "batch"]:
-        """The logit of each run; 0 for every run before the head is trained."""
+        """The output of each run; 0 for every run before the head is trained."""
         features = (self.pool(tokens) - self.centre) / self.spread
         return self.linear(self.dropout(features)).squeeze(-1)
 

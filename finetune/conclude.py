@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from brain_models import bundle
-from brain_models.bundle import Bundle, HeadSpec, StemSpec
+from brain_models.bundle import Bundle
+from brain_models.run_predictor import RunClassifierConfig
 from cluster.storage.stores import Store, store_for
 from finetune.promotion import promote, refusals
 from finetune.report import page as report
@@ -160,20 +161,22 @@ class Publisher:
         """Write the bundle, locally; call it where parameters are whole."""
         setup = self.setup
         backbone = setup.backbone.load(setup.shard_set.space)
-        stem: StemSpec = backbone.stems["bold"]
+        stem = backbone.stems["bold"]
         stem.needs_brain_mask = setup.shard_set.needs_brain_mask("bold")
         stem.preprocessing = setup.shard_set.bold_preprocessing()
+        stem.atlas = setup.shard_set.atlases[setup.config.task.atlas]
         label = setup.config.task.label
-        head = HeadSpec(
-            config=setup.config.task.head,
+        model = task.model
+        config = RunClassifierConfig(
+            encoder=model.encoder.config,
+            head=setup.config.task.head,
             segment_frames=task.num_frames,
             positive=label.cases[0],
             negative=label.controls[0],
             threshold=1 / (1 + math.exp(-self.threshold)),
         )
         made_by = {"part": "finetune", "run": setup.config.run.name, "set": setup.shard_set.fingerprint}
-        model = task.model
-        saved = Bundle(model.encoder, backbone.spaces, backbone.stems, head, model, made_by)
+        saved = Bundle("run_classifier", config, model, backbone.stems, made_by)
         folder = bundle.save(self.folder / "bundle", saved)
         before = seen_before(store_for(setup.config.run.folder))
         if before is not None:  # else the bundle says that nobody knows whom it has seen

@@ -133,7 +133,7 @@ def fit_problems(config: FinetuneConfig, shard_set: ShardSet, backbone: Bundle) 
             "(python -m pretrain kind=bold)"
         ]
     problems = []
-    theirs, ours = backbone.spaces["bold"], shard_set.space
+    theirs, ours = backbone.stems["bold"].space, shard_set.space
     if theirs.fingerprint != ours.fingerprint:
         problems.append(
             f"encoder={config.encoder}: was trained on space {theirs.name} ({theirs.num_voxels} voxels, "

@@ -6,6 +6,7 @@ Knows windows, labels and layers; nothing of files, ranks or the loop.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,9 +18,8 @@ from torch.nn import functional
 
 from brain_models.atlas import Atlas
 from brain_models.bundle import Bundle
-from brain_models.heads import Classifier, HeadConfig
-from brain_models.patches import PatchLayout
-from brain_models.run_classifier import RunClassifier
+from brain_models.heads import HeadConfig
+from brain_models.run_predictor import RunPredictor, run_predictor
 from data_sharding.read.reader import Batch
 from finetune.tasks.subject_prediction.evaluation import (
     Scores,
@@ -69,7 +69,7 @@ class AdhdClassification(Task):
     class_weights: Tensor
 
     def __init__(
-        self, config: AdhdConfig, model: RunClassifier, labels: Labels, *, train_subjects: list[str], batch_size: int
+        self, config: AdhdConfig, model: RunPredictor, labels: Labels, *, train_subjects: list[str], batch_size: int
     ) -> None:
         super().__init__()
         self.config = config
@@ -186,10 +186,6 @@ def class_weights(labels: Labels, train_subjects: list[str]) -> tuple[float, flo
     return 0.5 / (1 - share), 0.5 / share
 
 
-def build_model(backbone: Bundle, config: AdhdConfig, atlas: Atlas) -> RunClassifier:
+def build_model(backbone: Bundle, config: AdhdConfig, atlas: Atlas) -> RunPredictor:
     """The backbone's encoder under a fresh head that pools over the atlas's own regions."""
-    layout = PatchLayout.from_grid(backbone.spaces["bold"], backbone.stems["bold"].patch_voxels)
-    membership = atlas.membership(layout, backbone.spaces["bold"])
-    named = torch.from_numpy(membership.shares[:, membership.is_named])
-    head = Classifier(config.head, backbone.encoder.config.width, membership=named)
-    return RunClassifier(backbone.encoder, head, window_frames=backbone.stems["bold"].window_frames)
+    return run_predictor(backbone.encoder, dataclasses.replace(backbone.stems["bold"], atlas=atlas), config.head)

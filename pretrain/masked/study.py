@@ -16,7 +16,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from brain_models import bundle
-from brain_models.bundle import Bundle, StemSpec
+from brain_models.bundle import Bundle
+from brain_models.inputs import StemSpec
 from cluster.storage.stores import store_for
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
@@ -197,11 +198,10 @@ class Exporter:
         bundle.save(
             self.folder,
             Bundle(
-                encoder=task.encoder,
-                spaces={name: first_of[name].geometry.space for name in task.encoder.stems},
+                kind="encoder",
+                config=task.encoder.config,
+                model=task.encoder,
                 stems={name: stem_spec(first_of[name]) for name in task.encoder.stems},
-                head=None,
-                classifier=None,
                 made_by={"part": "pretrain", "run": self.config.run.name, "set": fingerprints},
             ),
         )
@@ -247,11 +247,13 @@ class Exporter:
 
 def stem_spec(opened: OpenedSet) -> StemSpec:
     """What a served model must know to read scans like those of this set: of sets that share a stem, the first."""
-    window = opened.geometry.window
+    geometry, window = opened.geometry, opened.geometry.window
     return StemSpec(
-        patch_voxels=window.patch_voxels,
+        space=geometry.space,
+        layout=geometry.layout,
         tubelet_frames=window.tubelet_frames,
         window_frames=window.window_frames,
         needs_brain_mask=opened.shard_set.needs_brain_mask(opened.kind),
         preprocessing=opened.shard_set.bold_preprocessing() if opened.kind == "bold" else None,
+        atlas=geometry.atlas,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from brain_models.heads import AttentionPool, Classifier, CovariancePool, HeadConfig
+from brain_models.heads import AttentionPool, CovariancePool, HeadConfig, RunHead
 
 
 def make_membership(num_patches: int, num_nodes: int) -> torch.Tensor:
@@ -48,9 +48,9 @@ def test_untrained_attention_pooling_is_the_mean_of_normalised_tokens() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["covariance", "attention"])
-def test_classifier_starts_at_zero_and_every_parameter_gets_a_gradient(pooling: str) -> None:
+def test_a_head_starts_at_zero_and_every_parameter_gets_a_gradient(pooling: str) -> None:
     config = HeadConfig(pooling=pooling, num_channels=2, dropout=0.0)  # type: ignore[arg-type]
-    head = Classifier(config, 8, membership=make_membership(6, 3))
+    head = RunHead(config, 8, membership=make_membership(6, 3))
     tokens = torch.randn(4, 5, 6, 8)
     torch.testing.assert_close(head(tokens), torch.zeros(4))
     torch.nn.init.normal_(head.linear.weight)
@@ -60,4 +60,4 @@ def test_classifier_starts_at_zero_and_every_parameter_gets_a_gradient(pooling: 
 
 def test_covariance_pooling_without_an_atlas_says_what_to_pass() -> None:
     with pytest.raises(ValueError, match=r"needs an atlas: pass membership \[patch, node\]"):
-        Classifier(HeadConfig(pooling="covariance", num_channels=1, dropout=0.0), 8)
+        RunHead(HeadConfig(pooling="covariance", num_channels=1, dropout=0.0), 8)

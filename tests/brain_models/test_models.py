@@ -1,4 +1,4 @@
-"""Patches, atlases, encoder and bundles: known answers on small spaces."""
+"""Patches, atlases and the encoder: known answers on small spaces."""
 
 import dataclasses
 from pathlib import Path
@@ -10,19 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from brain_models import bundle as bundles
 from brain_models.atlas import Atlas, atlas_from_image, cluster_labels, no_atlas, template_parcellation
-from brain_models.bundle import Bundle, HeadSpec, StemSpec, make_encoder
+from brain_models.embedding import make_encoder
 from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, PositionEmbedding, Stem
-from brain_models.errors import BundleError, SpaceError
-from brain_models.heads import Classifier, HeadConfig
+from brain_models.errors import SpaceError
+from brain_models.inputs import StemSpec
 from brain_models.patches import PatchLayout
-from brain_models.run_classifier import RunClassifier
 from brain_models.space import BrainSpace, SpaceConfig, space_from_mask, volume_space
+from tests.bundles import cubes
 from tests.scans import GRID_AFFINE
 
 CONFIG = EncoderConfig(width=32, depth=2, num_heads=4, mlp_ratio=2.0, num_frequencies=4, time_in="seconds")
-STEMS = {"bold": StemSpec(patch_voxels=2, tubelet_frames=2, window_frames=4, needs_brain_mask=False)}
 
 
 @pytest.fixture
@@ -36,7 +34,11 @@ def space() -> BrainSpace:
 @pytest.fixture
 def encoder(space: BrainSpace) -> BrainEncoder:
     torch.manual_seed(0)
-    return make_encoder(CONFIG, {"bold": space}, STEMS).eval()
+    return make_encoder(CONFIG, stems_of(space)).eval()
+
+
+def stems_of(space: BrainSpace) -> dict[str, StemSpec]:
+    return {"bold": cubes(space, 2, tubelet_frames=2, window_frames=4)}
 
 
 def test_every_voxel_is_in_exactly_one_patch_at_its_own_element(space: BrainSpace) -> None:
@@ -108,11 +110,11 @@ def test_bf16_puts_no_token_elsewhere() -> None:
 
 
 def test_an_encoder_that_counts_frames_cannot_tell_repetition_times_apart(space: BrainSpace) -> None:
-    in_frames = make_encoder(dataclasses.replace(CONFIG, time_in="frames"), {"bold": space}, STEMS)
+    in_frames = make_encoder(dataclasses.replace(CONFIG, time_in="frames"), stems_of(space))
     positions = in_frames.positions("bold", 2, torch.tensor([2.0, 0.5]))
     assert positions[0, [0, -1], 3].tolist() == [0.5, 2.5]
     assert torch.equal(positions[0], positions[1])
-    in_seconds = make_encoder(CONFIG, {"bold": space}, STEMS).positions("bold", 2, torch.tensor([1.0]))
+    in_seconds = make_encoder(CONFIG, stems_of(space)).positions("bold", 2, torch.tensor([1.0]))
     assert torch.equal(positions[:1], in_seconds)
 
 
@@ -246,93 +248,9 @@ def test_the_template_parcellation_knows_left_from_right_and_has_every_group() -
     assert all(np.isin(atlas.labels, ids).any() for ids in atlas.groups.values())
 
 
-def test_a_bundle_gives_back_the_same_encoder_and_classifier(
-    space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
-) -> None:
-    encoder.stem("bold").voxel_offset.normal_()
-    spaces = {"bold": space}
-    bundles.save(tmp_path / "encoder", Bundle(encoder, spaces, STEMS, None, None, {"run": "a"}))
-    loaded = bundles.load(tmp_path / "encoder")
-    assert loaded.made_by["run"] == "a"
-    for name, tensor in encoder.state_dict().items():
-        assert torch.equal(tensor, loaded.encoder.state_dict()[name]), name
-    classifier = _classifier(space, encoder)
-    head = HeadSpec(classifier.head.config, segment_frames=16, positive="ADHD", negative="control", threshold=0.4)
-    bundles.save(tmp_path / "classifier", Bundle(encoder, spaces, STEMS, head, classifier, {}))
-    again = bundles.load(tmp_path / "classifier")
-    values = torch.randn(2, 16, space.num_voxels)
-    arguments = (values, torch.ones(2, space.num_voxels, dtype=torch.bool), torch.tensor([2.0, 1.5]))
-    with torch.inference_mode():
-        logits = classifier.eval()(*arguments)
-        assert logits.std() > 1e-3
-        torch.testing.assert_close(again.classifier(*arguments), logits, rtol=0, atol=0)
-    assert again.head == head
-
-
-def test_a_classifier_on_a_backbone_of_several_spaces_is_a_bundle(
-    space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
-) -> None:
-    finer = space_from_mask(np.ones((6, 6, 6), dtype=bool), GRID_AFFINE, name="finer", template="NLin6Asym")
-    spaces = {"bold": space, "bold_0f": finer, "t1": finer}
-    anatomy = StemSpec(patch_voxels=3, tubelet_frames=1, window_frames=1, needs_brain_mask=False)
-    stems = STEMS | {"bold_0f": dataclasses.replace(STEMS["bold"], patch_voxels=3), "t1": anatomy}
-    classifier = _classifier(space, make_encoder(CONFIG, spaces, stems))
-    head = HeadSpec(classifier.head.config, segment_frames=16, positive="ADHD", negative="control", threshold=0.4)
-    bundles.save(tmp_path / "b", Bundle(classifier.encoder, spaces, stems, head, classifier, {}))
-    assert bundles.load(tmp_path / "b").stems == stems
-    golden = np.load(tmp_path / "b" / "golden.npy")
-    np.save(tmp_path / "b" / "golden.npy", np.repeat(golden, 3, axis=0))  # as earlier code wrote it for one space
-    assert bundles.load(tmp_path / "b").head == head
-
-
-def test_saving_a_bundle_asks_nothing_of_the_given_model_but_its_weights(
-    space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
-) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("under ZeRO 3 a forward pass on one rank waits for the others for ever")
-
-    for module in encoder.train().modules():
-        module.register_forward_pre_hook(refuse)
-    bundles.save(tmp_path / "b", Bundle(encoder, {"bold": space}, STEMS, None, None, {}))
-    assert encoder.training
-    assert bundles.load(tmp_path / "b").encoder.config == CONFIG
-
-
-def test_a_bundle_that_computes_something_else_is_refused_and_names_the_commit(
-    space: BrainSpace, encoder: BrainEncoder, tmp_path: Path
-) -> None:
-    folder = bundles.save(tmp_path / "b", Bundle(encoder, {"bold": space}, STEMS, None, None, {}))
-    golden = np.load(folder / "golden.npy")
-    np.save(folder / "golden.npy", golden + 2e-4)
-    with pytest.raises(BundleError, match=r"golden output is off by 0\.0002 .* than commit \w+"):
-        bundles.load(folder)
-    np.save(folder / "golden.npy", golden)
-    assert bundles.load(folder).encoder is not None
-    (folder / "weights.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(BundleError, match=r"weights\.safetensors cannot be read"):
-        bundles.load(folder)
-    with pytest.raises(BundleError, match="is this a bundle folder"):
-        bundles.load(tmp_path)
-
-
-def test_a_bundle_with_another_space_is_refused(space: BrainSpace, encoder: BrainEncoder, tmp_path: Path) -> None:
-    folder = bundles.save(tmp_path / "b", Bundle(encoder, {"bold": space}, STEMS, None, None, {}))
-    _moved(space).save(folder / "space_bold.npz")
-    with pytest.raises(BundleError, match=r"space_bold\.npz is not the space this model was trained on"):
-        bundles.load(folder)
-
-
 def _moved(space: BrainSpace) -> BrainSpace:
     affine = space.affine.copy()
     affine[0, 3] += 3000
     in_brain = np.zeros(space.grid_shape, dtype=bool)
     in_brain[tuple(space.voxel_indices.T)] = True
     return space_from_mask(in_brain, affine, name="moved", template="NLin6Asym")
-
-
-def _classifier(space: BrainSpace, encoder: BrainEncoder) -> RunClassifier:
-    num_patches = PatchLayout.from_grid(space, 2).num_patches
-    membership = torch.eye(num_patches)[:, :6]
-    head = Classifier(HeadConfig(pooling="covariance", num_channels=3, dropout=0.0), 32, membership=membership)
-    torch.nn.init.normal_(head.linear.weight)
-    return RunClassifier(encoder, head, window_frames=4)

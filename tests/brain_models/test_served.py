@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from brain_models import bundle as bundles
-from brain_models.bundle import Bundle, StemSpec, make_encoder
 from brain_models.encoder import EncoderConfig
 from brain_models.preprocess import dequantise, pack_bold, standardise_bold
 from brain_models.space import space_from_mask
+from tests.bundles import cubes, encoder_bundle
 from tests.scans import GRID_AFFINE, GRID_SHAPE, save_scan
 from training.registry import models as registry
 
@@ -50,23 +50,24 @@ def test_a_registered_encoder_embeds_a_nifti_file_where_this_repository_is_unkno
     in_brain = np.zeros(GRID_SHAPE, dtype=bool)
     in_brain[4:12, 4:14, 4:12] = True
     space = space_from_mask(in_brain, GRID_AFFINE, name="box", template="NLin6Asym")
-    stems = {"bold": StemSpec(patch_voxels=4, tubelet_frames=2, window_frames=4, needs_brain_mask=False)}
     torch.manual_seed(0)
-    encoder = make_encoder(EncoderConfig(32, 2, 4, 2.0, 4, "seconds"), {"bold": space}, stems).eval()
-    folder = bundles.save(tmp_path / "bundle", Bundle(encoder, {"bold": space}, stems, None, None, {}))
+    config = EncoderConfig(32, 2, 4, 2.0, 4, "seconds")
+    bundle = encoder_bundle(config, {"bold": cubes(space, 4, tubelet_frames=2)})
+    folder = bundles.save(tmp_path / "bundle", bundle)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     registry.register(folder, name="tiny", tags={}, alias="candidate", uri=uri, run_id=None, experiment="served")
     # MLflow silently drops columns that the signature lacks.
-    read = set(re.findall(r'_given\(row, "(\w+)"\)', (registry.CODE_FOLDER / "served.py").read_text()))
+    read = set(re.findall(r'row(?:\[|\.get\()"(\w+)"', (registry.CODE_FOLDER / "inputs.py").read_text()))
     signature = mlflow.models.get_model_info("models:/tiny@candidate").signature
-    assert set(signature.inputs.input_names()) == read | {"bold", "t1w"}
+    assert set(signature.inputs.input_names()) == read
+    assert read == {"bold", "t1w", "brain_mask", "confounds", "transform", "repetition_time_s"}
     scan = save_scan(
         tmp_path / "scan_bold.nii.gz", np.random.default_rng(0).normal(size=(*GRID_SHAPE, 10)) + 100, GRID_AFFINE
     )
     stored = standardise_bold(pack_bold(scan, space, brain_mask=None))
     np.save(tmp_path / "packed.npy", stored.quantised)
     with torch.inference_mode():
-        expected = encoder.embed(
+        expected = bundle.encoder.embed(
             torch.from_numpy(dequantise(stored.quantised))[None],
             torch.from_numpy(stored.is_measured)[None],
             torch.tensor([2.0]),

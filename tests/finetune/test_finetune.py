@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from brain_models import bundle
-from brain_models.bundle import Bundle, StemSpec, make_encoder
 from brain_models.encoder import EncoderConfig
 from configs.entry import compose
 from configs.parse import parse
@@ -35,6 +34,7 @@ from finetune.tasks.subject_prediction.connectomes import read_connectomes
 from finetune.tasks.subject_prediction.evaluation import Scores
 from finetune.tasks.subject_prediction.labels import read_labels
 from finetune.train import Setup, fetch_backbone, train
+from tests.bundles import cubes, encoder_bundle
 from tests.data_sharding.test_shards import copy_set, flip
 from training.checkpoint import Commit
 from training.errors import TrainingError
@@ -43,6 +43,8 @@ from training.registry import models as registry
 from training.registry.seen_subjects import FILE as SEEN
 from training.registry.seen_subjects import hash_subject, overlap, read_seen, write_seen
 from training.runs import list_models
+
+ENCODER = EncoderConfig(16, 1, 2, 2.0, 4, "seconds")
 
 NUM_SUBJECTS = 32
 TWINS = "{one:[models:/tiny@candidate],other:[models:/twin@candidate]}"
@@ -90,10 +92,8 @@ class Place:
 
 def write_backbone(folder: Path, shard_set: ShardSet) -> Path:
     torch.manual_seed(0)
-    stem = StemSpec(patch_voxels=3, tubelet_frames=4, window_frames=4, needs_brain_mask=True)
-    spaces, stems = {"bold": shard_set.space}, {"bold": stem}
-    encoder = make_encoder(EncoderConfig(16, 1, 2, 2.0, 4, "seconds"), spaces, stems)
-    bundle.save(folder, Bundle(encoder, spaces, stems, None, None, {"part": "test"}))
+    stem = replace(cubes(shard_set.space, 3), needs_brain_mask=True)
+    bundle.save(folder, encoder_bundle(ENCODER, {"bold": stem}, part="test"))
     write_seen(folder, set(shard_set.runs("bold", ["train"])["subject"]))
     return folder
 
@@ -286,14 +286,11 @@ def test_a_backbone_of_another_space_is_refused_with_both_spaces_and_of_several_
         space.affine,
         space.voxel_indices[:-9],
     )
-    stem = StemSpec(patch_voxels=3, tubelet_frames=4, window_frames=4, needs_brain_mask=True)
-    encoder = make_encoder(EncoderConfig(16, 1, 2, 2.0, 4, "seconds"), {"bold": other}, {"bold": stem})
-    bundle.save(tmp_path / "other", Bundle(encoder, {"bold": other}, {"bold": stem}, None, None, {}))
-    both, stems = {"bold": other, "bold_2": space}, {"bold": stem, "bold_2": stem}
-    encoder = make_encoder(encoder.config, both, stems)
-    bundle.save(tmp_path / "both", Bundle(encoder, both, stems, None, None, {}))
+    elsewhere = cubes(other, 3)
+    bundle.save(tmp_path / "other", encoder_bundle(ENCODER, {"bold": elsewhere}))
+    bundle.save(tmp_path / "both", encoder_bundle(ENCODER, {"bold": elsewhere, "bold_2": cubes(space, 3)}))
     assert validate(place.config(f"encoder={tmp_path}/both")) == []
-    assert fetch_backbone(place.config(f"encoder={tmp_path}/both")).load(space).spaces["bold"].name == space.name
+    assert fetch_backbone(place.config(f"encoder={tmp_path}/both")).load(space).stems["bold"].space.name == space.name
 
     problems = "\n".join(validate(place.config(f"encoder={tmp_path}/other")))
     assert "was trained on space elsewhere" in problems

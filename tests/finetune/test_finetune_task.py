@@ -14,7 +14,6 @@ from phantom_runs import PhantomRuns, RunSource, make_batch, make_population, ma
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from brain_models.bundle import Bundle, StemSpec, make_encoder
 from brain_models.encoder import EncoderConfig
 from configs.entry import compose
 from configs.parse import parse
@@ -25,6 +24,7 @@ from finetune.tasks.adhd_classification import NO_LABEL, AdhdClassification, bui
 from finetune.tasks.subject_prediction.evaluation import auroc, within_site_auroc
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.probe import principal_channels, start_head
+from tests.bundles import cubes, encoder_bundle
 from training.engine.plain import PlainEngine
 from training.loop import FitResult, Services, fit
 
@@ -65,9 +65,7 @@ def make_config(folder: Path, *overrides: str) -> FinetuneConfig:
 
 def make_task(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> AdhdClassification:
     torch.manual_seed(seed)
-    stem = StemSpec(patch_voxels=3, tubelet_frames=4, window_frames=4, needs_brain_mask=True)
-    spaces, stems = {"bold": runs.space}, {"bold": stem}
-    backbone = Bundle(make_encoder(ENCODER, spaces, stems), spaces, stems, None, None, {})
+    backbone = encoder_bundle(ENCODER, {"bold": cubes(runs.space, 3)})
     labels = Labels(
         {run.subject: run.is_case for run in runs.runs}, {run.subject: run.site for run in runs.runs}, num_unlabelled=0
     )

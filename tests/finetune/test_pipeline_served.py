@@ -6,19 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas
 import pytest
 
 from brain_models import bundle
-from brain_models.bundle import Bundle, StemSpec
 from brain_models.encoder import EncoderConfig
 from brain_models.errors import ScanError
+from brain_models.inputs import ScanInput, read_scan
 from brain_models.preprocess import dequantise, measured
-from brain_models.served import ServedModel
 from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.read.reader import open_set
 from data_sharding.write.build import build
+from tests.bundles import cubes, encoder_bundle
 from tests.data_sharding.test_shards import npy
 from tests.helpers_scans import NO_CLEANING, sharding_config, write_confounds, write_study
 
@@ -43,17 +42,14 @@ def written(study: Path, out: Path, bold_type: str = "int8", **cleaning: object)
     return config
 
 
-def served_model(location: str, folder: Path, **changes: object) -> ServedModel:
-    """A served model whose encoder learned nothing, for scans like those of a set."""
+def served_scan(location: str, folder: Path, row: dict[str, object], **changes: object) -> ScanInput:
+    """What a model reads of a scan whose bundle was made for scans like those of a set."""
     shard_set = open_set(location)
-    stem = StemSpec(2, 4, 4, needs_brain_mask=False, preprocessing=shard_set.bold_preprocessing())
-    stems, spaces = {"bold": replace(stem, **changes)}, {"bold": shard_set.space}  # type: ignore[arg-type]
+    stem = replace(cubes(shard_set.space, 2), preprocessing=shard_set.bold_preprocessing())
+    stem = replace(stem, **changes)  # type: ignore[arg-type]
     config = EncoderConfig(width=8, depth=1, num_heads=2, mlp_ratio=2.0, num_frequencies=4, time_in="seconds")
-    encoder = bundle.make_encoder(config, spaces, stems)  # type: ignore[arg-type]
-    bundle.save(folder, Bundle(encoder, spaces, stems, None, None, {"part": "test"}))  # type: ignore[arg-type]
-    model = ServedModel()
-    model.bundle = bundle.load(folder)
-    return model
+    bundle.save(folder, encoder_bundle(config, {"bold": stem}, part="test"))
+    return read_scan(row, bundle.load(folder).stems)
 
 
 def stored_values(location: str) -> tuple[np.ndarray, np.ndarray]:
@@ -72,17 +68,15 @@ def test_a_served_scan_equals_its_shard(study: Path, tmp_path: Path, filter_name
         "confounds": ["motion6", "csf"],
     }
     location = written(study, tmp_path / "set", bold_type=bold_type, **cleaning).out
-    model = served_model(location, tmp_path / "bundle")
     scan = next((study / "sub-01").rglob("*_bold.nii.gz"))
-    row = pandas.Series(
-        {"bold": str(scan), "repetition_time_s": 2.0, "confounds": str(next(scan.parent.glob("*confounds*.tsv")))}
-    )
-    kind, values, is_measured, seconds = model._scan(row)
+    confounds = str(next(scan.parent.glob("*confounds*.tsv")))
+    row = {"bold": str(scan), "repetition_time_s": 2.0, "confounds": confounds}
+    served = served_scan(location, tmp_path / "bundle", row)
     expected, expected_measured = stored_values(location)
-    assert values.shape[1] == NUM_FRAMES - 2
-    np.testing.assert_array_equal(values[0].numpy(), expected)
-    np.testing.assert_array_equal(is_measured[0].numpy(), expected_measured)
-    assert (kind, float(seconds)) == ("bold", 2.0)
+    assert served.values.shape[1] == NUM_FRAMES - 2
+    np.testing.assert_array_equal(served.values[0].numpy(), expected)
+    np.testing.assert_array_equal(served.is_measured[0].numpy(), expected_measured)
+    assert (served.stem, float(served.repetition_time_s)) == ("bold", 2.0)
     quality = open_set(location).quality.set_index("scan_id").loc["sub-01_task-rest_bold"]
     assert quality.num_dropped == 2
     assert quality.num_censored == 1
@@ -91,16 +85,16 @@ def test_a_served_scan_equals_its_shard(study: Path, tmp_path: Path, filter_name
 
 def test_a_scan_without_its_confounds_is_refused_where_they_mattered(study: Path, tmp_path: Path) -> None:
     scan = next((study / "sub-01").rglob("*_bold.nii.gz"))
-    row = pandas.Series({"bold": str(scan), "repetition_time_s": 2.0}, name=7)
+    row: dict[str, object] = {"bold": str(scan), "repetition_time_s": 2.0}
     regressed = written(study, tmp_path / "regressed", confounds=["motion6"]).out
-    with pytest.raises(ScanError, match=r"row 7: this model saw runs cleaned .*\(motion6\); add a column confounds"):
-        served_model(regressed, tmp_path / "first")._scan(row)
+    with pytest.raises(ScanError, match=r"this model saw runs cleaned .*\(motion6\); add a column confounds"):
+        served_scan(regressed, tmp_path / "first", row)
     dropped = written(study, tmp_path / "dropped", high_pass_hz=1 / 128).out
     with pytest.raises(ScanError, match=r"\(first frames dropped\); add a column confounds"):
-        served_model(dropped, tmp_path / "second")._scan(row)
+        served_scan(dropped, tmp_path / "second", row)
     drifts = written(study, tmp_path / "drifts", high_pass_hz=1 / 128, non_steady_state="keep").out
-    values = served_model(drifts, tmp_path / "third")._scan(row)[1]
+    values = served_scan(drifts, tmp_path / "third", row).values
     np.testing.assert_array_equal(values[0].numpy(), stored_values(drifts)[0])
     assert not open_set(drifts).bold_preprocessing().needs_confounds
-    uncleaned = served_model(drifts, tmp_path / "fourth", preprocessing=None)._scan(row)[1]
+    uncleaned = served_scan(drifts, tmp_path / "fourth", row, preprocessing=None).values
     assert float((uncleaned - values).abs().max()) > 0.1

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
+from brain_models.bundle import SCHEMA
 from cluster.errors import StorageError
 from training import pull, runs
 from training.errors import RegistryError
@@ -28,7 +29,7 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     bundle = tmp_path / "bundle"
     bundle.mkdir()
-    (bundle / "model.yaml").write_text("kind: toy\n")
+    (bundle / "model.yaml").write_text(f"schema: {SCHEMA}\nkind: encoder\n")
     (bundle / "weights.safetensors").write_bytes(bytes(range(256)))
 
     def register(alias: str, checkpoint: str = "a") -> str:
@@ -120,6 +121,7 @@ def test_a_file_is_never_taken_for_a_new_folder(tmp_path: Path) -> None:
 
 def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -> None:
     """An error of ours: the workers of a run that is done are not started again."""
+    (tmp_path / "model.yaml").write_text(f"schema: {SCHEMA}\nkind: encoder\n")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"

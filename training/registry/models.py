@@ -14,26 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import brain_models
-from brain_models.bundle import code_commit
+from brain_models.bundle import code_commit, model_kind
 from training.errors import RegistryError
 from training.watch.tracking import experiment_id, known_server, mlflow_environment
 
 CODE_FOLDER = Path(brain_models.__file__).parent
-# What brain_models imports to load a bundle and predict; exact versions are those of this environment.
-SERVED_PACKAGES = (
-    "mlflow",
-    "torch",
-    "numpy",
-    "scipy",
-    "pandas",
-    "nibabel",
-    "isal",
-    "safetensors",
-    "einops",
-    "jaxtyping",
-    "pyyaml",
-)
-SERVED_FILES = ("brain_mask", "confounds", "transform")  # columns of paths; MLflow drops columns a signature lacks
 CODE_HASH_TAG = "callosum.code_hash"
 CHECKPOINT_HASH_TAG = "callosum.checkpoint_hash"
 
@@ -54,9 +39,14 @@ def register(
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
 
-    scans, files = dict.fromkeys(("bold", "t1w"), AnyType()), dict.fromkeys(SERVED_FILES, DataType.string)
-    columns: dict[str, AnyType | DataType] = {**scans, **files, "repetition_time_s": DataType.double}
-    inputs = Schema([ColSpec(kind, column, required=False) for column, kind in columns.items()])
+    kind = model_kind(bundle)
+    types: dict[str, AnyType | DataType] = {
+        "scan": AnyType(),
+        "path": DataType.string,
+        "number": DataType.double,
+    }
+    # All columns a model may read: MLflow drops those that a signature lacks.
+    inputs = Schema([ColSpec(types[content], column, required=False) for column, content in kind.columns.items()])
     with refusals_named(name, uri):
         tags = {**tags, **source_tags()}
         client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -73,7 +63,7 @@ def register(
                 python_model=str(CODE_FOLDER / "served.py"),
                 artifacts={"bundle": str(bundle)},
                 code_paths=[str(CODE_FOLDER)],
-                pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVED_PACKAGES],
+                pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in kind.packages],
                 registered_model_name=name,
                 signature=ModelSignature(inputs=inputs),
             )

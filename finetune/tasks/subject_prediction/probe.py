@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from brain_models.heads import Classifier, CovariancePool
-from brain_models.run_classifier import RunClassifier
+from brain_models.heads import CovariancePool, RunHead
+from brain_models.run_predictor import RunPredictor
 from data_sharding.read.reader import Batch
 from finetune.tasks.subject_prediction.baselines import LogisticConfig, fit_logistic
 from training.collectives import from_main, gather, sum_in_place, this_process
@@ -44,7 +44,7 @@ class ProbeResult:
 
 
 def start_head(
-    model: RunClassifier, batches: Iterable[Batch], *, is_case_of: Mapping[str, bool], config: ProbeConfig
+    model: RunPredictor, batches: Iterable[Batch], *, is_case_of: Mapping[str, bool], config: ProbeConfig
 ) -> ProbeResult:
     """Sets the head's channels, standardisation and weights from labelled training runs; the same on every rank."""
     model.eval()
@@ -76,7 +76,7 @@ def principal_channels(moment: Float[Tensor, "width width"], num_channels: int) 
     return (strongest / sizes[-1].clamp_min(1e-12).sqrt()).float()
 
 
-def _pooled(model: RunClassifier, batches: Iterable[Batch]) -> Iterator[tuple[str, str, Tensor]]:
+def _pooled(model: RunPredictor, batches: Iterable[Batch]) -> Iterator[tuple[str, str, Tensor]]:
     """(scan, subject, tokens pooled as far as nothing is learned) of every real run of this rank."""
     device = next(model.parameters()).device
     pool = model.head.pool
@@ -90,7 +90,7 @@ def _pooled(model: RunClassifier, batches: Iterable[Batch]) -> Iterator[tuple[st
                 yield f"{batch.scan_ids[row]}:{batch.first_frame[row]}", batch.subjects[row], pooled[row].cpu()
 
 
-def _features(head: Classifier, pooled: Tensor) -> Tensor:
+def _features(head: RunHead, pooled: Tensor) -> Tensor:
     if not isinstance(head.pool, CovariancePool):
         return pooled
     with torch.no_grad():
@@ -111,7 +111,7 @@ def _set_channels(pool: CovariancePool, runs: list[Tensor]) -> None:
         pool.project.weight.copy_(cast(Tensor, channels))
 
 
-def _set_weights(head: Classifier, features: np.ndarray, is_case: np.ndarray, config: ProbeConfig) -> ProbeResult:
+def _set_weights(head: RunHead, features: np.ndarray, is_case: np.ndarray, config: ProbeConfig) -> ProbeResult:
     sites = np.zeros(len(features), dtype=int)  # a site is unknown when a model is served, so it is not used here
     logistic = LogisticConfig(config.strengths, config.num_folds, regress_out_site=False, seed=config.seed)
     fit = fit_logistic(features, is_case, sites=sites, config=logistic)

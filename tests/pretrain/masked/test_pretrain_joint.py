@@ -213,10 +213,10 @@ def check_bundle(folder: Path, config: PretrainConfig) -> None:
     embeddings = served.predict(None, table)
     assert embeddings.shape == (2, 32)
     assert not np.allclose(embeddings.iloc[0], embeddings.iloc[1])
-    assert loaded.in_space("bold", sets["rest"].geometry.space).spaces["bold"] is not fine
+    assert loaded.in_space("bold", sets["rest"].geometry.space).stems["bold"].space is not fine
     narrowed = loaded.in_space("bold", fine)
-    assert narrowed.spaces["bold"].fingerprint == fine.fingerprint
-    assert narrowed.stems["bold"].patch_voxels == 6
+    assert narrowed.stems["bold"].space.fingerprint == fine.fingerprint
+    assert narrowed.stems["bold"].layout.patch_voxels == 6
     assert narrowed.encoder.stem("bold").num_features == 216 * 2
 
 

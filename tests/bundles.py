@@ -1,0 +1,21 @@
+"""Bundles of encoders that learned nothing."""
+
+from __future__ import annotations
+
+from brain_models.bundle import Bundle
+from brain_models.embedding import make_encoder
+from brain_models.encoder import EncoderConfig
+from brain_models.inputs import StemSpec
+from brain_models.patches import PatchLayout
+from brain_models.space import BrainSpace
+
+
+def cubes(space: BrainSpace, patch_voxels: int, *, tubelet_frames: int = 4, window_frames: int = 4) -> StemSpec:
+    """A stem that reads whole scans of a space, cut into cubes."""
+    layout = PatchLayout.from_grid(space, patch_voxels)
+    return StemSpec(space, layout, tubelet_frames, window_frames, needs_brain_mask=False)
+
+
+def encoder_bundle(config: EncoderConfig, stems: dict[str, StemSpec], **made_by: str) -> Bundle:
+    """A fresh encoder as a bundle; its weights come from torch's own seed."""
+    return Bundle("encoder", config, make_encoder(config, stems).eval(), stems, made_by)
