@@ -10,7 +10,8 @@ Groups:   task=adhd_classification  engine=plain|zero0..zero3  cluster=inline|lo
 
 The same command with the same run.folder goes on where the run stopped. Results: <run.folder>/report.html,
 metrics.json (every number with its interval, beside the baselines), scores.csv and bundle/.
-Then classify scans: python -m finetune.predict classifier=models:/finetune-adhd_classification@candidate scans=[...]
+Then ask the model about scans:
+  python -m finetune.predict registered_model=models:/finetune-adhd_classification@candidate scans=[...]
 """
 
 from cluster.ray.launch import run_on_workers

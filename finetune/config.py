@@ -45,9 +45,9 @@ class FinetuneConfig:
 class PredictConfig:
     """One run of `python -m finetune.predict`."""
 
-    classifier: str  # a registered model, models:/name@alias
+    registered_model: str  # models:/name@alias
     scans: list[str]  # NIfTI files, folders or glob patterns
-    brain_masks: bool  # look for a desc-brain_mask beside each scan
+    brain_masks: bool  # take the desc-brain_mask beside a scan where there is one
     uri: str
     out: str
 

@@ -1,114 +1,117 @@
-r"""Classify NIfTI files with a registered model: a table on the screen and a CSV file.
+r"""Ask a registered model about NIfTI files: a table on the screen and a CSV file.
 
 Example:
 
-  python -m finetune.predict classifier=models:/finetune-adhd_classification@candidate \
+  python -m finetune.predict registered_model=models:/finetune-adhd_classification@candidate \
       scans=[out/phantom/sub-0001,out/phantom/sub-0002] out=out/predictions.csv
 
-Required: classifier=<models:/name@alias>  scans=[<files, folders or patterns>]  out=<file.csv>
+Required: registered_model=<models:/name@alias>  scans=[<files, folders or patterns>]  out=<file.csv>
 
-The model is loaded by mlflow.pyfunc and does its own preprocessing; this command only finds files.
+The model is loaded by mlflow.pyfunc and does its own preprocessing; this command finds files by the rules of BIDS that
+the shards were written by.
 """
 
 from __future__ import annotations
 
 import glob
-import json
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas as pd
 
+from brain_models import bids
+from brain_models.errors import ScanError
 from configs.entry import main
 from finetune.config import PredictConfig
 from finetune.errors import FinetuneError
 
-BOLD_ENDINGS = ("_bold.nii.gz", "_bold.nii")
+COLUMN_OF_SUFFIX = {"bold": "bold", "T1w": "t1w"}
 
 
 def find_scans(patterns: list[str]) -> list[Path]:
-    """BOLD files of every pattern, sorted, each once: a file as it is, a folder searched to the bottom."""
-    found: set[Path] = set()
+    """BOLD and T1w images of every pattern, sorted, each once: a file as it is, a folder searched to the bottom."""
+    scans: set[Path] = set()
     for pattern in patterns:
         matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-        files = [path for match in matches for path in (sorted(match.rglob("*")) if match.is_dir() else [match])]
-        scans = [path for path in files if path.name.endswith(BOLD_ENDINGS) or path in matches]
-        scans = [path for path in scans if path.is_file()]
-        if not scans:
+        in_folders = [path for match in matches if match.is_dir() for path in match.rglob("*")]
+        images = [path for path in in_folders if bids.is_image(path, tuple(COLUMN_OF_SUFFIX))]
+        images = [path for path in (*images, *matches) if path.is_file()]
+        if not images:
             raise FinetuneError(f"scans: nothing matches {pattern}; give files, folders or patterns")
-        found.update(scans)
-    return sorted(found)
+        scans.update(images)
+    return sorted(scans)
 
 
-def scan_table(scans: list[Path], *, brain_masks: bool) -> pd.DataFrame:
-    """One row a scan as the served model wants it: bold, repetition_time_s of the sidecar, brain_mask, confounds."""
-    rows = []
-    for scan in scans:
-        row = {"bold": str(scan), "repetition_time_s": _repetition_time_s(scan), "confounds": _confounds(scan)}
-        if brain_masks:
-            row["brain_mask"] = str(_brain_mask(scan))
-        rows.append(row)
+def scan_table(scans: list[Path], columns: Collection[str], *, brain_masks: bool) -> pd.DataFrame:
+    """The table of a model with these columns: one row per scan that it reads, with what BIDS says belongs to it.
+
+    A file whose name has no BIDS suffix is taken for BOLD. FinetuneError when the model reads none of the scans.
+    """
+    column_of = {scan: COLUMN_OF_SUFFIX.get(bids.entities_of(scan)["suffix"], "bold") for scan in scans}
+    rows = [
+        {column: str(scan)} | _beside(scan, brain_masks=brain_masks)
+        for scan, column in column_of.items()
+        if column in columns
+    ]
+    if not rows:
+        wanted = sorted(set(columns) & set(COLUMN_OF_SUFFIX.values()))
+        raise FinetuneError(f"scans: the model reads {' or '.join(wanted)}, none of the {len(scans)} scans is one")
     return pd.DataFrame(rows)
 
 
-def _stem(scan: Path) -> str:
-    return scan.name.removesuffix(".gz").removesuffix(".nii")
+def _beside(scan: Path, *, brain_masks: bool) -> dict[str, object]:
+    """Repetition time, confounds and brain mask of a scan; None where there is none, which only some models need."""
+    try:
+        sidecar = bids.inherited_sidecar(scan, root=bids.dataset_of(scan))
+        row: dict[str, object] = {"repetition_time_s": bids.repetition_time_s(scan, sidecar)}
+    except ScanError as error:
+        raise FinetuneError(str(error)) from error
+    row["confounds"] = _text(bids.confounds_of(scan))
+    row["brain_mask"] = _text(bids.brain_mask_of(scan)) if brain_masks else None
+    return row
 
 
-def _repetition_time_s(scan: Path) -> float | None:
-    """The sidecar's RepetitionTime; None leaves it to the header."""
-    sidecar = scan.with_name(f"{_stem(scan)}.json")
-    if not sidecar.exists():
-        return None
-    value = json.loads(sidecar.read_text(encoding="utf-8")).get("RepetitionTime")
-    return None if value is None else float(value)
-
-
-def _confounds(scan: Path) -> str | None:
-    """The run's confound table as fMRIPrep names it; None where there is none, which only some models mind."""
-    of_files = ("space-", "res-", "den-", "desc-")
-    kept = [part for part in _stem(scan).removesuffix("_bold").split("_") if not part.startswith(of_files)]
-    path = scan.with_name("_".join([*kept, "desc-confounds_timeseries.tsv"]))
-    return str(path) if path.exists() else None
-
-
-def _brain_mask(scan: Path) -> Path:
-    base = _stem(scan).removesuffix("_bold").rpartition("_desc-")[0] or _stem(scan).removesuffix("_bold")
-    for ending in (".nii.gz", ".nii"):
-        path = scan.with_name(f"{base}_desc-brain_mask{ending}")
-        if path.exists():
-            return path
-    raise FinetuneError(f"{scan}: no brain mask {base}_desc-brain_mask.nii.gz beside it; add one, or brain_masks=false")
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def predict(config: PredictConfig) -> pd.DataFrame:
-    """The model's table, one row a scan; also written to config.out."""
+    """The model's answers, one row per scan; also written to config.out."""
     import mlflow
 
     from training.watch.tracking import known_server, mlflow_environment
 
-    table = scan_table(find_scans(config.scans), brain_masks=config.brain_masks)
+    scans = find_scans(config.scans)
     mlflow_environment(timeout_s=60)
     mlflow.set_tracking_uri(known_server(config.uri))
     mlflow.set_registry_uri(config.uri)
-    location = config.classifier if config.classifier.startswith("models:/") else f"models:/{config.classifier}"
+    name = config.registered_model
+    location = name if name.startswith("models:/") else f"models:/{name}"
     try:
         model = mlflow.pyfunc.load_model(location)
     except mlflow.exceptions.MlflowException as error:
         raise FinetuneError(
-            f"classifier={config.classifier}: cannot be loaded from {config.uri} ({error}); "
+            f"registered_model={name}: cannot be loaded from {config.uri} ({error}); "
             f"'python -m training.runs {config.uri}' lists what is registered"
         ) from error
-    answers = pd.concat([table[["bold"]], model.predict(table)], axis=1)
+    columns = model.metadata.get_input_schema().input_names()
+    table = scan_table(scans, columns, brain_masks=config.brain_masks)
+    answers = pd.concat([table[scan_columns(table)], model.predict(table)], axis=1)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     answers.to_csv(config.out, index=False)
     return answers
+
+
+def scan_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of a table that hold the paths of scans."""
+    return [column for column in COLUMN_OF_SUFFIX.values() if column in table]
 
 
 def validate(config: PredictConfig) -> list[str]:
     """All problems that need no model."""
     problems = []
     try:
-        scan_table(find_scans(config.scans), brain_masks=config.brain_masks)
+        scan_table(find_scans(config.scans), COLUMN_OF_SUFFIX.values(), brain_masks=config.brain_masks)
     except FinetuneError as error:
         problems.append(str(error))
     if not config.out.endswith(".csv"):
@@ -120,15 +123,17 @@ def validate(config: PredictConfig) -> list[str]:
 
 
 def plan(config: PredictConfig) -> str:
-    """Which files would be classified."""
+    """Which files the model would be asked about."""
     scans = find_scans(config.scans)
-    return "\n".join([f"{len(scans)} scans by {config.classifier} into {config.out}", *(f"  {scan}" for scan in scans)])
+    head = f"{len(scans)} scans by {config.registered_model} into {config.out}; a kind it does not read is left out"
+    return "\n".join([head, *(f"  {scan}" for scan in scans)])
 
 
 def run(config: PredictConfig) -> None:
     answers = predict(config)
-    shown = answers.assign(bold=[Path(path).name for path in answers["bold"]])
-    print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    columns = scan_columns(answers)
+    names = answers[columns].map(lambda path: Path(path).name, na_action="ignore")
+    print(answers.assign(**names).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"{len(answers)} scans -> {config.out}")
 
 

@@ -92,7 +92,7 @@ PARTS = {
     "pretrain": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
     "finetune": (FinetuneConfig, ["shards=a", "encoder=models:/a@candidate", "run.folder=b"]),
     "finetune.compare": (CompareConfig, ["shards=a", "encoders=[a@x,b@x]", "run.folder=b"]),
-    "finetune.predict": (PredictConfig, ["classifier=models:/a@candidate", "scans=[a]", "out=b.csv"]),
+    "finetune.predict": (PredictConfig, ["registered_model=models:/a@candidate", "scans=[a]", "out=b.csv"]),
 }
 # Which commands a group's files belong to; an experiment says it itself, by the command in its header.
 GROUPS = {

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from brain_models import bids
 from brain_models.cube import NO_TEMPLATE
 from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header
@@ -25,15 +26,12 @@ from data_sharding.sources.bids_files import (
     SUFFIX_OF_KIND,
     Listing,
     ScanFile,
-    entities_of,
     fitting,
     in_space,
     listed,
     of_one_echo,
 )
-from data_sharding.sources.bids_tables import inherited_sidecar, is_by_fmriprep, read_events, read_participants
-
-NOT_OF_CONFOUNDS = ("space", "res", "den", "desc", "hemi", "echo", "part", "suffix", "datatype")
+from data_sharding.sources.bids_tables import is_by_fmriprep, read_events, read_participants
 
 
 @dataclass
@@ -112,7 +110,7 @@ def _scan(chosen: list[ScanFile], *, root: Path, found: Found, listing: Listing,
     subject = entities["sub"]
     has_site = subject in found.subjects.index and "site" in found.subjects.columns
     site = found.subjects.at[subject, "site"] if has_site else None
-    sidecar = inherited_sidecar(path, root=root, entities_of=entities_of)
+    sidecar = bids.inherited_sidecar(path, root=root)
     is_raw = chosen[0].space in RAW_SPACES and space.template != NO_TEMPLATE
     files = {"right": chosen[1].path} if len(chosen) == 2 else {}
     if is_raw and kind == "bold":
@@ -121,7 +119,7 @@ def _scan(chosen: list[ScanFile], *, root: Path, found: Found, listing: Listing,
         scan_id=scan_id_of(entities, kind),
         kind=kind,
         path=path,
-        brain_mask=None if space.template == NO_TEMPLATE else _brain_mask(path),
+        brain_mask=None if space.template == NO_TEMPLATE else bids.brain_mask_of(path),
         subject=subject,
         session=entities.get("ses", ""),
         task=entities.get("task", ""),
@@ -131,11 +129,11 @@ def _scan(chosen: list[ScanFile], *, root: Path, found: Found, listing: Listing,
         num_frames=header.num_frames,
         entities={name: value for name, value in entities.items() if name != "hemi"},
         files=files,
-        events=read_events(path, root=root, entities_of=entities_of) if kind == "bold" else [],
+        events=read_events(path, root=root) if kind == "bold" else [],
         sidecar=sidecar,
         is_raw=is_raw,
         is_fmriprep=chosen[0].space not in RAW_SPACES and is_by_fmriprep(path, root=root),
-        confounds=_confounds(path, entities) if kind == "bold" else None,
+        confounds=bids.confounds_of(path) if kind == "bold" else None,
     )
 
 
@@ -157,31 +155,13 @@ def _t1w_of(bold: ScanFile, listing: Listing) -> Path:
 
 def repetition_time_s(path: Path, header: ScanHeader, sidecar: dict[str, object]) -> float:
     """The repetition time of the sidecar, else of the header; SourceError where neither has one."""
-    stated = sidecar.get("RepetitionTime")
-    if isinstance(stated, int | float) and not isinstance(stated, bool) and 0.05 <= stated <= 30:
-        return float(stated)
-    if stated is not None:
-        raise SourceError(f"{path}: RepetitionTime {stated!r} in its sidecar is not a time in seconds; correct it")
-    if header.repetition_time_s is None:
+    seconds = bids.repetition_time_s(path, sidecar) or header.repetition_time_s
+    if seconds is None:
         raise SourceError(
             f"{path}: no repetition time, neither RepetitionTime in a JSON sidecar nor in the header; add "
             f"{path.name[: path.name.index('.')]}.json with RepetitionTime in seconds"
         )
-    return header.repetition_time_s
-
-
-def _confounds(path: Path, entities: dict[str, str]) -> Path | None:
-    """The table that fMRIPrep puts beside a run: its entities without those of the image."""
-    kept = [f"{name}-{value}" for name, value in entities.items() if name not in NOT_OF_CONFOUNDS]
-    table = path.with_name("_".join([*kept, "desc-confounds_timeseries.tsv"]))
-    return table if table.exists() else None
-
-
-def _brain_mask(path: Path) -> Path | None:
-    """The mask that fMRIPrep puts beside a scan: same entities, desc-brain, suffix mask."""
-    kept = [part for part in path.name.split("_")[:-1] if not part.startswith("desc-")]
-    mask = path.with_name("_".join([*kept, "desc-brain_mask.nii.gz"]))
-    return mask if mask.exists() else None
+    return seconds
 
 
 def _nothing_found(root: Path, config: SourceConfig, suffixes: list[str]) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bids2table import index_dataset, parse_bids_entities
+from bids2table import index_dataset
 
+from brain_models.bids import NOT_MAGNITUDE, SURFACE_ENDINGS, VOLUME_ENDINGS, ending_of, entities_of
 from brain_models.cube import NO_TEMPLATE
 from brain_models.nifti import read_header
 from brain_models.space import BrainSpace
@@ -23,10 +24,7 @@ from data_sharding.schema import Refusal
 
 SUFFIX_OF_KIND = {"bold": "bold", "parcels": "bold", "t1": "T1w"}
 KIND_OF_SUFFIX = {"bold": "bold", "T1w": "t1"}
-VOLUME_ENDINGS = (".nii.gz", ".nii")
-SURFACE_ENDINGS = (".dtseries.nii", ".func.gii", ".func.gii.gz")
 RAW_SPACES = ("", "T1w", "orig", "native", "scanner", "boldref", "individual", "func")
-NOT_MAGNITUDE = ("phase", "real", "imag")
 SAME_SCAN = ("echo", "part")  # files that differ in these, or in space, res, den, hemi, desc, are the same scan
 
 
@@ -43,7 +41,7 @@ class ScanFile:
 
     @property
     def ending(self) -> str:
-        return self.path.name[self.path.name.index(".") :]
+        return ending_of(self.path)
 
     @property
     def described(self) -> str:
@@ -58,12 +56,6 @@ class Listing:
 
     files: dict[tuple[str, str], list[ScanFile]]
     refused: list[Refusal]
-
-
-def entities_of(path: Path) -> dict[str, str]:
-    """The BIDS entities of a file name, with `suffix`."""
-    entities = parse_bids_entities(Path(path.name))
-    return {name: value for name, value in entities.items() if name != "ext"} | {"suffix": entities.get("suffix", "")}
 
 
 def listed(root: Path, *, suffixes: Sequence[str], on_surface: bool) -> Listing:

@@ -1,17 +1,16 @@
-"""The tables and sidecars of a BIDS tree: participants.tsv, and JSON by the inheritance principle."""
+"""The tables of a BIDS tree: participants.tsv, events.tsv, and who made a scan by dataset_description.json."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
+from brain_models.bids import DESCRIPTION, entities_of, read_json
+from brain_models.errors import ScanError
 from data_sharding.errors import SourceError
 from data_sharding.schema import Event
 
-DESCRIPTION = "dataset_description.json"
 MISSING_VALUES = ["n/a", "N/A", "NA", "", "nan", "NaN"]
 
 
@@ -57,23 +56,7 @@ def _typed(column: pd.Series) -> pd.Series:
     return column if numbers[column.notna()].isna().any() else numbers
 
 
-def inherited_sidecar(path: Path, *, root: Path, entities_of: Callable[[Path], Mapping[str, str]]) -> dict[str, object]:
-    """All JSON fields that apply to a scan, from the root down to its folder: nearer files and longer names win."""
-    scan = entities_of(path)
-    folders = [folder for folder in reversed([path.parent, *path.parent.parents]) if folder.is_relative_to(root)]
-    fields: dict[str, object] = {}
-    for folder in folders:
-        applying = []
-        for candidate in sorted(folder.glob(f"*{scan['suffix']}.json")):
-            entities = entities_of(candidate)
-            if all(scan.get(name) == value for name, value in entities.items()):
-                applying.append((len(entities), candidate))
-        for _, candidate in sorted(applying):
-            fields |= _read_json(candidate)
-    return fields
-
-
-def read_events(path: Path, *, root: Path, entities_of: Callable[[Path], Mapping[str, str]]) -> list[Event]:
+def read_events(path: Path, *, root: Path) -> list[Event]:
     """The events of a run: those of the nearest events.tsv that applies to it, in the file's order."""
     scan = entities_of(path)
     folders = [folder for folder in (path.parent, *path.parent.parents) if folder.is_relative_to(root)]
@@ -118,9 +101,6 @@ def is_by_fmriprep(path: Path, *, root: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise SourceError(f"{path} is not JSON ({error}); correct the sidecar") from error
-    if not isinstance(fields, dict):
-        raise SourceError(f"{path} holds a {type(fields).__name__}, not an object of fields; correct the sidecar")
-    return fields
+        return read_json(path)
+    except ScanError as error:
+        raise SourceError(str(error)) from error

@@ -143,7 +143,7 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
     with (place.folder / "run" / "scores.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["classifier"] == "fine-tuned model"]
     config = PredictConfig(
-        classifier=numbers["registered"][0],
+        registered_model=numbers["registered"][0],
         scans=[str(place.scans / f"sub-{row['subject']}") for row in rows],
         brain_masks=True,
         uri=place.uri,
@@ -303,7 +303,7 @@ def test_scans_are_found_in_folders_and_patterns_and_nothing_found_is_an_error(p
     assert [path.name for path in one] == ["sub-0001_task-rest_space-MNI152NLin6Asym_res-12_desc-preproc_bold.nii.gz"]
     assert find_scans([f"{place.scans}/sub-*/func/*_bold.nii.gz", str(one[0])])[0] == one[0]
     assert len(find_scans([f"{place.scans}/sub-*"])) == NUM_SUBJECTS
-    table = scan_table(one, brain_masks=True)
+    table = scan_table(one, ["bold"], brain_masks=True)
     assert table["repetition_time_s"][0] == 2.0
     assert table["brain_mask"][0].endswith("_desc-brain_mask.nii.gz")
     with pytest.raises(FinetuneError, match=r"nothing matches .*/nobody; give files"):
