@@ -26,7 +26,7 @@ from finetune.tasks.subject_prediction.probe import ProbeResult, start_head
 from training.checkpoint import committed_folders, file_sha256
 from training.collectives import from_main, this_process
 from training.engine.base import own_device
-from training.identity import claim, run_key
+from training.identity import claim
 from training.loop import Services, fit
 from training.registry import models as registry
 from training.registry.seen_subjects import BEFORE, keep_seen, read_seen
@@ -87,8 +87,7 @@ def claimed(config: FinetuneConfig, backbone: Backbone) -> bool:
     """True when the run begins, False when it goes on from a commit. Makes the run folder this run's own and notes in
     it whom the backbone has seen: an alias may have moved to another one by the time the run goes on."""
     store = store_for(config.run.folder)
-    claim(store, identity(config))
-    run_key(store, identity(config))  # refuses the folder of another run
+    claim(store, identity(config))  # refuses the folder of another run
     # As rank 0 sees it: all begin, or all go on.
     is_new = not from_main(committed_folders(store) if this_process().is_main else None)
     if this_process().is_main and (is_new or not store.exists(BEFORE)):

@@ -36,7 +36,7 @@ COMMIT = "COMMIT.json"
 RECEIPT_TIMEOUT_S = 1800.0
 SPOOL = "metrics.jsonl"
 ATTEMPT = "attempt"  # names the attempt that started last; only that one commits and prunes
-FULL_BYTES = 1 << 20  # what a failed write may leave
+FULL_BYTES = 1 << 20  # less free space than this after a failed write means a full disk
 
 
 @dataclass
@@ -49,7 +49,7 @@ class StoredFile:
 
 @dataclass
 class Commit:
-    """COMMIT.json: what a run needs to go on exactly."""
+    """COMMIT.json: what a run needs to resume exactly."""
 
     schema: int
     step: int  # updates done
@@ -80,14 +80,14 @@ class StartingPoint:
 
 
 def starting_point(store: Store, start: StartConfig) -> StartingPoint:
-    """The one decision how a run starts, most recent work first; anything damaged on the way is an error, never a
-    reason to fall through to the next choice."""
-    # 1. The run folder's own latest commit: the same command was run before, so go on. From the one that rank 0 sees:
-    # an attempt that is not quite dead may commit another while ranks look one after the other.
+    """The one decision how a run starts, most recent work first. Damage is an error, never a reason to try the next
+    choice."""
+    # 1. The run folder's own latest commit: the same command was run before, so resume. All ranks take the one
+    # that rank 0 sees: a dying attempt may still commit another while ranks look one after the other.
     folders = cast("list[str]", from_main(committed_folders(store) if this_process().is_main else None))
     if folders:
         return StartingPoint("own", store, folders[-1], read_commit(store, folders[-1]), None)
-    # 2. A checkpoint named in the configuration: go on from where another run was, with its step and data order.
+    # 2. A checkpoint named in the configuration: resume another run, with its step and data order.
     if start.checkpoint is not None:
         parent, _, name = start.checkpoint.rstrip("/").rpartition("/")
         named = store_for(parent or ".")
@@ -130,7 +130,7 @@ def commit_hash(store: Store, folder: str) -> str:
 
 
 def check_fits(point: StartingPoint, *, engine: str, fingerprint: str, num_steps: int) -> None:
-    """CheckpointError unless this run can go on from the commit: same engine and data, and steps left to make."""
+    """CheckpointError unless this run can resume from the commit: same engine and data, and steps left to do."""
     commit = point.commit
     if commit is None or point.store is None:
         return
@@ -181,7 +181,7 @@ def fetch_file(point: StartingPoint, file: StoredFile, target: Path, *, below: s
 
 @contextlib.contextmanager
 def full_disk_is_an_error(folder: Path) -> Iterator[None]:
-    """CheckpointError when writing below `folder` fails for want of space; torch gives no reason for a failed write."""
+    """CheckpointError when writing below `folder` fails for want of space; torch does not say why a write failed."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -190,7 +190,7 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"rank {this_process().rank}: {folder} cannot be written: its disk is full ({free} bytes are free); free "
-            "some, or give another run.scratch, and run again to go on from the last commit"
+            "some, or give another run.scratch, and run again to resume from the last commit"
         ) from error
 
 
@@ -233,7 +233,7 @@ class Checkpoints:
         self.wait()
         self.thread.shutdown()
         shutil.rmtree(self.scratch, ignore_errors=True)
-        barrier()  # no rank goes on before rank 0 has committed
+        barrier()  # no rank returns before rank 0 has committed
 
     def _upload(self, folder: str, local: Path, commit: Commit) -> None:
         files = []
@@ -257,7 +257,7 @@ class Checkpoints:
         if newest != self.attempt:
             raise CheckpointError(
                 f"another job started later in this folder: {self.store.join(ATTEMPT)} names attempt {newest}, this is "
-                f"{self.attempt}; that one goes on from the last commit, this one ends: run one job a folder"
+                f"{self.attempt}; that one resumes from the last commit, this one ends: run one job per folder"
             )
 
     def _all_receipts(self, folder: str, num_ranks: int) -> list[StoredFile]:
@@ -274,13 +274,13 @@ class Checkpoints:
         return [StoredFile(**file) for name in names for file in json.loads(self.store.read(name))]
 
     def _prune(self) -> None:
-        """Delete commits no rule keeps, COMMIT.json first, and what was never committed; not what cannot be read."""
+        """Delete what no rule keeps, COMMIT.json first, and what was never committed, but no unreadable commit."""
         commits, unreadable = {}, set()
         for folder in committed_folders(self.store):
             try:
                 commits[folder] = read_commit(self.store, folder)
-            except CheckpointError as error:  # an old one: nobody is to go on from it now
-                log.warning("%s; it is left as it is", error)
+            except CheckpointError as error:  # an old one, which no run is about to resume from
+                log.warning("%s; it is kept", error)
                 unreadable.add(folder)
         keep = kept(self.config, commits) | unreadable
         for name in self.store.list(f"{FOLDER}/"):
@@ -310,18 +310,18 @@ def kept(config: CheckpointConfig, commits: dict[str, Commit]) -> set[str]:
 
 
 def _instead(point: StartingPoint, below: str) -> str:
-    """What to do about a bad file below the commit's folder, or below what was made of it."""
+    """What to do about a bad file of the commit, or of the whole state that was made from it."""
     assert point.store is not None
     if below == point.folder:
         return _older(point.store, point.folder)
-    return f"delete {point.store.join(below)} and run again to make it anew"
+    return f"delete {point.store.join(below)} and run again to make it again"
 
 
 def _older(store: Store, folder: str) -> str:
     older = [name for name in committed_folders(store) if name < folder]
     if not older:
         return f"no older commit is left; delete {store.join(folder)} to start over"
-    return f"delete {store.join(folder)} and run again to go on from the older {store.join(older[-1])}"
+    return f"delete {store.join(folder)} and run again to resume from the older {store.join(older[-1])}"
 
 
 def file_sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What ranks tell one another; with one process, nothing. Uses torch.distributed as it finds it."""
+"""What ranks exchange; nothing with one process. Uses torch.distributed as it was initialised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 1 << 24  # numbers exchanged at a time
+MAX_EXCHANGED = 1 << 24  # numbers at a time
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Process:
 
 
 def this_process() -> Process:
-    """This process among all of the run."""
+    """This process, among all processes of the run."""
     if not torch.distributed.is_initialized():
         return Process(rank=0, world_size=1)
     return Process(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
@@ -39,10 +39,10 @@ def total(values: Tensor) -> Tensor:
 
 
 def sum_in_place(values: Tensor, device: torch.device) -> None:
-    """Makes `values`, contiguous and anywhere, their sum over all ranks; `device` is where ranks exchange tensors."""
+    """Replace `values`, contiguous on any device, by their sum over all ranks, which exchange tensors on `device`."""
     if this_process().world_size == 1:
         return
-    for piece in values.view(-1).split(PIECE):  # of large sums no second copy is held
+    for piece in values.view(-1).split(MAX_EXCHANGED):  # so that no second copy of a large sum is held
         moved = piece.to(device)
         torch.distributed.all_reduce(moved)
         piece.copy_(moved)
@@ -79,6 +79,6 @@ def any_true(flag: bool) -> bool:
 
 
 def barrier() -> None:
-    """Returns when every rank has come here."""
+    """Returns when every rank has called it."""
     if this_process().world_size > 1:
         torch.distributed.barrier()

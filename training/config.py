@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass
 class RunConfig:
-    """Where a run lives. The same command with the same folder goes on from the folder's latest commit."""
+    """Where a run lives. The same command with the same folder resumes from the folder's latest commit."""
 
     name: str
     folder: str  # a folder or s3://bucket/prefix; holds run.json, checkpoints/ and metrics.jsonl
@@ -68,15 +68,15 @@ class EngineConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int  # at most so many are ever repeated (2 or more)
+    every_steps: int  # at most so many steps are ever repeated (2 or more)
     keep_last: int
     keep_every_steps: int | None  # also keep every commit whose step is a multiple of this
     best_metric: str | None  # also keep the commit with the best value of this metric, e.g. validation/loss
     best_is: Literal["lowest", "highest"]
 
     def is_due(self, done: int) -> bool:
-        """True twice an interval: between two saves the newest commit may still be the one before the last, because
-        that one's upload is waited for by the next save only."""
+        """True twice per interval: a save's upload is waited for by the next save only, so the newest commit may be of
+        the save before the last."""
         return done % self.every_steps in (0, self.every_steps // 2)
 
 

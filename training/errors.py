@@ -2,11 +2,11 @@
 
 
 class TrainingError(ValueError):
-    """A run that cannot start or go on as configured."""
+    """A run that cannot start or continue as configured."""
 
 
 class StoppedError(TrainingError):
-    """A run that was asked to stop, and has saved: the same command goes on from there."""
+    """A run that was asked to stop and has saved; the same command resumes it."""
 
     exit_status = 75  # sysexits.h: a temporary failure, try again
 

@@ -1,4 +1,4 @@
-"""What a task's metrics say about a split: every sample once, gathered over ranks, padding dropped."""
+"""A task's metrics over a split: every sample once, gathered from all ranks, without padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.task import Batch, Source, Task
 @dataclass
 class Evaluation:
     metrics: dict[str, float]
-    predictions: dict[str, Tensor]  # CPU, one row a sample, sorted by scan
+    predictions: dict[str, Tensor]  # on the CPU, one row per sample, sorted by scan
     scan_ids: list[str]
 
 

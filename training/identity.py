@@ -57,15 +57,14 @@ def config_hash(config: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()
 
 
-def claim(store: Store, config: Mapping[str, object]) -> None:
-    """Make the folder this configuration's own. Several ranks may call it: the first one writes."""
+def claim(store: Store, config: Mapping[str, object]) -> str:
+    """The run folder's id, by which its MLflow run is found again; an unclaimed folder becomes this configuration's.
+
+    Every rank may call it: the first one writes. TrainingError when the folder belongs to another configuration.
+    """
     record = {"config": decisive(config), "config_hash": config_hash(config), "run_key": uuid.uuid4().hex}
     if not store.exists(RECORD):
         store.put_if_absent(RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
-
-
-def run_key(store: Store, config: Mapping[str, object]) -> str:
-    """The claimed folder's own id, by which its MLflow run is found again; TrainingError when it is another run's."""
     if differing := differences(store, config):
         raise TrainingError(
             f"{store.join(RECORD)} belongs to another configuration; choose another run.folder, delete this one, "
@@ -75,8 +74,7 @@ def run_key(store: Store, config: Mapping[str, object]) -> str:
 
 
 def differences(store: Store, config: Mapping[str, object]) -> list[str]:
-    """Keys by which this configuration would give other numbers than the one that claimed the folder, with both
-    values."""
+    """The decisive keys in which this configuration differs from the one that claimed the folder, with both values."""
     stored = json.loads(store.read(RECORD))["config"]
     mine = json.loads(json.dumps(decisive(config)))
     return [

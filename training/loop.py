@@ -98,7 +98,7 @@ class Run:
 
 
 def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> FitResult:
-    """What training to `config.steps` updates led to. Goes on from the run folder's latest commit if there is one."""
+    """The result of training up to `config.steps` updates; it resumes from the run folder's latest commit, if any."""
     started = time.monotonic()
     with open_run(task, source, config, services, started) as run:
         engine, meter = run.engine, run.meter
@@ -152,9 +152,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
 def open_run(task: Task, source: Source, config: TrainConfig, services: Services, started: float) -> Iterator[Run]:
     """Claim the folder, decide how to start, load it, and close everything however the block ends."""
     store = store_for(config.run.folder)
-    identity.claim(store, services.identity)
-    barrier()
-    run_key = identity.run_key(store, services.identity)
+    run_key = identity.claim(store, services.identity)
     start = starting_point(store, config.start)
     check_fits(start, engine=engine_name(config), fingerprint=source.fingerprint, num_steps=config.steps)
     scratch = Path(config.run.scratch) / f"{config.run.name}-{run_key[:8]}"
@@ -170,7 +168,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     spikes_path = scratch / SPIKES if this_process().is_main else None
     spikes = Spikes(config.spikes, spikes_path, start=_content(own, SPIKES), recent=_content(own, RECENT))
     tracker = open_tracker(config, services, run_key, scratch / SPOOL, start=_content(own, SPOOL))
-    shutil.rmtree(fetched_folder(scratch), ignore_errors=True)  # a checkpoint's size on every node, for nothing now
+    shutil.rmtree(fetched_folder(scratch), ignore_errors=True)  # as large as a checkpoint, and read by now
     rules = plateau_rules(config.schedule, engine.groups)
     progress = Progress(config.steps, is_shown=this_process().is_main)
     tracing = Tracing(config.profile, store, scratch)
@@ -255,7 +253,7 @@ def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_pa
 
 
 def track(run: Run, done: int, values: dict[str, float]) -> None:
-    """Record and show an interval: the last step's losses, and where the time went."""
+    """Record and show the last step's losses, and where the time of the interval went."""
     values = {f"train/{name}": value for name, value in (values | run.meter.report()).items()}
     run.tracker.record(done, values | run.nodes.report())
     run.progress.show(done, values)
@@ -319,7 +317,7 @@ def stopped(run: Run, done: int) -> StoppedError:
     assert run.checkpoints.latest is not None
     return StoppedError(
         f"step {done} of {run.config.steps}: stopped as asked by {asked}; saved as "
-        f"{run.store.join(run.checkpoints.latest)}; run the same command again to go on from there"
+        f"{run.store.join(run.checkpoints.latest)}; run the same command again to resume"
     )
 
 

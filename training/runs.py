@@ -1,6 +1,6 @@
 """`python -m training.runs <tracking uri>`: the runs and registered models a tracking server knows.
 
-Of every run: state, last step, the newest commit it would go on from, where to look at it, its final numbers.
+Of every run: state, last step, the newest commit it would resume from, a link, its final numbers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ STEP_KEYS = (
     "train/loss",
     "validation/loss",
     "train_split/loss",
-)  # the first one tracked tells the last step
+)  # the first one tracked gives the last step
 MAX_DEPTH = 2  # of the final numbers shown: final/<split>/<metric>, not those of every group
 
 
 def list_runs(uri: str) -> list[str]:
-    """Some lines a run, newest run first: name, state, last step; commit; link; final values."""
+    """A few lines per run, newest run first: name, state, last step; commit; link; final values."""
     mlflow_environment(timeout_s=30)
     import mlflow
 
@@ -56,7 +56,7 @@ def describe(run: Run, uri: str) -> list[str]:
 
 
 def newest_commit(folder: str) -> str:
-    """Where the run would go on from, or why that cannot be seen from here."""
+    """The commit the run would resume from, or why it cannot be seen from here."""
     try:
         store = store_for(folder)
         folders = committed_folders(store)
@@ -73,7 +73,7 @@ def link(run: Run, uri: str) -> str:
 
 
 def list_models(uri: str) -> list[str]:
-    """One line a registered version: name, version, aliases."""
+    """One line per registered version: name, version, aliases."""
     mlflow_environment(timeout_s=30)
     import mlflow
 

@@ -1,6 +1,6 @@
-"""The parts of one step that are neither engine nor bookkeeping: batches on their way, numbers all ranks share, errors.
+"""What a step needs beside the engine: batches moved ahead of time, numbers that all ranks share, error messages.
 
-Promise: a rank waits for its device once a step, inside `Engine.step`; everything here is queued before it.
+Promise: a rank waits for its device once per step, inside `Engine.step`; everything here is queued before it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BatchFeed:
         return following
 
     def on_device(self, batches: Sequence[Batch], *, is_last_step: bool) -> Iterator[Batch]:
-        """The step's batches on the device; the one after each is sent off when the caller comes back for more."""
+        """The step's batches on the device; each next one is sent when the caller asks for it."""
         for index, batch in enumerate(batches):
             current = self.moved if self.moved is not None else self._move(batch)
             self.moved = None
@@ -63,7 +63,7 @@ class BatchFeed:
         if self.stream is not None:
             queued = torch.cuda.Event()
             queued.record()
-        with self.meter.waiting(lambda: queued is None or queued.query()):  # hidden while the device has work
+        with self.meter.waiting(lambda: queued is None or queued.query()):  # not idle while the device has work
             return next(self.steps)
 
     def _move(self, batch: Batch) -> Batch:

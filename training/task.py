@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from training.errors import TrainingError
 from training.plateau import AtPlateau
 
-State = Mapping[str, object]  # JSON-able: where a source goes on
+State = Mapping[str, object]  # JSON-able: where a source resumes
 
 
 class Batch(Protocol):
     """What one rank sees in one forward pass; the task knows what else it carries."""
 
     weight: Tensor  # float32 [batch]; 0 marks padding
-    scan_ids: list[str]  # one a row
+    scan_ids: list[str]  # one per row
 
     def to(self, device: torch.device) -> Self: ...
 
@@ -28,7 +28,7 @@ class Batch(Protocol):
 class Source(Protocol):
     """One rank's view of the data."""
 
-    fingerprint: str  # of the shard set; a run may not go on from another one
+    fingerprint: str  # of the shard set; a run resumes only on the same one
 
     @property
     def num_micro_batches(self) -> int:
@@ -38,7 +38,7 @@ class Source(Protocol):
     def initial_state(self) -> State: ...
 
     def steps(self, state: State) -> Iterator[tuple[Sequence[Batch], State]]:
-        """Endless: the micro-batches of one global step, and the state to go on from after it."""
+        """Endless: the micro-batches of one global step, and the state to resume from after it."""
         ...
 
     def merge_states(self, states: list[State]) -> State:
@@ -54,7 +54,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Cost:
-    """What training on a batch asks for, counted from shapes: never measured, never read from the device."""
+    """What training on a batch costs, counted from shapes: never measured, never read from the device."""
 
     tokens: int  # that pass through the model, seen or guessed
     flops: float  # forward and backward, 2 for a multiply-add; what is computed twice to save memory counts once
@@ -94,7 +94,7 @@ class Task(nn.Module):
         raise TrainingError(f"{type(self).__name__} has no parameter_groups(); see training.unfreezing.split_decay")
 
     def cost(self, batch: Any) -> Cost:
-        """Of a forward and backward pass over every row of the batch, padding included. Asks for shapes only."""
+        """The cost of a forward and backward pass over every row of the batch, padding included, from shapes alone."""
         raise TrainingError(f"{type(self).__name__} has no cost(batch); return training.task.Cost from shapes")
 
     def checkpoint_activations(self) -> None:

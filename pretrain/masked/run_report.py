@@ -29,7 +29,7 @@ from pretrain.report.pictures import draw_contributions, draw_maps
 from pretrain.report.probes import by_subject, probe, same_question
 from pretrain.report.scores import RegionScore, as_csv
 from training.engine.base import own_device
-from training.watch.artifacts import log_folder
+from training.watch.tracking import log_folder
 
 FOLDER = "report"  # of the run folder, and of the MLflow run's artifacts
 RECONSTRUCTION = "reconstruction.csv"

@@ -26,7 +26,7 @@ from pretrain.masked.sets import OpenedSet, build_task, open_sets, open_source
 from pretrain.report.scores import IntervalConfig, RegionScore, report_of, score_rows
 from training.collectives import this_process
 from training.evaluation import Evaluation
-from training.identity import claim, config_hash, run_key
+from training.identity import claim, config_hash
 from training.loop import FitResult, Services, fit
 from training.registry import models as registry
 from training.registry.seen_subjects import overlap, seen_before, write_seen
@@ -43,8 +43,7 @@ def train(config: PretrainConfig) -> dict[str, object]:
     task = build_task(config, sets)
     source = open_source(config, sets, this_process())
     exporter = Exporter(config, sets)
-    claim(exporter.store, identity(config))
-    run_key(exporter.store, identity(config))  # refuses the folder of another run
+    claim(exporter.store, identity(config))  # refuses the folder of another run
     prepare(task, config, sets, key=preparation_key(config, source.fingerprint))
     tags = lineage(config, sets) | {"callosum.set_fingerprint": source.fingerprint}
     services = Services(identity=identity(config), export=exporter.export, tags=tags)

@@ -1,4 +1,4 @@
-"""A killed run goes on as if nothing had happened; what is not whole does not exist; what is damaged is named."""
+"""A killed run resumes as if nothing had happened; what is not whole does not exist; what is damaged is named."""
 
 from __future__ import annotations
 
@@ -140,7 +140,10 @@ def test_a_conversion_that_has_no_room_on_scratch_says_how_much_it_needs(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 8, 2))
     commit = read_commit(LocalStore(trained.run.folder), committed_folders(LocalStore(trained.run.folder))[-1])
-    with pytest.raises(CheckpointError, match=r"0\.0 GB free; going on on 1 ranks .* give another run\.scratch"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"0\.0 GB free; resuming on 1 rank from a checkpoint .* another run\.scratch",
+    ):
         check_space(commit, tmp_path)
 
 
@@ -164,7 +167,7 @@ def test_a_damaged_file_is_named_with_the_older_commit_to_go_on_from(trained: Tr
         file.write(b"\xff\xff")
     with pytest.raises(CheckpointError, match=r"plain\.pt is damaged: sha256 .* over") as caught:
         run(trained)
-    assert f"delete {folder} and run again to go on from the older" in str(caught.value)
+    assert f"delete {folder} and run again to resume from the older" in str(caught.value)
     assert "step-00000004" in str(caught.value)
     shutil.rmtree(folder)
     assert run(trained).start == "own"
@@ -310,7 +313,7 @@ def test_an_old_commit_that_cannot_be_read_is_left_alone_and_stops_no_run(
     assert sorted(name for name in store.list() if name.startswith(old)) == kept_files
     assert len(committed_folders(store)) == 3
     assert f"{store.join(old)}/{COMMIT} cannot be read" in caplog.text
-    assert "is left as it is" in caplog.text
+    assert "is kept" in caplog.text
 
 
 def test_a_full_disk_is_named_and_other_failures_of_writing_stay_what_they_are(tmp_path: Path) -> None:

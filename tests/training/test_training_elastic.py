@@ -1,4 +1,4 @@
-"""A run goes on on another number of ranks under every ZeRO stage, and ends where the uninterrupted one ends."""
+"""A run resumes on another number of ranks under every ZeRO stage, and ends where the uninterrupted one ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.checkpoint import Commit, StartingPoint, StoredFile
 from training.engine.elastic import fetch_state, fetch_whole
 from training.errors import CheckpointError
 
-FAULT_SECTION = "Training: another number of ranks goes on"
+FAULT_SECTION = "Training: another number of ranks resumes"
 PAIRS = ((2, 1), (1, 2), (3, 2))
 STEPS = 60
 BROKEN_AT = 31  # the last commit is of step 30: between a group's opening and the end
@@ -61,7 +61,7 @@ def test_other_ranks_go_on_within_1e_5_and_end_inside_the_range_of_three_seeds(
     folder: Path, record_property: Callable[[str, object], None], engine: str, num_before: int, num_after: int
 ) -> None:
     found, whole = folder / f"{engine}-{num_before}-{num_after}", folder / f"{engine}-{num_before}"
-    record_property("fault", f"{engine}: {num_before} ranks break off, {num_after} go on")
+    record_property("fault", f"{engine}: {num_before} ranks break off, {num_after} resume")
     record_property("when", f"step {BROKEN_AT} of {STEPS}, commit of step 30")
     record_property("recovery_s", report(found)["seconds"])
     assert report(found)["start"] == "own"

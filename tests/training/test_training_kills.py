@@ -1,4 +1,4 @@
-"""Ranks killed at random moments, uploads included: the next run goes on from a whole commit, to the same numbers."""
+"""Ranks killed at random moments, uploads included: the next run resumes from a whole commit, to the same numbers."""
 
 from __future__ import annotations
 

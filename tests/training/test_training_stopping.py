@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves just in time, exits with a status of its own, and goes on when run again."""
+"""A run that is asked to stop saves just in time, exits with a status of its own, and resumes when run again."""
 
 from __future__ import annotations
 

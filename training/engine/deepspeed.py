@@ -27,19 +27,19 @@ from training.unfreezing import checked_groups
 TAG = "state"
 BUCKET_ELEMENTS = 50_000_000  # of gradients, float32: DeepSpeed's default sets aside 2 GB for a model of any size
 
-# DeepSpeed 0.19 calls collectives torch 2.13 has renamed, several times a step; the warning names torch's own module.
+# DeepSpeed 0.19 calls collectives torch 2.13 has renamed, several times per step; the warning names torch's own module.
 RENAMED = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
 
 
 def leave_process_group() -> None:
-    """At the end of the process, not of an engine: DeepSpeed keeps groups of the world it saw first, and a process may
-    train more than once. Without it a rank may abort at exit ("terminate called without an active exception")."""
+    """Called when the process ends, not the engine: DeepSpeed keeps the groups it made first, and a process may train
+    more than once. Without it a rank may abort at exit ("terminate called without an active exception")."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def start_deepspeed(device: torch.device) -> None:
-    """Make DeepSpeed use the process group there is, or one of a single rank."""
+    """Make DeepSpeed use the existing process group, or a new one of a single rank."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     import deepspeed
     import deepspeed.ops
@@ -56,7 +56,7 @@ def start_deepspeed(device: torch.device) -> None:
 
 
 def deepspeed_settings(config: TrainConfig, *, num_micro_batches: int) -> dict[str, object]:
-    """DeepSpeed's own configuration. Its batch sizes mean nothing here: the source decides, losses are in sum form."""
+    """DeepSpeed's own configuration. Its batch sizes mean nothing: the source sets them, losses are in sum form."""
     stage = config.engine.zero_stage
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -152,7 +152,7 @@ class DeepSpeedEngine:
             return
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
-            raise CheckpointError(f"{folder} was not written by DeepSpeed; go on with the engine that wrote it")
+            raise CheckpointError(f"{folder} was not written by DeepSpeed; resume with the engine that wrote it")
 
     def close(self) -> None:
         self.deepspeed.destroy()

@@ -1,4 +1,4 @@
-"""Going on on another number of ranks: the state of all ranks as one file of whole tensors, kept beside its commit.
+"""Resuming on another number of ranks: the state of all ranks as one file of whole tensors, kept beside its commit.
 
 Rank 0 makes it once, by DeepSpeed's own converter; it exists from the moment its COMMIT.json is written. Nothing in it
 depends on ranks or on the ZeRO stage: weights, moments and step counts by parameter, and buffers.
@@ -29,26 +29,27 @@ from training.watch.spikes import FILE as SPIKES
 from training.watch.spikes import RECENT
 
 FOLDER = "whole"
-COPIES_ON_DISK = 3  # the fetched files, DeepSpeed's fragments, and what it makes of them
+COPIES_ON_DISK = 3  # the fetched files, DeepSpeed's fragments, and the whole tensors
 
 
-def is_elsewhere(commit: Commit) -> bool:
-    """True when the commit's files divide the state over another number of ranks than this run has."""
+def has_other_ranks(commit: Commit) -> bool:
+    """True when the commit divides the state among another number of ranks than this run has."""
     return commit.world_size != this_process().world_size and commit.engine in ("zero1", "zero2", "zero3")
 
 
 def fetch_state(point: StartingPoint, local: Path) -> None:
-    """What this rank needs to go on, in `local`, checked: its own files, or the whole state when ranks have changed."""
+    """Fetch into `local` what this rank needs to resume, and check it: its own files, or the whole state when the
+    number of ranks has changed."""
     assert point.commit is not None
     shutil.rmtree(local, ignore_errors=True)
-    if not is_elsewhere(point.commit):
+    if not has_other_ranks(point.commit):
         fetch(point, local, ranks={0, this_process().rank})
         return
     problem: Exception | None = None
     if this_process().is_main:
         try:
             make_whole(point, local)
-        except (CheckpointError, StorageError) as error:  # told to every rank: they wait here
+        except (CheckpointError, StorageError) as error:  # every rank raises it: they wait here
             problem = error
     problem = cast("Exception | None", from_main(problem))
     if problem is not None:
@@ -79,10 +80,15 @@ def check_space(commit: Commit, scratch: Path) -> None:
     free = shutil.disk_usage(scratch).free
     if free < needed:
         raise CheckpointError(
-            f"{scratch} has {free / 1e9:.1f} GB free; going on on {this_process().world_size} ranks from a commit of "
-            f"{commit.world_size} needs {needed / 1e9:.1f} GB there: free some, give another run.scratch, or run with "
-            f"cluster.num_workers={commit.world_size}"
+            f"{scratch} has {free / 1e9:.1f} GB free; resuming on {counted_ranks(this_process().world_size)} "
+            f"from a checkpoint written by {commit.world_size} needs {needed / 1e9:.1f} GB there: free some, give "
+            f"another run.scratch, or run with cluster.num_workers={commit.world_size}"
         )
+
+
+def counted_ranks(number: int) -> str:
+    """'1 rank' or '2 ranks'."""
+    return f"{number} rank" + ("" if number == 1 else "s")
 
 
 def fetch_whole(point: StartingPoint, local: Path) -> None:

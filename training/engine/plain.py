@@ -66,7 +66,7 @@ class PlainEngine:
     def load(self, folder: Path) -> None:
         path = folder / "plain.pt"
         if not path.exists():
-            raise CheckpointError(f"{folder} was not written by engine=plain; go on with the engine that wrote it")
+            raise CheckpointError(f"{folder} was not written by engine=plain; resume with the engine that wrote it")
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.task.load_state_dict(state["task"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,6 +1,7 @@
-"""Where the time of a run goes: throughput, waiting, saving, the slowest rank. It measures and changes nothing.
+"""Where the time of a run goes: throughput, waiting, saving, the slowest rank. Measuring changes nothing.
 
-docs/pretraining.md says what each number means. Device times come from events read once an interval, never in a step.
+docs/pretraining.md says what each number means. Device times come from events, which are read once per interval and
+never within a step.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Meter:
         self.device = device
         self.peak_tflops = peak_tflops
         self.started = started  # by time.monotonic, of this attempt
-        self.repeated_until = repeated_until  # updates an earlier attempt had made and lost
+        self.repeated_until = repeated_until  # updates that an earlier attempt made and lost
         self.useful_s = 0.0
         self.saving_s = 0.0
         self.interval = Interval()
@@ -53,7 +54,7 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self, is_idle: Callable[[], bool]) -> Iterator[None]:
-        """Around what waits for data; it counts when the device ran out of work over it."""
+        """Wraps waiting for data, which counts when the device ran out of work meanwhile."""
         begun = time.perf_counter()
         yield
         if is_idle():
@@ -61,20 +62,20 @@ class Meter:
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a forward pass: what a rank does by itself, before ranks wait for one another."""
+        """Wraps a forward pass: what a rank does by itself, before ranks wait for one another."""
         begun = self._mark()
         yield
         self.interval.forwards.append((begun, self._mark()))
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Around what the loop itself does for a checkpoint."""
+        """Wraps what the loop itself does for a checkpoint."""
         begun = time.perf_counter()
         yield
         self.saving_s += time.perf_counter() - begun
 
     def count(self, cost: Cost) -> None:
-        """Of one micro-batch."""
+        """Add the cost of one micro-batch."""
         self.costs.append(cost)
 
     def end_step(self, done: int, batches: Sequence[Batch]) -> None:

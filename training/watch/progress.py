@@ -1,4 +1,4 @@
-"""One plain line an interval; on a terminal with a progress bar below, also when the terminal is the driver's."""
+"""One plain line per interval; on a terminal with a progress bar below it."""
 
 from __future__ import annotations
 

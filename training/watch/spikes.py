@@ -32,8 +32,8 @@ class Spikes:
             path.write_bytes(start)
 
     def deviations(self, losses: Mapping[str, float]) -> float | None:
-        """How many robust deviations a spike lies above the median of the last steps whose loss has the same parts (of
-        several sets: the same set's); None when it is no spike."""
+        """How many robust deviations a spike lies above the median of the last steps whose loss has the same parts
+        (with several sets: steps of the same set); None when it is no spike."""
         loss, recent = losses["loss"], self.recent[frozenset(losses)]
         past = np.array(recent)
         recent.append(loss)

@@ -1,4 +1,4 @@
-"""What every node of a run is busy with, sampled where the ranks are and gathered at the tracking step.
+"""How busy every node of a run is, sampled by its first rank and gathered at tracking steps.
 
 Between two reports nothing runs: no thread, no server. Keys are system/<host>/<name>; ranks of one host report once.
 """
@@ -50,7 +50,7 @@ class Nodes:
         return this_process().rank in self.rank_of_host.values()
 
     def report(self) -> dict[str, float]:
-        """What every node did since the last report, on every rank; what is not known there is left out."""
+        """What every node did since the last report, on every rank, without what is unknown there."""
         mine = self._sample() if self.is_reporting else [math.nan] * len(NAMES)
         ranks = gather_numbers(mine, self.device)
         return {
@@ -93,7 +93,7 @@ class Nodes:
         try:
             busy = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in self.nvml]
             used = [pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in self.nvml]
-        except pynvml.NVMLError:  # a part of a GPU (MIG) does not say; of a lost GPU the next step says more
+        except pynvml.NVMLError:  # a MIG slice does not report it; a lost GPU fails the next step
             return math.nan, math.nan
         return sum(busy) / len(busy), sum(used) / GIB
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RUN_KEY_TAG = "callosum.run_key"
-ROWS_A_REQUEST = 1000  # MLflow's limits for one log_batch
-PARAMS_A_REQUEST = 100
+ROWS_PER_REQUEST = 1000  # MLflow's limits for one log_batch
+PARAMS_PER_REQUEST = 100
 PARAM_LENGTH = 6000
 RETRY_S = 5.0
 
@@ -36,7 +36,7 @@ def known_server(uri: str) -> str:
     """The address itself; RegistryError for a database file that is not there: MLflow would make an empty one."""
     scheme, separator, path = uri.partition("://")
     if not separator:
-        raise RegistryError(f"{uri} is no address; give sqlite:///<file> or http://<server>")
+        raise RegistryError(f"{uri} is not an address; give sqlite:///<file> or http://<server>")
     file = Path(path.removeprefix("/"))
     if scheme == "sqlite" and not file.exists():
         raise RegistryError(f"{uri}: there is no file {file}; check the address and the folder you are in")
@@ -62,8 +62,8 @@ def mlflow_environment(timeout_s: float) -> None:
 
 
 def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
-    """The id of an experiment, which is made if need be; beside an SQLite file its artifacts lie in the same folder
-    (MLflow would put them below the current one)."""
+    """The id of an experiment, created if it does not exist. With an SQLite file its artifacts are stored in the file's
+    folder (MLflow would put them below the current one)."""
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         return experiment.experiment_id
@@ -74,7 +74,7 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
 
 
 class Spool:
-    """metrics.jsonl: one line a row {key, step, value, timestamp_ms}. What it holds once, it never writes again."""
+    """metrics.jsonl: one line per row {key, step, value, timestamp_ms}; no (key, step) is written twice."""
 
     def __init__(self, path: Path, *, start: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def read_rows(path: Path, position: int = 0) -> list[dict]:
 
 
 def last_step(path: Path) -> int:
-    """The last step a spool tells of, also one that an attempt left behind; 0 when there is none."""
+    """The last step in a spool, even one that an earlier attempt left behind; 0 when there is none."""
     return max((row["step"] for row in read_rows(path)), default=0) if path.exists() else 0
 
 
@@ -184,10 +184,10 @@ class Sender:
                 is_away = False
                 self.wake.wait(1.0)
                 self.wake.clear()
-            except Exception as error:  # noqa: BLE001 - whatever the server does, training goes on; retried below
+            except Exception as error:  # noqa: BLE001 - whatever the server does, training continues; retried below
                 self.last_error = f"{type(error).__name__}: {error}"[:300]
                 if not is_away and not is_last:  # once an outage: a wrong password should not show after three weeks
-                    log.warning("tracking: %s does not take rows (%s); trying on", self.config.uri, self.last_error)
+                    log.warning("tracking: %s does not take rows (%s); retrying", self.config.uri, self.last_error)
                 is_away = True
                 self.is_closing.wait(self.retry_s)
                 if is_last:
@@ -212,8 +212,8 @@ class Sender:
         # Of a run that was found too: the server may have failed between making it and taking these.
         lacking = self.label.params.keys() - run.data.params.keys()
         params = [Param(key, str(self.label.params[key])[:PARAM_LENGTH]) for key in sorted(lacking)]
-        for first in range(0, len(params), PARAMS_A_REQUEST):
-            client.log_batch(run.info.run_id, params=params[first : first + PARAMS_A_REQUEST])
+        for first in range(0, len(params), PARAMS_PER_REQUEST):
+            client.log_batch(run.info.run_id, params=params[first : first + PARAMS_PER_REQUEST])
         self.run_id = run.info.run_id
         return client
 
@@ -224,8 +224,8 @@ class Sender:
         while self.position < (size := self.spool_path.stat().st_size):
             with self.spool_path.open("rb") as file:
                 file.seek(self.position)
-                data = file.read(min(size - self.position, 200 * ROWS_A_REQUEST))
-            lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)[:ROWS_A_REQUEST]
+                data = file.read(min(size - self.position, 200 * ROWS_PER_REQUEST))
+            lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)[:ROWS_PER_REQUEST]
             if not lines:
                 return
             rows = [json.loads(line) for line in lines]
@@ -277,3 +277,26 @@ class Tracker:
             self.spool.close()
         if self.sender is not None:
             self.sender.close(self.config.drain_s, status=ending.value)
+
+
+def log_folder(folder: Path, *, name: str, run_id: str | None, config: TrackingConfig) -> bool:
+    """True when every file below `folder` is an artifact of the run, below `name`; False where there is no server, no
+    run on it, or it did not take them."""
+    if config.uri is None or run_id is None:
+        return False
+    mlflow_environment(config.timeout_s)
+    from mlflow.tracking import MlflowClient
+
+    try:
+        MlflowClient(tracking_uri=config.uri).log_artifacts(run_id, str(folder), artifact_path=name)
+    except Exception as error:  # noqa: BLE001 - whatever the server or its artifact store does, the run is finished
+        log.warning(
+            "tracking: %s did not take the files of %s (%s: %s); they are in the run folder below %s",
+            config.uri,
+            folder,
+            type(error).__name__,
+            str(error)[:300],
+            name,
+        )
+        return False
+    return True

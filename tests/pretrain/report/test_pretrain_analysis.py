@@ -22,7 +22,7 @@ from pretrain.report.probes import by_subject, probe, same_question
 from pretrain.report.scores import Interval, IntervalConfig, Regions, as_csv, score_rows
 from tests.phantom_spaces import ball
 from training.config import TrackingConfig
-from training.watch.artifacts import log_folder
+from training.watch.tracking import log_folder
 
 INTERVALS = IntervalConfig(num_resamples=200, confidence=0.95, seed=0)
 PATCHES, SIZE, WINDOWS, FRAMES = 72, 3, 48, 6
