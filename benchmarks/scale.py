@@ -26,10 +26,10 @@ from _measure import Row, arguments_of, report
 
 from brain_models.space import SpaceConfig
 from data_sharding import schema
-from data_sharding.read.addresses import run_table
 from data_sharding.read.order import SampleOrder, rank_share
-from data_sharding.read.reader import BatchSource, ReaderConfig, open_set
+from data_sharding.read.reader import BatchSource, DataConfig, ShardSet, Windows, open_set
 from data_sharding.spaces import make_space
+from data_sharding.splits import AS_WRITTEN
 
 NUM_FRAMES, CHUNK_FRAMES, WINDOW_FRAMES = 300, 64, 20
 RUNS_A_SHARD = 6
@@ -92,21 +92,22 @@ def planning(folder: str) -> Callable[[], object]:
         longest = [int(shard_set.runs("bold", [split]).num_frames.max()) for split in ("train", "validation", "test")]
         assert longest == [NUM_FRAMES] * 3
         assert len(shard_set.subjects)
-        return run_table(shard_set, kind="bold", split="train", window_frames=WINDOW_FRAMES).num_samples
+        return windows_of(shard_set).runs("train").num_samples
 
     return work
 
 
 def opening(folder: str) -> Callable[[], object]:
     """A rank's source, up to knowing where every window of the train split lies."""
-    return lambda: opened(folder).book("train")
+    return lambda: windows_of(open_set(folder)).book("train")
+
+
+def windows_of(shard_set: ShardSet) -> Windows:
+    return Windows(shard_set, kind="bold", window_frames=WINDOW_FRAMES)
 
 
 def opened(folder: str) -> BatchSource:
-    config = ReaderConfig(
-        kind="bold",
-        split="train",
-        window_frames=WINDOW_FRAMES,
+    config = DataConfig(
         batch_size=BATCH_SIZE,
         micro_batch_size=4,
         shuffle_shards=SHUFFLE_SHARDS,
@@ -115,14 +116,17 @@ def opened(folder: str) -> BatchSource:
         prefetch=1,
         reader="indexed",
         max_bad_fraction=0.0,
+        cache_folder=None,
+        cache_bytes=0,
+        split=AS_WRITTEN,
     )
-    return BatchSource(open_set(folder), config, rank=0, world_size=WORLD_SIZE)
+    return BatchSource(windows_of(open_set(folder)), config, rank=0, world_size=WORLD_SIZE)
 
 
 def ordering(folder: str) -> Callable[[], object]:
     """An opened rank's first hundred steps: which samples, and their byte ranges."""
     source = opened(folder)
-    source.book("train")
+    source.drawn.names("train")
     return lambda: hundred_steps(source, epoch=0)
 
 
@@ -133,7 +137,8 @@ def resuming(folder: str) -> Callable[[], object]:
 
 def hundred_steps(source: BatchSource, *, epoch: int) -> int:
     """Bytes of the windows of rank 0."""
-    book = source.book("train")
+    assert isinstance(source.drawn, Windows)
+    book = source.drawn.book("train")
     order = SampleOrder(book.runs, fingerprint=source.fingerprint, seed=0, shuffle_shards=SHUFFLE_SHARDS)
     position = int((epoch + 0.5) * book.runs.num_samples)
     num_frames = 0

@@ -9,5 +9,5 @@ class ShardError(ValueError):
     """A shard set that is missing, of another schema, damaged, or in the way of a new one."""
 
 
-class SplitError(ValueError):
+class SplitError(ShardError):
     """Subjects that cannot be split as asked."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import ClusterConfig
-from data_sharding.read.reader import DataConfig
+from data_sharding.read.config import DataConfig
 from finetune.compare.paired import Metric
 from finetune.tasks.adhd_classification import AdhdConfig
 from finetune.tasks.subject_prediction.baselines import LogisticConfig

@@ -8,8 +8,8 @@ from brain_models.errors import BundleError
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
 from data_sharding.errors import ShardError
-from data_sharding.read.addresses import run_table
-from data_sharding.read.reader import ShardSet, open_set
+from data_sharding.read.reader import ShardSet, Windows, open_set
+from data_sharding.splits import validate_splits
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.tasks.adhd_classification import METRICS, AdhdClassification
@@ -28,10 +28,11 @@ def validate(config: FinetuneConfig) -> list[str]:
         validate_cluster(config.cluster, "cluster")
         + validate_train(config.train, "train", num_workers=config.cluster.num_workers)
         + number_problems(config)
+        + validate_splits(config.data.split, "data.split")
         + rule_problems(config)
     )
     try:
-        shard_set = open_set(config.shards)
+        shard_set = open_set(config.shards, split=config.data.split)
         labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
     except (ShardError, StorageError, FinetuneError) as error:
         return [*problems, str(error)]
@@ -143,11 +144,11 @@ def length_problems(config: FinetuneConfig, shard_set: ShardSet, window_frames: 
 
 def plan(config: FinetuneConfig) -> str:
     """What would happen: subjects, samples, steps, bytes, parameters by the step they open at, one line each."""
-    shard_set = open_set(config.shards)
+    shard_set = open_set(config.shards, split=config.data.split)
     labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
     task = build_task(config, shard_set, labels, fetch_backbone(config).load(shard_set.space))
     runs = shard_set.runs("bold", ["train"])
-    samples = run_table(shard_set, kind="bold", split="train", window_frames=task.num_frames).num_samples
+    samples = Windows(shard_set, kind="bold", window_frames=task.num_frames).runs("train").num_samples
     too_short = int((runs["num_frames"] < task.num_frames).sum())
     drawn = config.train.steps * config.data.batch_size
     sample_bytes = task.num_frames * shard_set.space.num_voxels

@@ -16,7 +16,7 @@ from brain_models import bundle
 from brain_models.bundle import Bundle
 from brain_models.space import BrainSpace
 from cluster.storage.stores import store_for
-from data_sharding.read.reader import BatchSource, ReaderConfig, ShardSet, open_set
+from data_sharding.read.reader import BatchSource, ShardSet, Windows, open_set
 from finetune.conclude import conclude
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
@@ -62,14 +62,14 @@ class Setup:
 
     def source(self, task: AdhdClassification) -> BatchSource:
         """This rank's view of the runs, a sample being as many frames as the task decides from."""
-        config = ReaderConfig.for_training(self.config.data, kind="bold", window_frames=task.num_frames)
-        return BatchSource(self.shard_set, config, rank=this_process().rank, world_size=this_process().world_size)
+        windows = Windows(self.shard_set, kind="bold", window_frames=task.num_frames)
+        return BatchSource(windows, self.config.data, rank=this_process().rank, world_size=this_process().world_size)
 
 
 def train(config: FinetuneConfig) -> dict[str, object]:
     """The numbers of <run.folder>/metrics.json; every rank calls it, rank 0 writes and registers."""
     started = time.monotonic()
-    shard_set = open_set(config.shards, scratch=config.run.scratch)
+    shard_set = open_set(config.shards, scratch=config.run.scratch, split=config.data.split)
     labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
     setup = Setup(config, shard_set, labels, fetch_backbone(config))
     task = setup.task()

@@ -50,6 +50,7 @@ class CensoredRuns:
     ranges: list[str]  # as in the index: "3-5,9"
     window_frames: int
     max_censored_fraction: float
+    pads_short_runs: bool = False  # one window takes a shorter run as a whole
 
     @classmethod
     def none(cls) -> CensoredRuns:
@@ -60,7 +61,7 @@ class CensoredRuns:
         place = int(np.searchsorted(self.run, run))
         return SlotGrids(
             num_frames=int(self.num_frames[place]),
-            window_frames=self.window_frames,
+            window_frames=self._window_of(int(self.num_frames[place])),
             censored=np.array(schema.frames_of(self.ranges[place]), dtype=np.int64),
             max_censored_fraction=self.max_censored_fraction,
         )
@@ -84,6 +85,9 @@ class CensoredRuns:
         """int64 [censored run]: the windows that may be drawn when the first starts at frame 0."""
         return self._counts[1]
 
+    def _window_of(self, num_frames: int) -> int:
+        return min(self.window_frames, num_frames) if self.pads_short_runs else self.window_frames
+
     @cached_property
     def _counts(self) -> np.ndarray:
         counts = np.zeros((2, len(self.run)), dtype=np.int64)
@@ -99,7 +103,8 @@ class CensoredRuns:
                 np.add.at(change, (place[is_own], first[own][is_own]), 1)
                 np.add.at(change, (place[is_own], last[own][is_own] + 1), -1)
                 is_censored = np.cumsum(change[:, :-1], axis=1)
-                by_phase = drawable(is_censored, self.window_frames, self.max_censored_fraction).sum(axis=2)
+                window_frames = self._window_of(int(num_frames))
+                by_phase = drawable(is_censored, window_frames, self.max_censored_fraction).sum(axis=2)
                 counts[0, some] = by_phase.max(axis=1, initial=0)
                 counts[1, some] = by_phase[:, 0] if by_phase.shape[1] else 0
         return counts

@@ -1,28 +1,31 @@
-"""Byte ranges -> checked windows. Runs inside loader processes: gets addresses, never opens the index.
+"""Byte ranges -> checked samples. Runs inside loader processes: is told where to read, never opens the index.
 
 Windows stay as they are stored: decoded, they would be four times the bytes for the rank process to take over.
 """
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt8
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cluster.errors import StorageError, StoreUnavailableError
-from cluster.storage.stores import LocalRangeReader, RangeReader, store_for
+from cluster.storage.stores import LocalRangeReader, RangeReader, Store, store_for
 from data_sharding import schema
-from data_sharding.checksums import crc32_of_frames
+from data_sharding.checksums import crc32, crc32_of_frames
 from data_sharding.errors import ShardError
+from data_sharding.read.batch import NOT_MEASURED
 from data_sharding.read.file_cache import CachedFile, CacheSettings, FileCache
-from data_sharding.read.stream import read_shard
 
 MAX_OPEN_SHARDS = 64
 
@@ -40,19 +43,30 @@ class FrameSpan:
 
 @dataclass(frozen=True)
 class WindowRead:
-    """One window: one span, or two across a chunk boundary."""
+    """One window: one span, or two across a chunk boundary; fewer frames than a window where it is padded."""
 
     shard: str
     spans: tuple[FrameSpan, ...]
 
 
 @dataclass(frozen=True)
+class ResponseRead:
+    """One response, and the tar member of its image."""
+
+    betas: WindowRead
+    member: str
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
 class FetchSettings:
-    """What every read of a source has in common."""
+    """What every read of one kind of a set has in common."""
 
     location: str
     frame_type: Literal["int8", "float16"]
-    num_voxels: int
+    num_voxels: int  # of a frame; regions of region series
     window_frames: int
     reader: Literal["indexed", "stream"]
     num_kept_shards: int  # for reader=stream: shards held in memory
@@ -62,10 +76,39 @@ class FetchSettings:
 
 @dataclass
 class Fetched:
-    """Checked windows; `failures` are (row, reason), and those rows hold nothing of use."""
+    """Checked windows."""
 
-    stored: Shaped[Tensor, "batch time voxel"]  # int8 or float16
-    failures: list[tuple[int, str]]
+    stored: Shaped[Tensor, "batch time voxel"]  # int8 or float16; 0 where a short run is padded
+    damaged: dict[int, str]  # why a row could not be read; it is marked as not measured
+
+    def put(self, row: int, other: Self) -> None:
+        """Replaces a row by the only one of another read."""
+        self.stored[row] = other.stored[0]
+
+
+@dataclass
+class FetchedResponses(Fetched):
+    """Checked responses with their images."""
+
+    images: UInt8[Tensor, "batch y x rgb"]
+
+    def put(self, row: int, other: Self) -> None:
+        super().put(row, other)
+        if self.images.shape[1:] != other.images.shape[1:]:  # no image of this batch could be read
+            self.images = self.images.new_zeros((len(self.images), *other.images.shape[1:]))
+        self.images[row] = other.images[0]
+
+
+@dataclass
+class FetchedPairs:
+    """Checked windows of every side."""
+
+    sides: dict[str, Fetched]
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """Why a pair is not whole, by row."""
+        return {row: reason for side in self.sides.values() for row, reason in side.damaged.items()}
 
 
 class Fetcher:
@@ -74,9 +117,9 @@ class Fetcher:
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
         self.frame_type = np.dtype(settings.frame_type)
-        self._cache: FileCache | None = None  # made at the first read: in the process that reads
+        self._cache: FileCache | None = None  # opened at the first read: in the process that reads
         self._open: OrderedDict[str, RangeReader] = OrderedDict()
-        self._streamed: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
+        self._streamed: OrderedDict[str, dict[str, bytes]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         return {"settings": self.settings}
@@ -87,21 +130,25 @@ class Fetcher:
     def __getitem__(self, reads: list[WindowRead]) -> Fetched:
         return self.fetch(reads)
 
+    def fresh(self) -> Self:
+        """A fetcher of the same settings with nothing open, for another thread."""
+        return type(self)(self.settings)
+
     def fetch(self, reads: list[WindowRead]) -> Fetched:
         """The windows, each frame checked against its crc32."""
         shape = (len(reads), self.settings.window_frames, self.settings.num_voxels)
-        stored = _room(shape, self.frame_type)
+        stored = _empty(shape, self.frame_type)
         frames = stored.numpy()
-        failures = []
+        damaged = {}
         for row, read in enumerate(reads):
             try:
                 self._read_window(read, frames[row])
             except StoreUnavailableError:
                 raise  # a network that is down says nothing about samples
             except (ShardError, StorageError) as error:
-                failures.append((row, str(error)))
-                frames[row] = 0
-        return Fetched(stored, failures)
+                damaged[row] = str(error)
+                frames[row] = NOT_MEASURED if self.frame_type == np.int8 else np.nan
+        return Fetched(stored, damaged)
 
     def close(self) -> None:
         while self._open:
@@ -111,22 +158,19 @@ class Fetcher:
     def _read_window(self, read: WindowRead, frames: np.ndarray) -> None:
         done = 0
         for span in read.spans:
-            part = frames[done : done + span.num_frames]
+            own = frames[done : done + span.num_frames]
             if self.settings.reader == "indexed":
                 first_byte = span.offset + schema.NPY_HEADER_BYTES + span.first * frames[0].nbytes
-                self._range_reader(read.shard).read_into(first_byte, part.data.cast("B"))
+                self._range_reader(read.shard).read_into(first_byte, own.data.cast("B"))
             else:
-                arrays = self._streamed_shard(read.shard)
-                if span.member not in arrays:
-                    raise ShardError(f"{self.settings.location}/{read.shard} lacks {span.member}; restore the shard")
-                chosen = slice(span.first, span.first + span.num_frames)
-                part[:] = arrays[span.member].reshape(-1, self.settings.num_voxels)[chosen]
-            self._check(read.shard, span, part)
+                own[:] = self._streamed_frames(read.shard, span.member)[span.first : span.first + span.num_frames]
+            self._check(read.shard, span, own)
             done += span.num_frames
+        frames[done:] = 0
 
-    def _check(self, shard: str, span: FrameSpan, part: np.ndarray) -> None:
-        for row in np.flatnonzero(crc32_of_frames(part) != np.frombuffer(span.crc32, dtype="<u4")):
-            frame = part[row]
+    def _check(self, shard: str, span: FrameSpan, frames: np.ndarray) -> None:
+        for row in np.flatnonzero(crc32_of_frames(frames) != np.frombuffer(span.crc32, dtype="<u4")):
+            frame = frames[row]
             first_byte = span.offset + schema.NPY_HEADER_BYTES + (span.first + row) * frame.nbytes
             location = self.settings.location
             raise ShardError(
@@ -149,19 +193,104 @@ class Fetcher:
         self._cache = self._cache or FileCache(self.settings.cache)
         return self._cache.open(store, self.settings.shards[shard], LocalRangeReader)
 
-    def _streamed_shard(self, shard: str) -> dict[str, np.ndarray]:
+    def _streamed_member(self, shard: str, member: str) -> bytes:
         if shard not in self._streamed:
             while len(self._streamed) >= self.settings.num_kept_shards:
                 self._streamed.popitem(last=False)
-            self._streamed[shard] = read_shard(store_for(self.settings.location), shard)
-        return self._streamed[shard]
+            self._streamed[shard] = streamed_shard(store_for(self.settings.location), shard)
+        if member not in self._streamed[shard]:
+            raise ShardError(f"{self.settings.location}/{shard} lacks {member}; restore the shard")
+        return self._streamed[shard][member]
+
+    def _streamed_frames(self, shard: str, member: str) -> np.ndarray:
+        data = self._streamed_member(shard, member)
+        frames = np.frombuffer(data, dtype=self.frame_type, offset=schema.NPY_HEADER_BYTES)
+        return frames.reshape(-1, self.settings.num_voxels)
 
 
-def _room(shape: tuple[int, int, int], frame_type: np.dtype) -> Tensor:
+class ResponseFetcher(Fetcher):
+    """Reads responses, and decodes their images here, in the process that reads."""
+
+    def fetch(self, reads: list[ResponseRead]) -> FetchedResponses:  # type: ignore[override]
+        """The responses with their images, all of one size; ShardError where images differ in size."""
+        fetched = super().fetch([read.betas for read in reads])
+        images: dict[int, np.ndarray] = {}
+        for row, read in enumerate(reads):
+            try:
+                images[row] = self._image(read)
+            except StoreUnavailableError:
+                raise
+            except (ShardError, StorageError) as error:
+                fetched.damaged[row] = str(error)
+        sizes = {image.shape for image in images.values()} or {(1, 1, 3)}
+        if len(sizes) > 1:
+            raise ShardError(
+                f"{self.settings.location} holds images of {len(sizes)} sizes, such as {sorted(sizes)[:2]} (y, x, "
+                "colours); bring the stimuli to one size and write the set again"
+            )
+        (size,) = sizes
+        stacked = [images.get(row, np.zeros(size, dtype=np.uint8)) for row in range(len(reads))]
+        return FetchedResponses(fetched.stored, fetched.damaged, torch.from_numpy(np.stack(stacked)))
+
+    def _image(self, read: ResponseRead) -> np.ndarray:
+        """uint8 [y, x, rgb]."""
+        shard = read.betas.shard
+        if self.settings.reader == "indexed":
+            data = bytearray(read.size)
+            self._range_reader(shard).read_into(read.offset, memoryview(data))
+        else:
+            data = bytearray(self._streamed_member(shard, read.member))
+        if crc32(bytes(data)) != read.crc32:
+            raise ShardError(
+                f"{self.settings.location}/{shard} member {read.member} does not match its checksum; run 'python -m "
+                f"data_sharding.verify {self.settings.location}' and restore the shard"
+            )
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            return np.array(image.convert("RGB"))
+
+
+class PairFetcher:
+    """Reads windows of several sides; its indices are lists of WindowRead by side."""
+
+    def __init__(self, sides: Mapping[str, Fetcher]) -> None:
+        self.sides = dict(sides)
+
+    def __getitem__(self, reads: Mapping[str, list[WindowRead]]) -> FetchedPairs:
+        return self.fetch(reads)
+
+    def fresh(self) -> PairFetcher:
+        """A fetcher of the same sides with nothing open, for another thread."""
+        return PairFetcher({name: side.fresh() for name, side in self.sides.items()})
+
+    def fetch(self, reads: Mapping[str, list[WindowRead]]) -> FetchedPairs:
+        """The windows of every side, each frame checked against its crc32."""
+        return FetchedPairs({name: side.fetch(reads[name]) for name, side in self.sides.items()})
+
+    def close(self) -> None:
+        for side in self.sides.values():
+            side.close()
+
+
+def streamed_shard(store: Store, shard: str) -> dict[str, bytes]:
+    """Every array and image of a shard by its member's name, read front to back in one pass with WebDataset."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    source = {"url": store.join(shard), "stream": io.BytesIO(store.read(shard))}
+    members: dict[str, bytes] = {}
+    try:
+        for entry in group_by_keys(tar_file_expander([source])):
+            for kind in (kind for kind in entry if kind.endswith((".npy", ".png"))):
+                members[f"{entry['__key__']}.{kind}"] = entry[kind]
+    except tarfile.TarError as error:
+        raise ShardError(f"{store.join(shard)} is no whole tar ({error}); restore the shard") from error
+    return members
+
+
+def _empty(shape: Sequence[int], frame_type: np.dtype) -> Tensor:
     """An empty tensor; in a loader process in shared memory, so that windows are read to where the rank process finds
     them (what torch's own collate does)."""
     if get_worker_info() is None:
         return torch.from_numpy(np.empty(shape, dtype=frame_type))
     kind = torch.int8 if frame_type == np.int8 else torch.float16
     storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * frame_type.itemsize)
-    return torch.tensor([], dtype=kind).set_(storage).view(shape)
+    return torch.tensor([], dtype=kind).set_(storage).view(tuple(shape))

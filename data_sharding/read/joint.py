@@ -11,14 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from data_sharding.errors import ShardError
 from data_sharding.hashing import hash_name, mix, unit_interval
-from data_sharding.read.batch import Batch
+from data_sharding.read.batch import AnyBatch
 from data_sharding.read.reader import BatchSource
-
-MAX_NAMED_SUBJECTS = 5
 
 
 def sets_of_steps(weights: Mapping[str, float], *, seed: int, first_step: int, num_steps: int) -> list[str]:
@@ -26,30 +23,8 @@ def sets_of_steps(weights: Mapping[str, float], *, seed: int, first_step: int, n
     names = list(weights)
     edges = np.cumsum([weights[name] for name in names])
     drawn = unit_interval(mix(np.arange(first_step, first_step + num_steps), hash_name("set of a step", seed)))
-    places = np.searchsorted(edges / edges[-1], drawn, side="right")
-    return [names[place] for place in np.minimum(places, len(names) - 1)]
-
-
-def split_conflicts(subjects: Mapping[str, pd.DataFrame]) -> list[str]:
-    """What is wrong with the splits of sets used together: subjects that one set trains on and another holds out.
-
-    `subjects` are the sets' subject tables, with a column split. Equal names count as one person: better so than not.
-    """
-    problems = []
-    for (one, first), (other, second) in itertools.combinations(subjects.items(), 2):
-        both = first["split"].to_frame("one").join(second["split"].rename("other"), how="inner")
-        moved = both[both.one != both.other]
-        if len(moved):
-            named = ", ".join(
-                f"{subject} ({row.one} in {one}, {row.other} in {other})"
-                for subject, row in moved.head(MAX_NAMED_SUBJECTS).iterrows()
-            )
-            more = f" and {len(moved) - MAX_NAMED_SUBJECTS} more" if len(moved) > MAX_NAMED_SUBJECTS else ""
-            problems.append(
-                f"sets {one} and {other} split {len(moved)} of {len(both)} shared subjects differently: {named}{more}; "
-                "write one of them again with splits.rule=threshold and the other's seed, or with splits.rule=file"
-            )
-    return problems
+    numbers = np.searchsorted(edges / edges[-1], drawn, side="right")
+    return [names[number] for number in np.minimum(numbers, len(names) - 1)]
 
 
 class JointSource:
@@ -59,8 +34,8 @@ class JointSource:
         self.sources = dict(sources)
         self.weights = {name: weights[name] for name in sources}
         self.seed = seed
-        parts = [f"{name} {source.fingerprint}" for name, source in self.sources.items()]
-        self.fingerprint = f"{hash_name('joint', *parts):016x}"
+        described = [f"{name} {source.fingerprint}" for name, source in self.sources.items()]
+        self.fingerprint = f"{hash_name('joint', *described):016x}"
 
     @property
     def num_micro_batches(self) -> int:
@@ -73,15 +48,15 @@ class JointSource:
             "sets": {name: source.initial_state() for name, source in self.sources.items()},
         }
 
-    def steps(self, state: Mapping[str, Any]) -> Iterator[tuple[list[Batch], dict[str, object]]]:
-        """Endless: this rank's batches of one global step, all of one set, and the state to go on from after it."""
+    def steps(self, state: Mapping[str, Any]) -> Iterator[tuple[list[AnyBatch], dict[str, object]]]:
+        """Endless: this rank's batches of one global step, all of one set, and the state to resume from after it."""
         if state.get("sets", {}).keys() != self.sources.keys():
             raise ShardError(
-                f"the saved position is one of the sets {sorted(state.get('sets', {})) or 'of another kind of run'}, "
+                f"the saved position belongs to the sets {sorted(state.get('sets', {})) or 'of another kind of run'}, "
                 f"this run reads {sorted(self.sources)}; resume with the same sets, or start a new run"
             )
-        # own_part: a set that no step is of until the next commit must add up, too
-        states = {name: source.own_part(state["sets"][name]) for name, source in self.sources.items()}
+        # Of all sets: the digests of one that no step reads before the next commit must add up, too.
+        states = {name: source.state_of_rank(state["sets"][name]) for name, source in self.sources.items()}
         with contextlib.ExitStack() as stack:
             streams = {
                 name: stack.enter_context(contextlib.closing(source.steps(states[name])))  # type: ignore[type-var]
@@ -93,8 +68,8 @@ class JointSource:
                 after = {"fingerprint": self.fingerprint, "step": step + 1, "sets": dict(states)}
                 yield [named(batch, name) for batch in batches], after
 
-    def evaluation(self, split: str, *, limit: int | None) -> Iterator[Batch]:
-        """This rank's share of a split of every set, set by set; `limit` is each set's own."""
+    def evaluation(self, split: str, *, limit: int | None) -> Iterator[AnyBatch]:
+        """This rank's share of a split of every set, set by set; `limit` applies to each set."""
         for name, source in self.sources.items():
             for batch in source.evaluation(split, limit=limit):
                 yield named(batch, name)
@@ -112,7 +87,7 @@ class JointSource:
             source.close()
 
 
-def named(batch: Batch, name: str) -> Batch:
-    """The batch, saying which set it is of."""
+def named(batch: Any, name: str) -> Any:
+    """The batch with the name of its set."""
     batch.set_name = name
     return batch

@@ -1,4 +1,7 @@
-"""Runs a fetcher ahead of its consumer: in loader processes, or in one thread of this process."""
+"""Runs a fetcher ahead of its consumer: in loader processes, or in one thread of this process.
+
+Knows nothing of what is read: a fetcher is anything with `fetch(read)`, and `[read]` for loader processes.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,33 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from functools import partial
-
-from data_sharding.read.fetch import Fetched, Fetcher, WindowRead
+from typing import Any
 
 WAIT_S = 0.2  # how often a waiting thread looks whether its consumer is gone
 
 
 def fetched_in_order(
-    fetcher: Fetcher, reads: Iterator[list[WindowRead]], *, num_workers: int, prefetch: int
-) -> Generator[Fetched, None, None]:
+    fetcher: Any, reads: Iterator[Any], *, num_workers: int, prefetch: int
+) -> Generator[Any, None, None]:
     """The result of every read, in the order of `reads`, which is consumed ahead by what is prefetched."""
     if num_workers == 0:
         return _in_a_thread(fetcher, reads, prefetch)
     return _in_processes(fetcher, reads, num_workers, prefetch)
 
 
-def _in_processes(
-    fetcher: Fetcher, reads: Iterator[list[WindowRead]], num_workers: int, prefetch: int
-) -> Generator[Fetched, None, None]:
+def _in_processes(fetcher: Any, reads: Iterator[Any], num_workers: int, prefetch: int) -> Generator[Any, None, None]:
     from torch.utils.data import DataLoader
 
     # Not fork: an S3 client and the threads of a training process do not survive it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_sharding.read.fetch"])
-    loader: DataLoader[Fetched] = DataLoader(
-        fetcher,  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        fetcher,
         sampler=reads,
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        collate_fn=_as_it_is,
         worker_init_fn=partial(_take_environment, dict(os.environ)),
         multiprocessing_context=context,
     )
@@ -45,22 +45,22 @@ def _in_processes(
         yield from loader
     except (ConnectionError, EOFError) as error:  # a batch whose memory only the dead process could hand over
         raise RuntimeError(
-            f"a loader process ended before its batches were taken over ({error!r}); most often the system killed it "
-            "for want of memory: lower data.num_workers or data.prefetch"
+            f"a loader process ended before its batches were taken over ({error!r}); usually the system has killed it "
+            "because memory ran out: lower data.num_workers or data.prefetch"
         ) from error
 
 
 def _take_environment(environment: dict[str, str], worker: int) -> None:
-    """The environment of now, such as credentials: the fork server has that of its own start."""
+    """Takes over the present environment, such as credentials: the fork server has that of its own start."""
     os.environ.update(environment)
 
 
-def _as_it_is(fetched: Fetched) -> Fetched:
+def _as_it_is(fetched: Any) -> Any:
     return fetched
 
 
-def _in_a_thread(fetcher: Fetcher, reads: Iterator[list[WindowRead]], prefetch: int) -> Generator[Fetched, None, None]:
-    ready: queue.Queue[Fetched | BaseException | None] = queue.Queue(maxsize=max(1, prefetch))
+def _in_a_thread(fetcher: Any, reads: Iterator[Any], prefetch: int) -> Generator[Any, None, None]:
+    ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, prefetch))
     is_wanted = threading.Event()
     is_wanted.set()
     thread = threading.Thread(target=_fill, args=(ready, is_wanted, fetcher, reads), name="shard-reader", daemon=True)
@@ -76,10 +76,10 @@ def _in_a_thread(fetcher: Fetcher, reads: Iterator[list[WindowRead]], prefetch: 
 
 
 def _fill(
-    ready: queue.Queue[Fetched | BaseException | None],
+    ready: queue.Queue[Any],
     is_wanted: threading.Event,
-    fetcher: Fetcher,
-    reads: Iterator[list[WindowRead]],
+    fetcher: Any,
+    reads: Iterator[Any],
 ) -> None:
     last: BaseException | None = None
     try:
@@ -91,9 +91,7 @@ def _fill(
     _put(ready, last, is_wanted)
 
 
-def _put(
-    ready: queue.Queue[Fetched | BaseException | None], item: Fetched | BaseException | None, is_wanted: threading.Event
-) -> bool:
+def _put(ready: queue.Queue[Any], item: Any, is_wanted: threading.Event) -> bool:
     while is_wanted.is_set():
         try:
             ready.put(item, timeout=WAIT_S)

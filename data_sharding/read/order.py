@@ -25,10 +25,12 @@ class RunTable:
     num_frames: np.ndarray  # int64 [run]
     window_frames: int
     censored: CensoredRuns = field(default_factory=CensoredRuns.none)
+    pads_short_runs: bool = False
 
     @cached_property
     def num_slots(self) -> np.ndarray:
-        """int64 [run], floor(frames / window): 0 for a run shorter than one window; less where windows are censored."""
+        """int64 [run], floor(frames / window), less where windows are censored. A run shorter than one window has none,
+        or one that is padded."""
         return self._counts(self.censored.num_slots)
 
     @cached_property
@@ -38,10 +40,22 @@ class RunTable:
 
     @cached_property
     def num_samples(self) -> int:
+        """Samples of an epoch."""
         return int(self.num_slots.sum())
 
-    def _counts(self, of_censored: np.ndarray) -> np.ndarray:
+    @cached_property
+    def num_padded(self) -> int:
+        """Samples of an epoch that are shorter than a window, and padded."""
+        return int(self.num_slots[self.num_frames < self.window_frames].sum())
+
+    @property
+    def num_whole_slots(self) -> np.ndarray:
+        """int64 [run]: the slots of each run if no frame were censored."""
         counts = self.num_frames // self.window_frames
+        return np.maximum(counts, np.minimum(self.num_frames, 1)) if self.pads_short_runs else counts
+
+    def _counts(self, of_censored: np.ndarray) -> np.ndarray:
+        counts = self.num_whole_slots
         counts[self.censored.run] = of_censored
         return counts
 
@@ -82,14 +96,14 @@ class SampleOrder:
 
     def stretch(self, start: int, stop: int) -> Samples:
         """The samples at positions start..stop-1, counted from the beginning of training."""
-        parts: list[Samples] = []
+        stretches: list[Samples] = []
         while start < stop:
             epoch, inside = divmod(start, self.runs.num_samples)
             number = int(np.searchsorted(self._blocks(epoch).start, inside, side="right")) - 1
             first = inside - int(self._blocks(epoch).start[number])
-            parts.append(self.block(epoch, number)[first : first + stop - start])
-            start += len(parts[-1])
-        return concatenate(parts)
+            stretches.append(self.block(epoch, number)[first : first + stop - start])
+            start += len(stretches[-1])
+        return concatenate(stretches)
 
     def block(self, epoch: int, number: int) -> Samples:
         """The samples of one shuffle block, in order."""
@@ -160,8 +174,7 @@ def first_frames(runs: RunTable, chosen: np.ndarray, phase: np.ndarray, counts: 
 def phases(runs: RunTable, chosen: np.ndarray, key: int) -> np.ndarray:
     """int64 [run]: the frame where slot 0 of each chosen run starts, uniform over what floor(frames / window) leaves
     free."""
-    num_frames = runs.num_frames[chosen]
-    num_free = num_frames - num_frames // runs.window_frames * runs.window_frames + 1
+    num_free = np.maximum(1, runs.num_frames[chosen] - runs.num_whole_slots[chosen] * runs.window_frames + 1)
     choices = {place: runs.censored[int(chosen[place])].phases for place in runs.censored.places(chosen)}
     for place, phases_left in choices.items():
         num_free[place] = max(1, len(phases_left))
@@ -187,7 +200,7 @@ def tiled(runs: RunTable, *, fingerprint: str, limit: int | None) -> Samples:
 
 
 def rank_share(samples: Samples, *, rank: int, world_size: int) -> Samples:
-    """This rank's part: consecutive, and no rank has more than one sample more than another."""
+    """This rank's samples: consecutive, and no rank has more than one sample more than another."""
     return samples[rank * len(samples) // world_size : (rank + 1) * len(samples) // world_size]
 
 
@@ -209,8 +222,20 @@ def micro_batches(
     return [(padded[at : at + micro_batch_size], weight[at : at + micro_batch_size]) for at in starts]
 
 
+def drawn_window(runs: RunTable, run: int, sample_seed: int) -> int:
+    """The first frame of one of the run's windows, uniform over its slots, then over the phases: a function of the
+    seed."""
+    slot, phase = mix(np.array([0, 1]), sample_seed)
+    slot = int(slot % np.uint64(runs.num_slots[run]))
+    if run in runs.censored:
+        grids = runs.censored[run]
+        return int(grids.starts(int(grids.phases[int(phase % np.uint64(len(grids.phases)))]))[slot])
+    num_free = max(1, int(runs.num_frames[run]) - int(runs.num_slots[run]) * runs.window_frames + 1)
+    return int(phase % np.uint64(num_free)) + slot * runs.window_frames
+
+
 def substitute(runs: RunTable, sample_seed: int, attempt: int) -> tuple[int, int]:
-    """(run, first frame) to read in the place of a damaged sample: a function of the sample alone."""
+    """(run, first frame) to read instead of a damaged sample: a function of the sample alone."""
     drawn = mix(np.array([2 * attempt, 2 * attempt + 1]), sample_seed)
     usable = np.flatnonzero(runs.num_slots)
     run = int(usable[int(drawn[0] % np.uint64(len(usable)))])
@@ -221,7 +246,7 @@ def substitute(runs: RunTable, sample_seed: int, attempt: int) -> tuple[int, int
     return run, int(grids.starts(int(grids.phases[0]))[slot])
 
 
-def concatenate(parts: list[Samples]) -> Samples:
-    """The parts one after the other."""
-    columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Samples)]
-    return Samples(*columns)
+def concatenate(stretches: list[Samples]) -> Samples:
+    """The stretches one after the other."""
+    names = [field.name for field in dataclasses.fields(Samples)]
+    return Samples(*(np.concatenate([getattr(samples, name) for samples in stretches]) for name in names))

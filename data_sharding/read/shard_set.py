@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, TypeVar
 
 import pandas as pd
 
@@ -19,13 +22,12 @@ from data_sharding import schema
 from data_sharding.errors import ShardError
 from data_sharding.read.file_cache import CachedFile
 from data_sharding.read.index_file import IndexFile, opened_index
+from data_sharding.splits import ReadingSplit, assign_splits
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeVar
+Kind = Literal["bold", "t1", "parcels", "response"]
+Loaded = TypeVar("Loaded")
 
-    Loaded = TypeVar("Loaded")
-
+MAX_NAMED_SUBJECTS = 5
 RUN_COLUMNS = [
     "scan_id",
     "subject",
@@ -41,10 +43,11 @@ RUN_COLUMNS = [
 ]
 
 
-def open_set(location: str, *, scratch: str | None = None) -> ShardSet:
+def open_set(location: str, *, scratch: str | None = None, split: ReadingSplit | None = None) -> ShardSet:
     """The complete set at a location; ShardError when there is none, or one of another schema.
 
-    Below `scratch`, a folder of this node, its processes share one copy of the index of a set that is far away.
+    Below `scratch`, a folder of this node, its processes share one copy of the index of a set that is far away. `split`
+    replaces the splits that the set was written with.
     """
     store = store_for(location)
     try:
@@ -56,18 +59,25 @@ def open_set(location: str, *, scratch: str | None = None) -> ShardSet:
         if not store.list(schema.PLAN):
             hint = f"write one with 'python -m data_sharding source.root=<scans> out={location}'"
         raise ShardError(f"{location} holds no shard set (no {schema.MANIFEST}): {hint}") from error
-    return ShardSet(store, manifest, scratch=scratch)
+    return ShardSet(store, manifest, scratch=scratch, split=split)
 
 
 class ShardSet:
     """Manifest, space, subjects and index of one set; tables are read when first asked for."""
 
-    def __init__(self, store: Store, manifest: schema.Manifest, *, scratch: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        manifest: schema.Manifest,
+        *,
+        scratch: str | None = None,
+        split: ReadingSplit | None = None,
+    ) -> None:
         self.store = store
         self.scratch = scratch
         self.manifest = manifest
         self.location = store.location
-        self.fingerprint = manifest.fingerprint
+        self._split = None if split is None or split.rule == "set" else split
         self._scans: dict[str, pd.DataFrame] = {}
 
     @cached_property
@@ -78,16 +88,45 @@ class ShardSet:
         return space
 
     @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the space, the shards and every subject's (or stimulus') split: other splits, another order."""
+        if self._split is None:
+            return self.manifest.fingerprint
+        return schema.set_fingerprint(self.manifest.space["fingerprint"], self.manifest.shards, self.split_of_unit)
+
+    @cached_property
+    def split_of_unit(self) -> dict[str, str]:
+        """The split of every subject; of every stimulus in a set of responses."""
+        if self._split is None:
+            return self._units["split"].to_dict()
+        family_column = self._split.family_column or self.manifest.splits["family_column"]
+        sites_of = {str(unit): set(sites) for unit, sites in self.quality.groupby("subject").site}
+        return assign_splits(self._units, replace(self._split, family_column=family_column), sites_of=sites_of)
+
+    @cached_property
     def subjects(self) -> pd.DataFrame:
         """participants.tsv's columns and `split`, indexed by subject_id."""
+        if not self._holds_responses:
+            return self._units.assign(split=pd.Series(self.split_of_unit, dtype="str"))
         return self._table(schema.SUBJECTS).set_index("subject_id")
 
     @cached_property
     def stimuli(self) -> pd.DataFrame | None:
         """The images of a set of responses with their `split`, indexed by stimulus_id; None for sets of scans."""
-        if not self.store.exists(schema.STIMULI):
+        if not self._holds_responses:
             return None
-        return self._table(schema.STIMULI).set_index("stimulus_id")
+        return self._units.assign(split=pd.Series(self.split_of_unit, dtype="str"))
+
+    @cached_property
+    def _units(self) -> pd.DataFrame:
+        """What splits divide, as the set was written: stimuli of a set of responses, else subjects."""
+        if self._holds_responses:
+            return self._table(schema.STIMULI).set_index("stimulus_id")
+        return self._table(schema.SUBJECTS).set_index("subject_id")
+
+    @property
+    def _holds_responses(self) -> bool:
+        return schema.STIMULI in self.manifest.tables
 
     @cached_property
     def index(self) -> pd.DataFrame:
@@ -99,7 +138,7 @@ class ShardSet:
         return {name: self._loaded(f"{schema.ATLASES}{name}.npz", Atlas.load) for name in self.manifest.atlases}
 
     def runs(self, kind: str, splits: list[str]) -> pd.DataFrame:
-        """One row a scan of this kind ("bold" or "t1") in these splits, sorted by scan_id."""
+        """One row a scan of this kind in these splits, sorted by scan_id."""
         if kind not in schema.KIND_OF_SCAN:
             raise ShardError(f"{kind!r} is no kind of scan; use one of {', '.join(schema.KIND_OF_SCAN)}")
         rows = self.scans(kind)
@@ -108,7 +147,10 @@ class ShardSet:
     def scans(self, kind: str) -> pd.DataFrame:
         """One row a scan of this kind, of all splits, sorted by scan_id, with its `row` in the index."""
         if kind not in self._scans:
-            rows = self.index_file.rows(schema.KIND_OF_SCAN[kind], RUN_COLUMNS)
+            unit = "stimulus" if kind == "response" else "subject"
+            rows = self.index_file.rows(schema.KIND_OF_SCAN[kind], list(dict.fromkeys([*RUN_COLUMNS, unit])))
+            if self._split is not None:
+                rows["split"] = rows[unit].map(self.split_of_unit).astype("string")
             self._scans[kind] = rows.sort_values("scan_id", ignore_index=True)
         return self._scans[kind]
 
@@ -120,7 +162,8 @@ class ShardSet:
 
     @cached_property
     def quality(self) -> pd.DataFrame:
-        """One row a scan: frames, motion, DVARS, signal to noise, coverage, what was clipped and censored."""
+        """One row a scan: frames, motion, DVARS, signal to noise, coverage, what was clipped and censored, and the
+        split that the set was written with."""
         return self._table(schema.QUALITY)
 
     @cached_property
@@ -141,6 +184,15 @@ class ShardSet:
     def frame_type(self, kind: str) -> Literal["int8", "float16"]:
         """How a frame of this kind is stored."""
         return self.manifest.preprocessing["storage"]["bold_type"] if kind == "bold" else "float16"
+
+    def frame_width(self, kind: str) -> int:
+        """Values of a frame of this kind: the space's voxels, or the regions of a series."""
+        if kind != "parcels":
+            return self.space.num_voxels
+        series = self.index_file.rows(schema.PARCELS, ["size", "num_frames"])
+        if series.empty:
+            raise ShardError(f"{self.location} holds no region series; write a set with source.kinds=[parcels]")
+        return int((series["size"][0] - schema.NPY_HEADER_BYTES) // (2 * series.num_frames[0]))  # float16
 
     def bold_preprocessing(self) -> BoldPreprocessing:
         """What a served model must do to a run so that it looks like those of this set."""
@@ -164,3 +216,27 @@ class ShardSet:
             local = Path(folder) / Path(name).name
             self.store.get_file(name, local)
             return load(local)
+
+
+def split_conflicts(subjects: Mapping[str, pd.DataFrame]) -> list[str]:
+    """What is wrong with the splits of sets used together: subjects that one set trains on and another holds out.
+
+    `subjects` are the sets' subject tables, with a column split. Equal names are taken for one person: two people taken
+    for one cost a message, one person taken for two would leak.
+    """
+    problems = []
+    for (one, first), (other, second) in itertools.combinations(subjects.items(), 2):
+        both = first["split"].to_frame("one").join(second["split"].rename("other"), how="inner")
+        moved = both[both.one != both.other]
+        if len(moved):
+            named = ", ".join(
+                f"{subject} ({row.one} in {one}, {row.other} in {other})"
+                for subject, row in moved.head(MAX_NAMED_SUBJECTS).iterrows()
+            )
+            more = f" and {len(moved) - MAX_NAMED_SUBJECTS} more" if len(moved) > MAX_NAMED_SUBJECTS else ""
+            problems.append(
+                f"sets {one} and {other} split {len(moved)} of {len(both)} shared subjects differently: {named}{more}; "
+                "choose one rule for both (data.split.rule=threshold or file), or write one of them again with the "
+                "other's splits"
+            )
+    return problems

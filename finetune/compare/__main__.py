@@ -89,7 +89,7 @@ def arm_problems(config: CompareConfig) -> list[str]:
 
 def tested_subjects(config: FinetuneConfig) -> tuple[list[str], Labels]:
     """The labelled subjects of the test split, and the set's labels."""
-    shard_set = open_set(config.shards)
+    shard_set = open_set(config.shards, split=config.data.split)
     labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
     return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.is_case_of.keys()), labels
 

@@ -136,7 +136,7 @@ def is_finished(store: Store, run: FinetuneConfig) -> bool:
     lineage = json.loads(store.read("metrics.json"))["lineage"]
     if lineage["config hash"] != config_hash(identity(run)):
         return False
-    now = {"callosum.set_fingerprint": open_set(run.shards).fingerprint}
+    now = {"callosum.set_fingerprint": open_set(run.shards, split=run.data.split).fingerprint}
     if (Path(run.encoder) / GOLDEN).exists():  # a registered version cannot change, a folder can
         now["callosum.backbone_output"] = file_sha256(Path(run.encoder) / GOLDEN)
     if changed := [name for name, value in now.items() if lineage.get(name, value) != value]:

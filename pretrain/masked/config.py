@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import ClusterConfig
-from data_sharding.read.reader import DataConfig
+from data_sharding.read.config import DataConfig
 from pretrain.baselines.guesses import BaselineConfig
 from pretrain.masked.masked_set import LossConfig, WindowConfig
 from pretrain.masked.masked_volumes import ModelConfig

@@ -7,7 +7,6 @@ from typing import get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from data_sharding.read.addresses import run_table
 from data_sharding.read.joint import sets_of_steps
 from pretrain.baselines.guesses import ridge_bytes
 from pretrain.masked.config import PretrainConfig
@@ -91,8 +90,7 @@ def steps_by_set(config: PretrainConfig) -> dict[str, int]:
 
 def samples_per_epoch(opened: OpenedSet) -> int:
     """Windows of the train split that may be drawn; one per T1."""
-    frames = opened.geometry.window.window_frames
-    return run_table(opened.shard_set, kind=opened.kind, split="train", window_frames=frames).num_samples
+    return windows_of(opened).runs("train").num_samples
 
 
 def bytes_of_sample(opened: OpenedSet) -> int:

@@ -32,7 +32,7 @@ from pretrain.baselines.references import (
 from pretrain.errors import PretrainError
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
-from pretrain.masked.sets import OpenedSet, reader_config, training_subset
+from pretrain.masked.sets import OpenedSet, training_subset, windows_of
 from pretrain.report.collapse import Sentinels, embedding_metrics, sampled
 from training.collectives import from_main, gather, this_process
 from training.engine.base import own_device
@@ -139,9 +139,7 @@ def untrained_embedding(task: MaskedVolumes, config: PretrainConfig, opened: Ope
 def evaluated(config: PretrainConfig, opened: OpenedSet, split: str, limit: int | None) -> Iterator[Batch]:
     """This rank's share of what an evaluation of a split reads of one set."""
     here = this_process()
-    source = BatchSource(
-        opened.shard_set, reader_config(config, opened.name), rank=here.rank, world_size=here.world_size
-    )
+    source = BatchSource(windows_of(opened), config.data, rank=here.rank, world_size=here.world_size)
     for batch in source.evaluation(split, limit=limit):
         yield named(batch, opened.name)
     source.close()

@@ -21,7 +21,7 @@ from data_sharding.read.joint import named
 from data_sharding.read.reader import BatchSource
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
-from pretrain.masked.sets import OpenedSet, build_task, reader_config
+from pretrain.masked.sets import OpenedSet, build_task, windows_of
 from pretrain.report.config import PROBED_SPLITS
 from pretrain.report.contribution import Contribution, Experiment, contexts, contributions
 from pretrain.report.maps import voxel_maps, write_nifti
@@ -46,7 +46,7 @@ class TrainedRun:
 
     def batches(self, name: str, split: str, limit: int | None) -> Iterator[Batch]:
         """The windows of a set's split, or a fixed hashed subset, without padding, on the device."""
-        source = BatchSource(self.sets[name].shard_set, reader_config(self.config, name), rank=0, world_size=1)
+        source = BatchSource(windows_of(self.sets[name]), self.config.data, rank=0, world_size=1)
         for batch in source.evaluation(split, limit=limit):
             if bool((batch.weight > 0).any()):
                 yield named(without_padding(batch.to(self.device)), name)
@@ -60,19 +60,7 @@ class TrainedRun:
 
 def without_padding(batch: Batch) -> Batch:
     """The rows that count."""
-    rows = torch.nonzero(batch.weight > 0)[:, 0]
-    numbers = rows.tolist()
-    return Batch(
-        values=batch.values[rows],
-        is_measured=batch.is_measured[rows],
-        repetition_time_s=batch.repetition_time_s[rows],
-        weight=batch.weight[rows],
-        sample_seed=batch.sample_seed[rows],
-        scan_ids=[batch.scan_ids[row] for row in numbers],
-        subjects=[batch.subjects[row] for row in numbers],
-        first_frame=[batch.first_frame[row] for row in numbers],
-        set_name=batch.set_name,
-    )
+    return batch.rows(torch.nonzero(batch.weight > 0)[:, 0].tolist())
 
 
 def report_run(

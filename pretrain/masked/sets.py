@@ -7,7 +7,7 @@ import torch
 
 from brain_models.encoder import TokenKind
 from data_sharding.read.joint import JointSource, named
-from data_sharding.read.reader import Batch, BatchSource, ReaderConfig, ShardSet, open_set
+from data_sharding.read.reader import Batch, BatchSource, ShardSet, Windows, open_set
 from pretrain.errors import PretrainError
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_set import Geometry, SetSpec
@@ -45,7 +45,7 @@ def open_sets(config: PretrainConfig, *, scratch: str | None = None) -> dict[str
     """Every set of the run, opened; PretrainError where one lacks the atlas. Ranks give their node's `scratch`."""
     found = {}
     for name, each in config.named_sets.items():
-        shard_set = open_set(each.shards, scratch=scratch)
+        shard_set = open_set(each.shards, scratch=scratch, split=config.data.split)
         if config.atlas not in shard_set.atlases:
             raise PretrainError(
                 f"atlas={config.atlas}: {each.shards} holds {sorted(shard_set.atlases) or 'no atlas'}; choose one of "
@@ -72,7 +72,7 @@ def build_task(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> MaskedV
 def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], process: Process) -> BatchSource | JointSource:
     """What a rank trains and evaluates on."""
     sources = {
-        name: BatchSource(each.shard_set, reader_config(config, name), rank=process.rank, world_size=process.world_size)
+        name: BatchSource(windows_of(each), config.data, rank=process.rank, world_size=process.world_size)
         for name, each in sets.items()
     }
     if len(sources) == 1:
@@ -85,15 +85,13 @@ def training_subset(config: PretrainConfig, opened: OpenedSet) -> Iterator[Batch
 
     Dealt out, so that the last subjects, which the ridge's penalty is chosen on at length, are not all one rank's.
     """
-    reader = reader_config(config, opened.name)
     here = this_process()
-    source = BatchSource(opened.shard_set, reader, rank=here.rank, world_size=here.world_size)
+    source = BatchSource(windows_of(opened), config.data, rank=here.rank, world_size=here.world_size)
     for batch in source.evaluation("train", limit=config.baselines.fit_samples, is_dealt_out=True):
         yield named(batch, opened.name)
     source.close()
 
 
-def reader_config(config: PretrainConfig, name: str) -> ReaderConfig:
-    """What the reader needs to know of a set of the run; training reads the train split only."""
-    window_frames = config.window_of(name).window_frames
-    return ReaderConfig.for_training(config.data, kind=config.named_sets[name].kind, window_frames=window_frames)
+def windows_of(opened: OpenedSet) -> Windows:
+    """What a sample of a set is."""
+    return Windows(opened.shard_set, kind=opened.kind, window_frames=opened.geometry.window.window_frames)

@@ -9,7 +9,8 @@ from cluster.config import validate_cluster
 from cluster.errors import StorageError
 from cluster.storage.stores import store_for
 from data_sharding.errors import ShardError
-from data_sharding.read.joint import split_conflicts
+from data_sharding.read.shard_set import split_conflicts
+from data_sharding.splits import validate_splits
 from pretrain.errors import PretrainError
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masking import masking_problems
@@ -30,6 +31,7 @@ def validate(config: PretrainConfig) -> list[str]:
         validate_cluster(config.cluster, "cluster")
         + validate_train(config.train, "train", num_workers=config.cluster.num_workers)
         + number_problems(config)
+        + validate_splits(config.data.split, "data.split")
     )
     unreadable = naming_problems(config) or [
         problem for name in config.named_sets for problem in window_problems(config, name)

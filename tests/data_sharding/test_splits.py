@@ -7,10 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from data_sharding.errors import SplitError
-from data_sharding.splits import SplitConfig, assign_splits, validate_splits
+from data_sharding.errors import ShardError, SplitError
+from data_sharding.read.reader import BatchSource, Windows, open_set
+from data_sharding.splits import ReadingSplit, SplitConfig, assign_splits, validate_splits
+from data_sharding.write.build import build
 from data_sharding.write.prepare import prepare
-from tests.helpers_scans import sharding_config, write_bold, write_t1
+from tests.data_sharding.read.test_reader import DATA
+from tests.helpers_scans import sharding_config, write_bold, write_study, write_t1
 
 RANKED = SplitConfig(
     rule="ranked",
@@ -140,3 +143,129 @@ def test_messages_name_what_does_not_fit() -> None:
     problems = validate_splits(replace(THRESHOLD, test_fraction=0.9)) + validate_splits(replace(RANKED, num_test=None))
     assert "add up to at most 1" in problems[0]
     assert "needs num_validation and num_test" in problems[1]
+
+
+READING = ReadingSplit(
+    rule="set",
+    seed=0,
+    validation_fraction=0.25,
+    test_fraction=0.25,
+    num_validation=None,
+    num_test=None,
+    family_column=None,
+    stratify_columns=[],
+    file=None,
+    num_folds=5,
+    fold=0,
+    left_out_site=None,
+)
+
+
+def test_every_subject_is_tested_in_exactly_one_fold_and_families_stay_together() -> None:
+    table = subjects()
+    for columns, sizes in (([], {10}), (["site"], {8, 9, 10, 11, 12})):
+        config = replace(READING, rule="fold", family_column="family", stratify_columns=columns)
+        folds = [assign_splits(table, replace(config, fold=fold)) for fold in range(5)]
+        for split in ("test", "validation"):
+            held_out = [subject for fold in folds for subject, theirs in fold.items() if theirs == split]
+            assert sorted(held_out) == sorted(table.index)
+        assert {counts(fold)[split] for fold in folds for split in ("test", "validation")} <= sizes
+        for fold in folds:
+            assert all(len({fold[subject] for subject in family.index}) == 1 for _, family in table.groupby("family"))
+    assert assign_splits(table, replace(READING, rule="fold")) != assign_splits(
+        table, replace(READING, rule="fold", seed=1)
+    )
+
+
+def test_stratified_folds_hold_as_many_of_each_site() -> None:
+    table = subjects()
+    config = replace(READING, rule="fold", stratify_columns=["site"])
+    tested = [subject for subject, split in assign_splits(table, config).items() if split == "test"]
+    assert table.site[tested].value_counts().to_dict() == {"A": 6, "B": 4}
+
+
+def test_a_left_out_site_is_tested_whole_with_the_families_of_its_subjects() -> None:
+    table = subjects()
+    sites_of = {subject: {site} for subject, site in table.site.items()}
+    sites_of["000"] = {"A", "B"}  # was scanned at both
+    config = replace(READING, rule="site", left_out_site="B")
+    splits = assign_splits(table, config, sites_of=sites_of)
+    assert {subject for subject, split in splits.items() if split == "test"} == {"000", *table.index[table.site == "B"]}
+    assert 2 <= counts(splits)["validation"] <= 14
+    families = assign_splits(table, replace(config, family_column="family"), sites_of=sites_of)
+    assert all(len({families[subject] for subject in family.index}) == 1 for _, family in table.groupby("family"))
+    assert all(families[subject] == "test" for subject in table.index[table.site == "B"])
+    with pytest.raises(SplitError, match=r"left_out_site: C is none of the set's sites \['A', 'B'\]"):
+        assign_splits(table, replace(config, left_out_site="C"), sites_of=sites_of)
+
+
+def test_a_reading_split_that_cannot_be_made_is_refused() -> None:
+    wrong = {
+        "data.split.num_folds: 2; give at least 3": replace(READING, rule="fold", num_folds=2),
+        "data.split.fold: 5; give 0 to 4": replace(READING, rule="fold", fold=5),
+        "data.split.left_out_site: null; name the site": replace(READING, rule="site"),
+        "data.split.file: null": replace(READING, rule="file"),
+    }
+    for message, config in wrong.items():
+        (problem,) = validate_splits(config, "data.split")
+        assert problem.startswith(message)
+    assert validate_splits(READING, "data.split") == []
+    (problem,) = validate_splits(replace(RANKED, rule="fold"))
+    assert problem.startswith("splits.rule: fold is chosen when a set is read (data.split)")
+    with pytest.raises(SplitError, match="60 folds of 50 subjects or families"):
+        assign_splits(subjects(), replace(READING, rule="fold", num_folds=60))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = write_study(tmp_path_factory.mktemp("study"), num_subjects=7)
+    config = sharding_config(root, tmp_path_factory.mktemp("written") / "set")
+    build(config)
+    return config.out
+
+
+def test_the_sets_own_split_is_the_default_and_changes_nothing(written: str, tmp_path: Path) -> None:
+    own, chosen = open_set(written), open_set(written, split=READING)
+    assert chosen.fingerprint == own.fingerprint == own.manifest.fingerprint
+    pd.testing.assert_frame_equal(chosen.subjects, own.subjects)
+    pd.testing.assert_frame_equal(chosen.scans("bold"), own.scans("bold"))
+    path = tmp_path / "same.csv"
+    own.subjects.split.rename_axis("participant_id").to_csv(path)
+    same = open_set(written, split=replace(READING, rule="file", file=str(path)))
+    assert same.fingerprint == own.fingerprint, "the same splits, however they were chosen"
+
+
+def test_a_split_chosen_at_reading_is_what_every_table_and_batch_follows(written: str) -> None:
+    folds = [open_set(written, split=replace(READING, rule="fold", num_folds=3, fold=fold)) for fold in range(3)]
+    assert len({shard_set.fingerprint for shard_set in folds} | {open_set(written).fingerprint}) == 4
+    tested: list[str] = []
+    for shard_set in folds:
+        of_split = {split: set(group.index) for split, group in shard_set.subjects.groupby("split")}
+        for kind in ("bold", "t1"):
+            for split, names in of_split.items():
+                assert set(shard_set.runs(kind, [split]).subject) == names
+        source = BatchSource(Windows(shard_set, kind="bold", window_frames=4), DATA, rank=0, world_size=1)
+        for split, names in of_split.items():
+            assert {name for batch in source.evaluation(split, limit=None) for name in batch.subjects} == names
+        batches, _ = next(source.steps(source.initial_state()))
+        assert {name for batch in batches for name in batch.subjects} <= of_split["train"]
+        tested += of_split["test"]
+    assert sorted(tested) == sorted(open_set(written).subjects.index)
+
+
+def test_a_run_is_not_resumed_with_another_split(written: str) -> None:
+    def source(fold: int) -> BatchSource:
+        shard_set = open_set(written, split=replace(READING, rule="fold", num_folds=3, fold=fold))
+        return BatchSource(Windows(shard_set, kind="bold", window_frames=4), DATA, rank=0, world_size=1)
+
+    _, state = next(source(0).steps(source(0).initial_state()))
+    next(source(0).steps(state))
+    with pytest.raises(ShardError, match=r"belongs to shard set .* resume with the same set, splits and seed"):
+        next(source(1).steps(state))
+
+
+def test_leaving_a_site_out_follows_the_sites_of_the_scans(written: str) -> None:
+    sites = open_set(written).runs("bold", ["train", "validation", "test"]).set_index("subject").site
+    left_out = open_set(written, split=replace(READING, rule="site", left_out_site="A"))
+    assert set(left_out.subjects.index[left_out.subjects.split == "test"]) == set(sites.index[sites == "A"])
+    assert set(sites) == {"A", "B"}

@@ -38,7 +38,7 @@ from pretrain.masked.preparation import (
     scores_of_baselines,
     untrained_embedding,
 )
-from pretrain.masked.sets import build_task, open_sets, reader_config
+from pretrain.masked.sets import build_task, open_sets, windows_of
 from pretrain.masked.study import preparation_key, train
 from pretrain.masked.validation import validate
 from training.registry import models as registry
@@ -333,7 +333,7 @@ def test_every_arm_trains_on_the_same_number_of_hidden_tokens(shards: str, tmp_p
 def test_plan_says_the_samples_and_bytes_that_reading_then_finds(shards: str, tmp_path: Path) -> None:
     config = config_of(shards, tmp_path)
     shard_set = open_set(shards)
-    source = BatchSource(shard_set, reader_config(config, "bold"), rank=0, world_size=1)
+    source = BatchSource(windows_of(open_sets(config)["bold"]), config.data, rank=0, world_size=1)
     text = plan(config)
     assert f"{source.num_samples_per_epoch:,} of the train split" in text
     values = 60 * 16 * 4 * shard_set.space.num_voxels

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from brain_models.atlas import Atlas
-from data_sharding.read.reader import BatchSource, DataConfig, ReaderConfig, ShardSet
+from data_sharding.read.reader import BatchSource, DataConfig, ShardSet, Windows
 from finetune.tasks.subject_prediction.baselines import connectivity
 
 FRAMES_AT_ONCE = 8  # a run's last frames that fill no such window are left out: at most 7
@@ -60,9 +60,9 @@ def _mean(runs: list[np.ndarray]) -> np.ndarray:
 
 def _runs(shard_set: ShardSet, atlas: Atlas, split: str, data: DataConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(subject, region means [time, region]) of every run of a split."""
-    config = ReaderConfig.for_training(data, kind="bold", window_frames=FRAMES_AT_ONCE)
-    config = dataclasses.replace(config, micro_batch_size=WINDOWS_AT_ONCE)
-    source = BatchSource(shard_set, config, rank=0, world_size=1)
+    windows = Windows(shard_set, kind="bold", window_frames=FRAMES_AT_ONCE)
+    config = dataclasses.replace(data, micro_batch_size=WINDOWS_AT_ONCE)
+    source = BatchSource(windows, config, rank=0, world_size=1)
     scan_id, subject, parts = "", "", list[np.ndarray]()
     try:
         for batch in source.evaluation(split, limit=None):

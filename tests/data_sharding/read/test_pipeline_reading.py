@@ -17,7 +17,7 @@ from data_sharding.errors import ShardError
 from data_sharding.read.file_cache import CachedFile, CacheSettings, FileCache
 from data_sharding.read.reader import open_set
 from data_sharding.write.build import build
-from tests.data_sharding.read.test_reader import rows_of, source_of, steps_of
+from tests.data_sharding.read.test_reader import DATA, rows_of, source_of, steps_of, windows_of
 from tests.data_sharding.test_shards import copy_set, flip
 from tests.helpers_scans import sharding_config, write_study
 
@@ -47,14 +47,13 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]
 def test_a_window_is_one_request_and_two_across_a_chunk_boundary(
     location: str, requests: list[tuple[int, int]]
 ) -> None:
-    source = source_of(location, window_frames=6)
-    book = source.book("train")
+    windows = windows_of(location, window_frames=6)
+    book, fetcher = windows.book("train"), windows.fetcher(DATA)
     for run, num_frames in enumerate(book.runs.num_frames):
         bounds = schema.chunk_bounds(int(num_frames), 8)
         for first in range(int(num_frames) - 5):
             requests.clear()
-            fetched = source._substitutes.fetch([book.window(run, first)])
-            assert not fetched.failures
+            assert not fetcher.fetch([book.window(run, first)]).damaged
             touched = [start for start, stop in bounds if start < first + 6 and stop > first]
             assert len(requests) == len(touched)
             assert sum(size for _, size in requests) == 6 * open_set(location).space.num_voxels
@@ -84,7 +83,7 @@ def test_a_cache_smaller_than_a_shuffle_block_is_not_used_and_that_is_said(locat
         UserWarning, match=r"cache is not used: a shuffle block of 2 shards has \d+ bytes, cache_bytes is 1"
     ):
         source = source_of(location, cache_folder=str(tmp_path / "cache"), cache_bytes=1000)
-    assert source.settings.cache is None
+    assert source._fetcher.settings.cache is None
 
 
 def shards_of(location: str) -> list[CachedFile]:

@@ -19,15 +19,13 @@ from data_sharding.errors import ShardError
 from data_sharding.read import index_file
 from data_sharding.read.batch import decode
 from data_sharding.read.order import SampleOrder, Samples
-from data_sharding.read.reader import Batch, BatchSource, ReaderConfig, open_set
+from data_sharding.read.reader import Batch, BatchSource, DataConfig, Windows, open_set
+from data_sharding.splits import AS_WRITTEN
 from data_sharding.write.build import build
 from tests.data_sharding.test_shards import copy_set, flip, npy
 from tests.helpers_scans import sharding_config, write_study
 
-READER = ReaderConfig(
-    kind="bold",
-    split="train",
-    window_frames=4,
+DATA = DataConfig(
     batch_size=6,
     micro_batch_size=2,
     shuffle_shards=2,
@@ -36,7 +34,11 @@ READER = ReaderConfig(
     prefetch=2,
     reader="indexed",
     max_bad_fraction=0.0,
+    cache_folder=None,
+    cache_bytes=0,
+    split=AS_WRITTEN,
 )
+WINDOWS = {"kind": "bold", "window_frames": 4}
 NUM_STEPS = 8
 
 
@@ -49,7 +51,15 @@ def location(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def source_of(location: str, rank: int = 0, world_size: int = 1, **changes: object) -> BatchSource:
-    return BatchSource(open_set(location), replace(READER, **changes), rank=rank, world_size=world_size)  # type: ignore[arg-type]
+    """A rank's source; changes of what a sample is, of the split, and of the rest of DATA."""
+    what = WINDOWS | {name: changes.pop(name) for name in WINDOWS if name in changes}
+    data = replace(DATA, **changes)  # type: ignore[arg-type]
+    windows = Windows(open_set(location, split=data.split), **what)  # type: ignore[arg-type]
+    return BatchSource(windows, data, rank=rank, world_size=world_size)
+
+
+def windows_of(location: str, window_frames: int = 4) -> Windows:
+    return Windows(open_set(location), kind="bold", window_frames=window_frames)
 
 
 def rows_of(batches: list[Batch]) -> list[tuple[str, int, int, bytes]]:
@@ -102,7 +112,7 @@ def test_the_ranks_together_read_the_steps_of_one_rank(location: str, world_size
 
 
 @pytest.mark.parametrize("num_done", [1, 4, 9])
-def test_a_resumed_source_goes_on_where_it_stopped(location: str, num_done: int) -> None:
+def test_a_resumed_source_continues_where_it_stopped(location: str, num_done: int) -> None:
     whole = [rows_of(batches) for batches in steps_of(source_of(location), 12)]
     stopped = source_of(location)
     steps = stopped.steps(stopped.initial_state())
@@ -111,7 +121,7 @@ def test_a_resumed_source_goes_on_where_it_stopped(location: str, num_done: int)
     assert state["samples_consumed"] == 6 * num_done
     resumed = [rows_of(batches) for batches in steps_of(source_of(location), 12 - num_done, state)]
     assert resumed == whole[num_done:]
-    with pytest.raises(ShardError, match="belongs to seed 3, this source reads 4; resume with the same set and seed"):
+    with pytest.raises(ShardError, match="belongs to seed 3, this source reads 4; resume with the same set, splits"):
         next(source_of(location, seed=4).steps(state))
     with pytest.raises(ShardError, match="belongs to shard set other"):
         next(source_of(location).steps(state | {"fingerprint": "other"}))
@@ -233,7 +243,7 @@ def test_damage_in_one_split_does_not_use_up_what_another_tolerates(location: st
 
 def test_the_damage_that_ranks_have_met_is_tolerated_together(location: str) -> None:
     source = source_of(location, max_bad_fraction=1 / source_of(location).num_samples_per_epoch)
-    scan_id = source.book("train").scan_ids[0]
+    scan_id = source.drawn.names("train")[0]
     states = [source.initial_state() | {"quarantine": [f"{scan_id}:{slot}"]} for slot in (0, 0, 1)]
     assert source.merge_states(states[:2])["quarantine"] == [f"{scan_id}:0"]
     with pytest.raises(ShardError, match="2 damaged samples, more than max_bad_fraction"):
@@ -268,7 +278,7 @@ def test_an_index_in_many_groups_gives_the_same_samples(
     monkeypatch.setattr(index_file, "KEPT_GROUPS", 2)
     monkeypatch.setattr(index_file, "ROWS_AT_A_TIME", 7)
     for split in ("train", "validation"):
-        whole, grouped = (source_of(each).book(split) for each in (location, str(copied)))
+        whole, grouped = (windows_of(each).book(split) for each in (location, str(copied)))
         windows = [(run, first) for run in range(len(whole.scan_ids)) for first in (0, 6, 13)]
         assert [whole.window(*window) for window in windows] == [grouped.window(*window) for window in windows]
     expected = [rows_of(batches) for batches in steps_of(source_of(location), 5)]
@@ -280,10 +290,10 @@ def test_reading_needs_no_nifti_library(location: str) -> None:
 import sys
 for name in ("nibabel", "nilearn", "ray"):
     sys.modules[name] = None
-from data_sharding.read.reader import BatchSource, ReaderConfig, open_set
-shard_set = open_set({location!r})
-config = ReaderConfig("bold", "train", 4, 6, 2, 2, 3, 0, 2, "indexed", 0.0)
-source = BatchSource(shard_set, config, rank=0, world_size=1)
+from data_sharding.read.reader import BatchSource, DataConfig, Windows, open_set
+windows = Windows(open_set({location!r}), kind="bold", window_frames=4)
+config = DataConfig(6, 2, 3, 2, 0, 2, "indexed", 0.0, None, 0, None)
+source = BatchSource(windows, config, rank=0, world_size=1)
 batches, state = next(source.steps(source.initial_state()))
 print(len(batches), state["samples_consumed"])
 """
@@ -353,11 +363,3 @@ def test_the_digest_is_of_the_samples_read_not_of_those_planned(
     assert any(replaced)
     *_, shared = itertools.islice(stored_states(damaged, 3, max_bad_fraction=1.0), 10)
     assert shared["samples_digest"] == states[-1]["samples_digest"]
-
-
-def test_a_position_without_the_record_is_refused_with_what_to_do(location: str) -> None:
-    source = source_of(location)
-    old = source.initial_state()
-    del old["samples_digest"]
-    with pytest.raises(ShardError, match=r"has no samples_digest: older code wrote it; finish that run with the code"):
-        next(source.steps(old))

@@ -10,10 +10,9 @@ from data_sharding import schema
 from data_sharding.errors import ShardError
 from data_sharding.hashing import hash_names
 from data_sharding.read import samples
-from data_sharding.read.addresses import run_table as runs_of_set
 from data_sharding.read.censored import CensoredRuns, SlotGrids
 from data_sharding.read.order import RunTable, SampleOrder, substitute, tiled
-from data_sharding.read.shard_set import open_set
+from data_sharding.read.reader import Windows, open_set
 from data_sharding.write.build import build
 from data_sharding.write.prepare import prepare
 from tests.data_sharding.test_shards import npy
@@ -144,7 +143,7 @@ def test_region_series_drop_and_censor_the_frames_that_their_voxels_do(tmp_path:
     padded = samples.region_series(shard_set, series, num_frames=25)
     assert padded.is_kept.tolist() == [*expected.tolist(), *[False] * 7]
     assert shard_set.runs("parcels", ["train"]).censored.tolist() == ["2-3,11"]
-    drawn = {kind: runs_of_set(shard_set, kind=kind, split="train", window_frames=4) for kind in ("bold", "parcels")}
+    drawn = {kind: Windows(shard_set, kind=kind, window_frames=4).runs("train") for kind in ("bold", "parcels")}
     assert drawn["parcels"].num_slots.tolist() == drawn["bold"].num_slots.tolist() == [2]
     starts = {kind: tiled(runs, fingerprint="set", limit=None).first_frame.tolist() for kind, runs in drawn.items()}
     assert starts["parcels"] == starts["bold"] == [4, 12]  # frames 2-3 and 11 lie in the windows from 0 and 8

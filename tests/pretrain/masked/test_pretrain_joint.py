@@ -18,7 +18,8 @@ from configs.parse import parse
 from data_sharding.config import ShardingConfig
 from data_sharding.phantoms.study.config import PhantomConfig
 from data_sharding.phantoms.study.write import write_phantom
-from data_sharding.read.joint import JointSource, sets_of_steps, split_conflicts
+from data_sharding.read.joint import JointSource, sets_of_steps
+from data_sharding.read.shard_set import split_conflicts
 from data_sharding.write.build import build
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.planning import count, plan, state_bytes, steps_by_set
