@@ -29,10 +29,10 @@ class SentinelConfig:
 
 
 def sampled(encoded: Float[Tensor, "batch token width"], tokens_per_sample: int) -> dict[str, Tensor]:
-    """The mean token of each sample, and a few single ones at even distances: the same places at every evaluation."""
+    """The mean token of each sample, and a few single ones at even distances: the same ones at every evaluation."""
     num_tokens = encoded.shape[1]
-    places: Int64[Tensor, "chosen"] = torch.linspace(0, num_tokens - 1, tokens_per_sample, device=encoded.device).long()
-    return {POOLED: encoded.mean(dim=1).float(), TOKEN: encoded[:, places].float()}
+    chosen: Int64[Tensor, "chosen"] = torch.linspace(0, num_tokens - 1, tokens_per_sample, device=encoded.device).long()
+    return {POOLED: encoded.mean(dim=1).float(), TOKEN: encoded[:, chosen].float()}
 
 
 def embedding_metrics(rows: dict[str, Tensor]) -> dict[str, float]:

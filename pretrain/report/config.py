@@ -21,14 +21,14 @@ class ContributionConfig:
 
     num_samples: int  # windows of the first final split; 0: left out
     num_contexts: int  # fixed hidden parts, in complementary pairs: each region is visible in half of them
-    num_null_sets: int  # places of a region's size that it is compared with
+    num_null_sets: int  # control sets of a region's size that it is compared with
     num_permutations: int  # of the signs of subjects' differences; no p-value is below 1 / (this + 1)
     false_discovery_rate: float
     seed: int
 
 
 @dataclass
-class ProbeConfig:
+class ConfoundProbeConfig:
     """How much of site and repetition time the frozen pooled embedding gives away."""
 
     num_samples: int  # windows of each of the splits train and validation; 0: left out
@@ -45,7 +45,7 @@ class ReportConfig:
     sentinels: SentinelConfig
     maps: MapConfig
     contribution: ContributionConfig
-    probes: ProbeConfig
+    probes: ConfoundProbeConfig
 
 
 def report_problems(config: ReportConfig) -> list[str]:

@@ -6,16 +6,16 @@ the hidden half loses when the region is hidden as well:
 
   contribution = (squared error of that half, region hidden too - the same, region visible) / the half's total
 
-summed over windows and over the contexts that show the region. The part that is scored stays the same, so it is a drop
-of its r2. What it is compared with are places of the same size that are no region: a random patch and the visible ones
-nearest to it, the same places in every context. They are compact, because neighbours can stand in for one another:
+summed over windows and over the contexts that show the region. The half that is scored stays the same, so it is a drop
+of its r2. It is compared with control sets: as many patches that are no region, namely a random patch and the visible
+ones nearest to it, the same sets in every context. They are compact, because neighbours can stand in for one another:
 hiding scattered patches costs less than hiding a region, whatever they hold.
 
-The permutation null: each subject's difference between the region and the mean place is as likely to have either sign.
-p is the share of random signs over subjects (the true ones counted too) whose sum is at least as large, one-sided; over
-regions the false discovery rate is controlled after Benjamini and Hochberg (1995). So a small p says that the region
-adds more than a place of its size does on average; that its interval lies above 0, that it adds something at all. Both
-are asked of a significant region. With few subjects no p is below 2^-subjects.
+The permutation null: each subject's difference between the region and the mean of its controls is as likely to have
+either sign. p is the share of random signs over subjects (the true ones counted too) whose sum is at least as large,
+one-sided; over regions the false discovery rate is controlled after Benjamini and Hochberg (1995). So a small p says
+that the region adds more than a control of its size does on average; that its interval lies above 0, that it adds
+something at all. Both are asked of a significant region. With few subjects no p is below 2^-subjects.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,8 +39,8 @@ class Contribution:
     num_patches: int
     num_contexts: int
     contribution: Interval
-    null_mean: float | None  # the mean place of its size
-    place_share: float | None  # of those places, how many contribute less
+    control_mean: float | None  # the mean over controls of its size
+    control_share: float | None  # of those controls, the share that contributes less
     p: float | None
     is_significant: bool
     reason: str
@@ -90,10 +90,10 @@ def contributions(
     config: ContributionConfig,
     intervals: IntervalConfig,
 ) -> list[Contribution]:
-    """Every region's contribution with its interval over subjects, beside places of its size, tested."""
-    places = Places(experiment, distance_mm, config)
+    """Every region's contribution with its interval over subjects, beside control sets of its size, tested."""
+    controls = Controls(experiment, distance_mm, config)
     rows = [
-        _contribution(experiment, places, name, patches, subjects=subjects, intervals=intervals)
+        _contribution(experiment, controls, name, patches, subjects=subjects, intervals=intervals)
         for name, patches in regions.items()
     ]
     tested = [row for row in rows if row.p is not None]
@@ -104,7 +104,7 @@ def contributions(
     return [replace(row, is_significant=row.region in found) for row in rows]
 
 
-class Places:
+class Controls:
     """What random compact sets of patches cost, by context and size: one list serves all regions of that size."""
 
     def __init__(self, experiment: Experiment, distance_mm: np.ndarray, config: ContributionConfig) -> None:
@@ -117,7 +117,7 @@ class Places:
         self.known: dict[tuple[int, bytes], np.ndarray] = {}
 
     def losses(self, context: int, size: int) -> np.ndarray:
-        """The loss of each place of this size in a context, [place, sample]."""
+        """The loss of each control of this size in a context, [control, sample]."""
         if (context, size) not in self.kept:
             is_visible = ~self.experiment.hidden[context]
             sets = [compact_set(centre, size, is_visible, self.distance_mm) for centre in self.centres]
@@ -133,7 +133,7 @@ class Places:
 
 def _contribution(
     experiment: Experiment,
-    places: Places,
+    controls: Controls,
     name: str,
     patches: np.ndarray,
     *,
@@ -150,15 +150,15 @@ def _contribution(
         return Contribution(name, len(patches), 0, Interval(None, None, None), None, None, None, False, reason)
     loss = np.sum([experiment.loss(context, patches) for context in used], axis=0)
     total = np.sum([experiment.totals[context] for context in used], axis=0)
-    others = np.sum([places.losses(context, len(patches)) for context in used], axis=0)
+    others = np.sum([controls.losses(context, len(patches)) for context in used], axis=0)
     return Contribution(
         region=name,
         num_patches=len(patches),
         num_contexts=len(used),
         contribution=_interval(loss, total, subjects, intervals),
-        null_mean=float(others.mean(axis=0).sum() / total.sum()),
-        place_share=float((others.sum(axis=1) < loss.sum()).mean()),
-        p=sign_flip_p(summed(loss - others.mean(axis=0), subjects), places.config),
+        control_mean=float(others.mean(axis=0).sum() / total.sum()),
+        control_share=float((others.sum(axis=1) < loss.sum()).mean()),
+        p=sign_flip_p(summed(loss - others.mean(axis=0), subjects), controls.config),
         is_significant=False,
         reason="",
     )

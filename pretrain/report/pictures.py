@@ -15,7 +15,7 @@ from pretrain.report.maps import VoxelMaps
 
 NUM_SLICES = 8
 MAX_BARS = 30
-LEGEND = "dark: more than places of its size do (FDR); black: interval over subjects; red: the mean of those places"
+LEGEND = "dark: more than controls of its size (FDR); black: interval over subjects; red: the mean of those controls"
 PIXELS_A_SLICE = 170  # outlines are one pixel wide, so coarse voxels are drawn larger
 NOTE = "grey: R² below 0, worse than the training mean; white: outside, not measured or hidden too rarely"
 WORSE = "#5a5a5a"  # r2 below 0: worse than the training mean
@@ -41,9 +41,9 @@ def draw_maps(maps: VoxelMaps, space: BrainSpace, labels: np.ndarray, *, title: 
             row[0].set_title(caption, loc="left", fontsize=9)
             row[0].text(0.0, 0.5, "L", transform=row[0].transAxes, ha="center", va="center", fontsize=7)
         millimetres = require_grid(space)[0]
-        for place, height in zip(rows[1], heights, strict=True):
+        for axes, height in zip(rows[1], heights, strict=True):
             level = millimetres[2, 2] * _index(height, space) + millimetres[2, 3]
-            place.text(0.5, -0.06, f"z = {level:.0f} mm", transform=place.transAxes, ha="center", va="top", fontsize=7)
+            axes.text(0.5, -0.06, f"z = {level:.0f} mm", transform=axes.transAxes, ha="center", va="top", fontsize=7)
         figure.suptitle(title, x=0.01, y=0.985, ha="left", fontsize=10)
         figure.text(0.01, 0.01, NOTE, fontsize=7)
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
@@ -60,40 +60,42 @@ def _draw_row(
     heights: np.ndarray,
 ) -> matplotlib.image.AxesImage:
     filled = np.nonzero(_volume(np.ones(space.num_voxels), space, 0))
-    box = tuple(slice(places.min(), places.max() + 1) for places in filled[:2])
+    box = tuple(slice(indices.min(), indices.max() + 1) for indices in filled[:2])
     volume, regions = _volume(values, space, np.nan)[box], _volume(labels, space, 0)[box]
     enlarge = max(1, PIXELS_A_SLICE // max(volume.shape[:2]))
     ramp = matplotlib.colormaps[colours]
     if ends[0] == 0:  # r2
         ramp = ramp.with_extremes(under=WORSE)
-    for place, height in zip(row, heights, strict=True):
+    for axes, height in zip(row, heights, strict=True):
         plane = np.ma.masked_invalid(_enlarged(volume[:, :, height], enlarge))
-        shown = place.imshow(
+        shown = axes.imshow(
             plane, cmap=ramp, vmin=ends[0], vmax=max(ends[1], ends[0] + 1e-6), origin="lower", interpolation="nearest"
         )
         edges = _edges(_enlarged(regions[:, :, height], enlarge))
         outline = np.where(edges[..., None], np.array([1.0, 1.0, 1.0, 0.55]), 0.0)
-        place.imshow(outline, origin="lower", interpolation="nearest")
-        place.set_axis_off()
+        axes.imshow(outline, origin="lower", interpolation="nearest")
+        axes.set_axis_off()
     row[0].figure.subplots_adjust(left=0.01, right=0.915, bottom=0.09, top=0.85, wspace=0.02, hspace=0.16)
     return shown
 
 
 def draw_contributions(rows: Sequence[Contribution], *, title: str, path: Path) -> None:
-    """Write the regions that contribute most as bars with intervals, beside what places of their size contribute."""
+    """Write the regions that contribute most as bars with intervals, beside control sets of their size."""
     tested = [row for row in rows if row.contribution.value is not None]
     chosen = sorted(tested, key=lambda row: -(row.contribution.value or 0))[:MAX_BARS]
     with _style():
         figure = Figure(figsize=(7.5, 1.3 + 0.2 * len(chosen)), facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        for place, row in enumerate(chosen):
+        for height, row in enumerate(chosen):
             value, low, high = row.contribution.value or 0.0, row.contribution.low, row.contribution.high
-            axes.barh(place, value, height=0.7, color="#1f4e79" if row.is_significant else "#9fb6cd", zorder=2)
+            axes.barh(height, value, height=0.7, color="#1f4e79" if row.is_significant else "#9fb6cd", zorder=2)
             if low is not None and high is not None:
-                axes.plot([low, high], [place, place], color="black", linewidth=1, zorder=3)
-            if row.null_mean is not None:
-                axes.plot([row.null_mean] * 2, [place - 0.35, place + 0.35], color="#c0504d", linewidth=2, zorder=4)
+                axes.plot([low, high], [height, height], color="black", linewidth=1, zorder=3)
+            if row.control_mean is not None:
+                axes.plot(
+                    [row.control_mean] * 2, [height - 0.35, height + 0.35], color="#c0504d", linewidth=2, zorder=4
+                )
         axes.set_yticks(range(len(chosen)), [f"{row.region} ({row.num_patches})" for row in chosen], fontsize=7)
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)

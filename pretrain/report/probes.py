@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.report.config import ProbeConfig
+from pretrain.report.config import ConfoundProbeConfig
 
 CONFIDENCE_TAIL = 0.025  # of the permutation interval, on each side
 
@@ -38,7 +38,7 @@ def by_subject(rows: np.ndarray, subjects: Sequence[str]) -> tuple[list[str], np
     return names.tolist(), sums / np.bincount(of_row)[:, None]
 
 
-def probe(embeddings: np.ndarray, labels: Sequence[str | None], config: ProbeConfig) -> Probe:
+def probe(embeddings: np.ndarray, labels: Sequence[str | None], config: ConfoundProbeConfig) -> Probe:
     """How well labels can be read from embeddings [subject, width]; subjects without a label (None) are left out."""
     known = np.array([label is not None for label in labels], dtype=bool)
     truth = np.array([str(label) for label in labels if label is not None])
@@ -83,7 +83,7 @@ def unknown(num_subjects: int, classes: list[str], reason: str) -> Probe:
     return Probe(num_subjects, classes, None, None, None, None, None, reason)
 
 
-def cross_validated(rows: np.ndarray, number: np.ndarray, config: ProbeConfig) -> float:
+def cross_validated(rows: np.ndarray, number: np.ndarray, config: ConfoundProbeConfig) -> float:
     """Balanced accuracy over all subjects, each called by the fold that left it out; every class is in every fold."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.model_selection import StratifiedKFold

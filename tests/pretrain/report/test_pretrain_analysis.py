@@ -14,7 +14,7 @@ from configs.parse import parse
 from pretrain.baselines.guesses import RidgeOracle
 from pretrain.masked.config import PretrainConfig
 from pretrain.report.collapse import SentinelConfig, Sentinels, collapses, effective_rank, variance
-from pretrain.report.config import ContributionConfig, ProbeConfig, report_problems
+from pretrain.report.config import ConfoundProbeConfig, ContributionConfig, report_problems
 from pretrain.report.contribution import Contribution, Experiment, contexts, contributions, false_discoveries
 from pretrain.report.maps import VoxelMaps, write_nifti
 from pretrain.report.pictures import draw_contributions, draw_maps
@@ -26,7 +26,7 @@ from training.watch.tracking import log_folder
 
 INTERVALS = IntervalConfig(num_resamples=200, confidence=0.95, seed=0)
 PATCHES, SIZE, WINDOWS, FRAMES = 72, 3, 48, 6
-PROBES = ProbeConfig(num_samples=1, num_folds=4, num_permutations=12, seed=0)
+PROBES = ConfoundProbeConfig(num_samples=1, num_folds=4, num_permutations=12, seed=0)
 
 
 def windows(seed: int, *, coupled: list[int], num_windows: int) -> torch.Tensor:
