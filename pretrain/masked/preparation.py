@@ -61,17 +61,18 @@ class Preparation:
         task.sentinels = Sentinels(config.report.sentinels, self.untrained)
 
 
-def prepare(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet], *, key: str) -> None:
+def prepare(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet], *, key: str) -> Preparation:
     """Give the task what the run folder keeps under this `key`, or compute and keep it. Every rank calls it."""
     store = store_for(config.run.folder)
     record = from_main(kept_record(store, key) if this_process().is_main else None)
     if record is not None:
-        read(store, cast("dict[str, object]", record)).give(task, config)
-        return
-    prepared = compute(task, config, sets)
+        prepared = read(store, cast("dict[str, object]", record))
+    else:
+        prepared = compute(task, config, sets)
+        if this_process().is_main:
+            keep(prepared, store, key)
     prepared.give(task, config)
-    if this_process().is_main:
-        keep(prepared, store, key)
+    return prepared
 
 
 def compute(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> Preparation:

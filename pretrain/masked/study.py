@@ -1,7 +1,4 @@
-"""From a configuration to a registered backbone: wires the shard set, the task, the loop and the registry together.
-
-`train` is an ordinary function; under several workers each rank calls it.
-"""
+"""Masked pretraining as a study: which task is trained on which samples, and what the result amounts to."""
 
 import dataclasses
 import itertools
@@ -19,9 +16,11 @@ from brain_models import bundle
 from brain_models.bundle import Bundle
 from brain_models.inputs import StemSpec
 from cluster.storage.stores import store_for
+from data_sharding.read.joint import JointSource
+from data_sharding.read.reader import BatchSource
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
-from pretrain.masked.preparation import prepare
+from pretrain.masked.preparation import Preparation, prepare
 from pretrain.masked.sets import OpenedSet, build_task, open_sets, open_source
 from pretrain.report.scores import IntervalConfig, RegionScore, report_of, score_rows
 from training.collectives import this_process
@@ -37,36 +36,163 @@ WEIGHTS = "pretraining.safetensors"  # encoder and decoder; the bundle has no de
 log = logging.getLogger(__name__)
 
 
+def open_study(config: PretrainConfig) -> "MaskedStudy":
+    """The study of a configuration; every rank opens its own."""
+    return MaskedStudy(config, open_sets(config, scratch=config.run.scratch))
+
+
+class MaskedStudy:
+    """Reconstruction of hidden voxels on one or several shard sets; what is registered is the encoder."""
+
+    def __init__(self, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> None:
+        self.config = config
+        self.sets = sets
+        self.prepared: Preparation | None = None
+        self.fingerprints = ", ".join(each.shard_set.fingerprint for each in sets.values())
+        self.trained_subjects = {subject for each in sets.values() for subject in each.training_subjects}
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Where the encoder comes from, for the registry; of several sets, in their order."""
+        shard_sets = [each.shard_set for each in self.sets.values()]
+        return {
+            "callosum.part": "pretrain",
+            "callosum.kind": self.config.label,
+            "callosum.shards": ", ".join(each.location for each in self.sets.values()),
+            "callosum.space": ", ".join(one.space.name for one in shard_sets),
+            "callosum.alignment": ", ".join(str(one.manifest.preprocessing["alignment"]) for one in shard_sets),
+            "callosum.space_fingerprint": ", ".join(one.space.fingerprint for one in shard_sets),
+            "callosum.atlas": self.config.atlas or "none",
+            "callosum.masking": f"{self.config.masking.kind} {self.config.masking.hidden_share}",
+        }
+
+    def make_task(self) -> MaskedVolumes:
+        """A fresh task, the same on every rank; prepared, once the study is."""
+        task = build_task(self.config, self.sets)
+        if self.prepared is not None:
+            self.prepared.give(task, self.config)
+        return task
+
+    def make_source(self) -> BatchSource | JointSource:
+        """This rank's view of the samples."""
+        return open_source(self.config, self.sets, this_process())
+
+    def prepare(self, task: MaskedVolumes) -> None:
+        """Give the task its voxel statistics, and what its evaluations stand beside, from the run folder or anew."""
+        self.prepared = prepare(task, self.config, self.sets, key=preparation_key(self.config, self.fingerprints))
+
+    def write_bundle(self, task: Task, folder: Path) -> None:
+        """Write the encoder as a bundle, and beside it all weights, decoder included."""
+        assert isinstance(task, MaskedVolumes)
+        # First: the bundle's golden output is a forward pass, after which ZeRO 3 takes whole weights away again.
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        weights = {name: values.detach().cpu().contiguous() for name, values in task.state_dict().items()}
+        save_file(weights, folder.parent / WEIGHTS)
+        first_of = {task.set_named(name).stem_name: each for name, each in reversed([*self.sets.items()])}
+        bundle.save(
+            folder,
+            Bundle(
+                kind="encoder",
+                config=task.encoder.config,
+                model=task.encoder,
+                stems={name: stem_spec(first_of[name]) for name in task.encoder.stems},
+                made_by={"part": "pretrain", "run": self.config.run.name, "set": self.fingerprints},
+            ),
+        )
+
+    def conclude(self, task: MaskedVolumes, result: FitResult, weights: Path) -> dict[str, object]:
+        """r2 on each final split beside the baselines, by group and region, and what the report on the weights says;
+        rank 0 alone."""
+        from pretrain.masked.run_report import report_run  # needs matplotlib, scikit-learn and nibabel
+
+        scores = {
+            split: score_split(task, found, split, sets=self.sets, config=self.config.report.intervals)
+            for split, found in result.evaluations.items()
+        }
+        reports = {
+            split: {
+                name: report_of(own.regions, loss=own.loss, num_samples=own.num_samples) for name, own in each.items()
+            }
+            for split, each in scores.items()
+        }
+        tables = {split: {name: own.regions for name, own in each.items()} for split, each in scores.items()}
+        run_id = result.mlflow_run_id
+        return {
+            "kind": self.config.label,
+            "sets": {
+                name: dataclasses.asdict(each) | {"alignment": self.sets[name].alignment}
+                for name, each in self.config.named_sets.items()
+            },
+            "masking": dataclasses.asdict(self.config.masking),
+            "reconstruction": {
+                split: each if len(self.sets) > 1 else next(iter(each.values())) for split, each in reports.items()
+            },
+            "report": report_run(self.config, self.sets, weights=weights, tables=tables, mlflow_run_id=run_id),
+            "seen_before": held_out_seen(self.config, self.sets, seen_before(store_for(self.config.run.folder))),
+        }
+
+
 def train(config: PretrainConfig) -> dict[str, object]:
-    """What the run led to, as in <run.folder>/metrics.json; every rank calls it and gets the same."""
-    sets = open_sets(config, scratch=config.run.scratch)
-    task = build_task(config, sets)
-    source = open_source(config, sets, this_process())
-    exporter = Exporter(config, sets)
-    claim(exporter.store, identity(config))  # refuses the folder of another run
-    prepare(task, config, sets, key=preparation_key(config, source.fingerprint))
-    tags = lineage(config, sets) | {"callosum.set_fingerprint": source.fingerprint}
-    services = Services(identity=identity(config), export=exporter.export, tags=tags)
-    result = fit(task, source, config.train, services)
-    scores = {
-        split: score_split(task, evaluation, split, sets=sets, config=config.report.intervals)
-        for split, evaluation in result.evaluations.items()
-    }
-    summary = summarise(config, result, scores=scores, sets=sets)
-    if result.is_main:
-        try:
-            summary["report"] = exporter.report(result, scores)
-            summary["seen_before"] = held_out_seen(config, sets, seen_before(exporter.store))
-            exporter.publish(result, summary, tags)
-        finally:
-            exporter.clear()
-    return summary
+    """The numbers of <run.folder>/metrics.json; every rank calls it, those other than 0 get an empty mapping."""
+    study, store = open_study(config), store_for(config.run.folder)
+    folder = Path(config.run.scratch) / f"{config.run.name}-results-{time.time_ns()}"
+
+    def export(task: Task) -> None:
+        study.write_bundle(task, folder / "bundle")
+        seen = seen_before(store)
+        if seen is not None:  # else the bundle says that nobody knows whom it has seen
+            write_seen(folder / "bundle", study.trained_subjects, also=seen)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            store.put(path.relative_to(folder).as_posix(), path)
+
+    task, source = study.make_task(), study.make_source()
+    claim(store, identity(config))  # refuses the folder of another run
+    study.prepare(task)
+    tags = study.tags | {"callosum.set_fingerprint": source.fingerprint}
+    try:
+        result = fit(task, source, config.train, Services(identity=identity(config), export=export, tags=tags))
+        if not result.is_main:
+            return {}
+        summary = study.conclude(task, result, folder / WEIGHTS) | provenance(result)
+        if config.register is not None and config.train.tracking.uri is not None:
+            summary["registered"] = register(config, folder / "bundle", result, tags)
+        store.put("metrics.json", json.dumps(summary, indent=1, sort_keys=True).encode())
+        return summary
+    finally:  # leave nothing on scratch: all of it is in the run folder
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def preparation_key(config: PretrainConfig, fingerprint: str) -> str:
+def provenance(result: FitResult) -> dict[str, object]:
+    """Where the numbers of a run come from, for metrics.json."""
+    names = ("steps", "start", "fingerprint", "config_hash", "checkpoint", "checkpoint_hash", "mlflow_run_id")
+    return {"seconds": round(result.seconds, 1), **{name: getattr(result, name) for name in names}}
+
+
+def register(config: PretrainConfig, folder: Path, result: FitResult, tags: Mapping[str, str]) -> str:
+    """The registered model as name@alias."""
+    assert config.register is not None
+    assert config.train.tracking.uri is not None
+    hashes = {"callosum.config_hash": result.config_hash, "callosum.checkpoint_hash": result.checkpoint_hash}
+    return registry.register(
+        folder,
+        name=config.register.names[config.label],
+        alias=config.register.alias,
+        tags={**tags, **hashes},
+        uri=config.train.tracking.uri,
+        run_id=result.mlflow_run_id,
+        experiment=config.train.tracking.experiment,
+    )
+
+
+def preparation_key(config: PretrainConfig, fingerprints: str) -> str:
     """What the preparation of a run depends on; the sentinels' tokens are no part of the configuration's hash."""
     tokens = config.report.sentinels.tokens_per_sample
-    return f"{config_hash(identity(config))} {fingerprint} {tokens}"
+    return f"{config_hash(identity(config))} {fingerprints} {tokens}"
+
+
+def identity(config: PretrainConfig) -> dict[str, object]:
+    """The configuration as plain mappings; `run` is there once, as train.run."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key != "run"}
 
 
 @dataclass(frozen=True)
@@ -97,59 +223,6 @@ def score_split(
     return scores
 
 
-def identity(config: PretrainConfig) -> dict[str, object]:
-    """The configuration as plain mappings; `run` is there once, as train.run."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key != "run"}
-
-
-def lineage(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> dict[str, str]:
-    """Where a backbone comes from, for the registry; of several sets, in their order."""
-    shard_sets = [each.shard_set for each in sets.values()]
-    return {
-        "callosum.part": "pretrain",
-        "callosum.kind": config.label,
-        "callosum.shards": ", ".join(each.location for each in sets.values()),
-        "callosum.space": ", ".join(shard_set.space.name for shard_set in shard_sets),
-        "callosum.alignment": ", ".join(str(one.manifest.preprocessing["alignment"]) for one in shard_sets),
-        "callosum.space_fingerprint": ", ".join(shard_set.space.fingerprint for shard_set in shard_sets),
-        "callosum.atlas": config.atlas,
-        "callosum.masking": f"{config.masking.kind} {config.masking.hidden_share}",
-    }
-
-
-def summarise(
-    config: PretrainConfig,
-    result: FitResult,
-    *,
-    scores: Mapping[str, Mapping[str, SetScores]],
-    sets: Mapping[str, OpenedSet],
-) -> dict[str, object]:
-    """metrics.json: r2 on each final split beside the baselines, by group and region, and where it came from."""
-    reconstruction: dict[str, object] = {}
-    for split, by_set in scores.items():
-        reports = {
-            name: report_of(own.regions, loss=own.loss, num_samples=own.num_samples) for name, own in by_set.items()
-        }
-        reconstruction[split] = reports if len(sets) > 1 else reports[next(iter(sets))]
-    return {
-        "kind": config.label,
-        "sets": {
-            name: dataclasses.asdict(each) | {"alignment": sets[name].alignment}
-            for name, each in config.named_sets.items()
-        },
-        "masking": dataclasses.asdict(config.masking),
-        "reconstruction": reconstruction,
-        "steps": result.steps,
-        "seconds": round(result.seconds, 1),
-        "start": result.start,
-        "fingerprint": result.fingerprint,
-        "config_hash": result.config_hash,
-        "checkpoint": result.checkpoint,
-        "checkpoint_hash": result.checkpoint_hash,
-        "mlflow_run_id": result.mlflow_run_id,
-    }
-
-
 def held_out_seen(
     config: PretrainConfig, sets: Mapping[str, OpenedSet], before: set[str] | None
 ) -> dict[str, int] | None:
@@ -173,75 +246,6 @@ def held_out_seen(
                 config.train.start.registered or config.train.start.checkpoint,
             )
     return numbers
-
-
-class Exporter:
-    """Writes the bundle while the loop still holds whole weights, and registers it afterwards. Used on rank 0."""
-
-    def __init__(self, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> None:
-        self.config = config
-        self.sets = sets
-        self.store = store_for(config.run.folder)
-        self.folder = Path(config.run.scratch) / f"{config.run.name}-bundle-{time.time_ns()}"
-        self.weights = self.folder.with_suffix(".safetensors")  # of the whole task
-
-    def export(self, task: Task) -> None:
-        """Write the encoder as a bundle, locally and into the run folder."""
-        assert isinstance(task, MaskedVolumes)
-        # First: the bundle's golden output is a forward pass, after which ZeRO 3 takes whole weights away again.
-        weights = {name: values.detach().cpu().contiguous() for name, values in task.state_dict().items()}
-        save_file(weights, self.weights)
-        self.store.put(WEIGHTS, self.weights)
-        first_of = {task.set_named(name).stem_name: each for name, each in reversed([*self.sets.items()])}
-        fingerprints = ", ".join(each.shard_set.fingerprint for each in self.sets.values())
-        bundle.save(
-            self.folder,
-            Bundle(
-                kind="encoder",
-                config=task.encoder.config,
-                model=task.encoder,
-                stems={name: stem_spec(first_of[name]) for name in task.encoder.stems},
-                made_by={"part": "pretrain", "run": self.config.run.name, "set": fingerprints},
-            ),
-        )
-        before = seen_before(self.store)
-        if before is not None:  # else the bundle says that nobody knows whom it has seen
-            trained = {subject for each in self.sets.values() for subject in each.training_subjects}
-            write_seen(self.folder, trained, also=before)
-        for path in sorted(self.folder.iterdir()):
-            self.store.put(f"bundle/{path.name}", path)
-
-    def report(self, result: FitResult, scores: Mapping[str, Mapping[str, SetScores]]) -> dict[str, object]:
-        """What the run says about itself: numbers for metrics.json, files in the run folder and in MLflow."""
-        from pretrain.masked.run_report import report_run  # needs matplotlib, scikit-learn and nibabel
-
-        run_id = result.mlflow_run_id
-        tables = {split: {name: own.regions for name, own in by_set.items()} for split, by_set in scores.items()}
-        return report_run(self.config, self.sets, weights=self.weights, tables=tables, mlflow_run_id=run_id)
-
-    def publish(self, result: FitResult, summary: dict[str, object], tags: Mapping[str, str]) -> None:
-        """Register the bundle with its lineage and write metrics.json, last."""
-        config = self.config
-        if config.register is not None and config.train.tracking.uri is not None:
-            hashes = {
-                "callosum.config_hash": result.config_hash,
-                "callosum.checkpoint_hash": result.checkpoint_hash,
-            }
-            summary["registered"] = registry.register(
-                self.folder,
-                name=config.register.names[config.label],
-                alias=config.register.alias,
-                tags={**tags, **hashes},
-                uri=config.train.tracking.uri,
-                run_id=result.mlflow_run_id,
-                experiment=config.train.tracking.experiment,
-            )
-        self.store.put("metrics.json", json.dumps(summary, indent=1, sort_keys=True).encode())
-
-    def clear(self) -> None:
-        """Leave nothing on scratch: all of it is in the run folder."""
-        shutil.rmtree(self.folder)
-        self.weights.unlink()
 
 
 def stem_spec(opened: OpenedSet) -> StemSpec:
