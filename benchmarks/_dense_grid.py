@@ -13,7 +13,8 @@ from brain_models.atlas import Atlas
 from brain_models.encoder import BrainEncoder, EncoderConfig
 from brain_models.space import require_grid, space_from_mask
 from data_sharding.read.batch import Batch
-from pretrain.masked.masked_set import Geometry, take_tokens
+from pretrain.masked.masked_set import Geometry
+from pretrain.masked.masked_volumes import take_tokens
 from pretrain.masked.masking import MaskingConfig
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay

@@ -20,8 +20,7 @@ from _measure import Row, arguments_of, cpu_seconds, report
 from _task import Workload, geometry_of, packed_task, stored_batches, train_config
 
 from data_sharding.read.batch import Batch, decode
-from pretrain.masked.masked_set import take_tokens
-from pretrain.masked.masked_volumes import MaskedVolumes
+from pretrain.masked.masked_volumes import MaskedVolumes, take_tokens
 from training.engine.base import Engine
 from training.engine.engines import make_engine
 

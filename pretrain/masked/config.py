@@ -37,7 +37,7 @@ class PretrainConfig:
     kind: Literal["bold", "t1"] | None  # with shards: a run on one set
     shards: str | None
     sets: dict[str, SetConfig] | None  # instead of the two: a joint run, by name
-    atlas: str  # an atlas of every set: regions for masking and for scores
+    atlas: str | None  # an atlas of every set: regions for masking and for scores; None: pseudo-regions
     run: RunConfig
     windows: dict[str, WindowConfig]  # by kind, or by the name of a set that has its own
     model: ModelConfig

@@ -9,8 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from einops import reduce, repeat
-from jaxtyping import Bool, Float
+from einops import rearrange, reduce, repeat
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, Stem, StemName, kind_of
@@ -19,7 +19,7 @@ from data_sharding.read.batch import Batch
 from pretrain.baselines.references import centre, hidden_voxels
 from pretrain.errors import PretrainError
 from pretrain.masked.costs import PassShape, flops_of_pass
-from pretrain.masked.masked_set import LossConfig, MaskedSet, SetSpec, take_tokens
+from pretrain.masked.masked_set import LossConfig, MaskedSet, SetSpec
 from pretrain.masked.masking import MaskingConfig, TokenChoice
 from pretrain.report.collapse import Sentinels, sampled
 from pretrain.report.scores import metrics_of
@@ -315,6 +315,15 @@ class MaskedVolumes(Task):
             if name != used
         ]
         return 0.0 * torch.stack([*sums, self.encoder.stem(used).voxel_offset.new_zeros(())]).sum()
+
+
+def take_tokens(
+    tokens: Float[Tensor, "batch token feature"], chosen: Int64[Tensor, "batch chosen"]
+) -> Float[Tensor, "batch chosen feature"]:
+    """The chosen tokens of each sample; whole rows are copied, three times as fast as torch.gather on a CPU."""
+    first_row = torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
+    rows = rearrange(tokens, "batch token feature -> (batch token) feature")
+    return rows.index_select(0, (chosen + first_row).flatten()).view(*chosen.shape, tokens.shape[2])
 
 
 def hiding(hidden: Bool[Tensor, "patch"], num_tubelets: int, num_samples: int) -> TokenChoice:

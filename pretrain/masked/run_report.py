@@ -108,7 +108,7 @@ def analyse(trained_run: TrainedRun, folder: Path) -> dict[str, object]:
 
 
 def make_maps(trained_run: TrainedRun, name: str, folder: Path) -> dict[str, object]:
-    """Maps of each final split: r2, error and number of values as NIfTI, and a picture."""
+    """Maps of each final split: r2, error and number of values; of volumes as NIfTI with a picture, else by vertex."""
     opened = trained_run.sets[name]
     space, labels = opened.geometry.space, opened.geometry.atlas.labels
     numbers: dict[str, object] = {}
@@ -116,10 +116,13 @@ def make_maps(trained_run: TrainedRun, name: str, folder: Path) -> dict[str, obj
         batches = trained_run.batches(name, split, trained_run.config.report.maps.num_samples)
         maps = voxel_maps((trained_run.task.reconstruct(batch) for batch in batches), space.num_voxels)
         stem = f"{name}_{split}"
-        for key, values in (("r2", maps.r2), ("rmse", maps.rmse), ("values", maps.num_values)):
-            write_nifti(values, space, folder / f"{stem}_{key}.nii.gz")
-        title = f"{name}: hidden voxels of {maps.num_windows} windows of split {split}"
-        draw_maps(maps, space, labels, title=title, path=folder / f"{stem}_maps.png")
+        if space.kind == "volume":
+            for key, values in (("r2", maps.r2), ("rmse", maps.rmse), ("values", maps.num_values)):
+                write_nifti(values, space, folder / f"{stem}_{key}.nii.gz")
+            title = f"{name}: hidden voxels of {maps.num_windows} windows of split {split}"
+            draw_maps(maps, space, labels, title=title, path=folder / f"{stem}_maps.png")
+        else:
+            np.savez_compressed(folder / f"{stem}_maps.npz", r2=maps.r2, rmse=maps.rmse, values=maps.num_values)
         known = maps.r2[np.isfinite(maps.r2)]
         numbers[split] = {
             "windows": maps.num_windows,

@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from brain_models.atlas import Atlas, no_atlas
 from brain_models.encoder import TokenKind
+from brain_models.space import BrainSpace
 from data_sharding.read.joint import JointSource, named
 from data_sharding.read.reader import Batch, BatchSource, ShardSet, Windows, open_set
 from pretrain.errors import PretrainError
@@ -46,14 +49,23 @@ def open_sets(config: PretrainConfig, *, scratch: str | None = None) -> dict[str
     found = {}
     for name, each in config.named_sets.items():
         shard_set = open_set(each.shards, scratch=scratch, split=config.data.split)
-        if config.atlas not in shard_set.atlases:
+        if config.atlas is not None and config.atlas not in shard_set.atlases:
             raise PretrainError(
                 f"atlas={config.atlas}: {each.shards} holds {sorted(shard_set.atlases) or 'no atlas'}; choose one of "
-                "them, or write the set with another atlas"
+                "them, write the set with another atlas, or give atlas=null"
             )
-        geometry = Geometry.of(shard_set.space, shard_set.atlases[config.atlas], config.window_of(name))
+        space = shard_set.space
+        atlas = pseudo_atlas(space) if config.atlas is None else shard_set.atlases[config.atlas]
+        geometry = Geometry.of(space, atlas, config.window_of(name))
         found[name] = OpenedSet(name, each.kind, each.weight, each.shards, shard_set, geometry)
     return found
+
+
+def pseudo_atlas(space: BrainSpace) -> Atlas:
+    """An atlas for a space that has none: compact regions of about the same size, named by number."""
+    labels = no_atlas(space).complete_labels(space)
+    names = {int(label): f"pseudo {label}" for label in np.unique(labels)}
+    return Atlas("pseudo", labels.astype(np.int32), names, {})
 
 
 def build_task(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> MaskedVolumes:

@@ -5,6 +5,7 @@ import re
 from typing import get_args
 
 from brain_models.encoder import TokenKind
+from brain_models.errors import SpaceError
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
 from cluster.storage.stores import store_for
@@ -46,7 +47,7 @@ def validate(config: PretrainConfig) -> list[str]:
             found = masking_problems(config.masking, shares, columns=columns, num_tubelets=opened.geometry.num_tubelets)
             problems += found if len(sets) == 1 else [f"set {opened.name}: {problem}" for problem in found]
             problems += set_problems(config, opened)
-    except (ShardError, StorageError, PretrainError) as error:
+    except (ShardError, StorageError, SpaceError, PretrainError) as error:
         return [*problems, str(error)]
     return problems + split_conflicts({name: each.shard_set.subjects for name, each in sets.items()})
 
