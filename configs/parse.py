@@ -26,7 +26,7 @@ def parse(raw: Mapping[str, Any], schema: type[Schema]) -> Schema:
     """
     problems: list[str] = []
     value = _parse_dataclass(raw, schema, key="", problems=problems)
-    refuse([problem for problem in problems if not _is_repeated(problem, problems)])
+    refuse(problems)
     return value
 
 
@@ -39,13 +39,6 @@ def refuse(problems: list[str]) -> None:
 def _listed(problems: list[str]) -> str:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
-
-
-def _is_repeated(problem: str, problems: list[str]) -> bool:
-    """True of a value that another key refers to, as train.run.folder does to run.folder."""
-    key = problem.partition(":")[0]
-    ends = [key.split(".", depth)[depth] for depth in range(1, key.count(".") + 1)]
-    return any(problem.replace(key, end) in problems for end in ends)
 
 
 def _parse_dataclass(raw: Any, schema: Any, *, key: str, problems: list[str]) -> Any:

@@ -77,7 +77,7 @@ def train(config: FinetuneConfig) -> dict[str, object]:
     probe = start(task, setup) if is_new else None
     prepared = time.monotonic()
     source = setup.source(task)
-    services = Services(identity=identity(config), export=None, tags=lineage(setup))
+    services = Services(config.run, identity(config), export=None, tags=lineage(setup))
     result = fit(task, source, config.train, services)
     seconds = {"start of the head": prepared - started, "training": result.seconds}
     return conclude(setup, result, probe=probe, tags=lineage(setup), seconds=seconds)
@@ -161,12 +161,11 @@ def fetch_backbone(config: FinetuneConfig) -> Backbone:
 
 
 def identity(config: FinetuneConfig) -> dict[str, object]:
-    """The configuration as plain mappings; `run` is there once, as train.run. When commits are saved and scored changes
-    no number of a training, but it decides which of them is chosen."""
-    plain = {key: value for key, value in dataclasses.asdict(config).items() if key != "run"}
+    """The configuration as plain mappings. When commits are saved and scored changes no number of a training, but it
+    decides which of them is chosen."""
     rules = config.train.checkpoint
     chosen_by = {"every_steps": rules.every_steps, "best_metric": rules.best_metric, "best_is": rules.best_is}
-    return plain | ({"chosen_by": chosen_by} if config.choose == "best" else {})
+    return dataclasses.asdict(config) | ({"chosen_by": chosen_by} if config.choose == "best" else {})
 
 
 def lineage(setup: Setup) -> dict[str, str]:

@@ -10,6 +10,7 @@ Runs in this process. Writes files to <run.folder>/report and to the run's artif
 in <run.folder>/metrics.json.
 """
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from pretrain.errors import PretrainError
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.run_report import FOLDER, report_run
 from pretrain.masked.sets import open_sets, open_source
-from pretrain.masked.study import WEIGHTS, identity
+from pretrain.masked.study import WEIGHTS
 from pretrain.masked.validation import validate
 from training.collectives import this_process
 from training.identity import RECORD, differences
@@ -60,7 +61,7 @@ def check_is_of_run(store: Store, config: PretrainConfig) -> None:
                 f"run.folder={config.run.folder} holds no {name}: not a finished run; finish it with 'python -m "
                 "pretrain' and the same run.folder"
             )
-    if differing := differences(store, identity(config)):
+    if differing := differences(store, dataclasses.asdict(config)):
         raise PretrainError(
             f"{store.join(RECORD)} belongs to another configuration; repeat the run's own command and change "
             "only report.*:\n" + "\n".join(f"  - {line}" for line in differing)

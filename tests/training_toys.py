@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from training.config import (
     TrackingConfig,
     TrainConfig,
 )
+from training.loop import Services
 from training.task import Cost, ParameterGroup, State, Task
 from training.unfreezing import UnfreezingConfig, layer_groups, split_decay
 from training.whole_step import encoded_in_chunks, gathered, share_of_rank, symmetric_info_nce
@@ -266,10 +268,20 @@ ENGINES = {
 }
 
 
+@dataclass
+class ToyConfig(TrainConfig):
+    run: RunConfig
+
+
+def services(config: ToyConfig, export: Callable[[Task], None] | None = None) -> Services:
+    values = dataclasses.asdict(config)
+    return Services(config.run, {"run": values.pop("run"), "train": values}, export)
+
+
 def toy_config(
     folder: Path, *, engine: str = "plain", steps: int = 6, checkpoint_every: int = 100, keep_last: int = 2
-) -> TrainConfig:
-    return TrainConfig(
+) -> ToyConfig:
+    return ToyConfig(
         steps=steps,
         seed=3,
         run=RunConfig(name="toy", folder=str(folder / "run"), scratch=str(folder / "scratch")),

@@ -28,14 +28,24 @@ from typing import Any
 
 import torch
 import torch.distributed
-from training_toys import GLOBAL_BATCH, ToyLayers, ToyPairs, ToySource, ToyTask, pair_batch, toy_batch, toy_config
+from training_toys import (
+    GLOBAL_BATCH,
+    ToyLayers,
+    ToyPairs,
+    ToySource,
+    ToyTask,
+    pair_batch,
+    services,
+    toy_batch,
+    toy_config,
+)
 
 from cluster.storage.stores import LocalStore
 from training import loop
 from training.collectives import this_process, total
 from training.config import DecayConfig, PlateauConfig
 from training.errors import TrainingError
-from training.loop import Services, fit
+from training.loop import fit
 from training.task import State, Task
 from training.unfreezing import UnfreezingConfig
 
@@ -162,9 +172,8 @@ def train(job: dict) -> dict:
     def export(trained: Task) -> None:
         torch.save({name: value.detach().clone() for name, value in trained.state_dict().items()}, exported)
 
-    identity = dataclasses.asdict(config)
     try:
-        result = fit(task, DyingSource(job), config, Services({"train": identity}, export))
+        result = fit(task, DyingSource(job), config, services(config, export))
         return {
             "metrics": result.metrics,
             "start": result.start,

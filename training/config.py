@@ -123,7 +123,6 @@ class ProfileConfig:
 class TrainConfig:
     steps: int
     seed: int
-    run: RunConfig
     start: StartConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig

@@ -15,7 +15,7 @@ RECORD = "run.json"
 # Keys that cannot change a number of the run.
 FREE_KEYS = (
     "cluster",
-    "train.run",
+    "run",
     "train.tracking",
     "train.checkpoint",
     "train.spikes",

@@ -31,7 +31,7 @@ from training.checkpoint import (
     starting_point,
 )
 from training.collectives import barrier, from_main, gather, this_process
-from training.config import TrainConfig
+from training.config import RunConfig, TrainConfig
 from training.engine.base import Engine
 from training.engine.elastic import fetch_state
 from training.engine.engines import make_engine
@@ -56,6 +56,7 @@ from training.watch.tracking import Ending, RunLabel, Sender, Spool, Tracker, la
 class Services:
     """What the loop gets from the part that calls it."""
 
+    run: RunConfig  # where the run lives
     identity: Mapping[str, object]  # the whole configuration, as plain mappings
     export: Callable[[Task], None] | None  # called on rank 0 at the end, with whole parameters
     tags: Mapping[str, str] = field(default_factory=dict)  # of the MLflow run
@@ -151,12 +152,12 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
 @contextlib.contextmanager
 def open_run(task: Task, source: Source, config: TrainConfig, services: Services, started: float) -> Iterator[Run]:
     """Claim the folder, decide how to start, load it, and close everything however the block ends."""
-    store = store_for(config.run.folder)
+    store = store_for(services.run.folder)
     run_key = identity.claim(store, services.identity)
     start = starting_point(store, config.start)
     check_fits(start, engine=engine_name(config), fingerprint=source.fingerprint, num_steps=config.steps)
-    scratch = Path(config.run.scratch) / f"{config.run.name}-{run_key[:8]}"
-    engine = loaded_engine(task, source, config, start, scratch)
+    scratch = Path(services.run.scratch) / f"{services.run.name}-{run_key[:8]}"
+    engine = loaded_engine(task, source, config, start, scratch, own=store)
     attempt = str(from_main(uuid.uuid4().hex[:8]))
     checkpoints = Checkpoints(store, scratch / "saved", config.checkpoint, attempt=attempt)
     if start.kind == "own":
@@ -189,7 +190,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
                 spikes=spikes,
                 tracing=tracing,
                 progress=progress,
-                nodes=Nodes(config.run.scratch, engine.device),
+                nodes=Nodes(services.run.scratch, engine.device),
                 watch=Watch(rules, start=start.commit.watched if start.commit else {}),
             )
         ending = Ending.FINISHED
@@ -206,9 +207,11 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     engine.close()
 
 
-def loaded_engine(task: Task, source: Source, config: TrainConfig, start: StartingPoint, scratch: Path) -> Engine:
+def loaded_engine(
+    task: Task, source: Source, config: TrainConfig, start: StartingPoint, scratch: Path, *, own: Store
+) -> Engine:
     """The engine, holding what the run starts from."""
-    fetched, own = fetched_folder(scratch), store_for(config.run.folder)
+    fetched = fetched_folder(scratch)
     if start.commit is not None:
         fetch_state(start, fetched)
         if start.kind == "named" and this_process().is_main:
@@ -248,7 +251,7 @@ def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_pa
     spool = Spool(spool_path, start=start)
     if config.tracking.uri is None:
         return Tracker(spool, None, config.tracking)
-    label = RunLabel(config.run.name, run_key, identity.flatten(services.identity), dict(services.tags))
+    label = RunLabel(services.run.name, run_key, identity.flatten(services.identity), dict(services.tags))
     return Tracker(spool, Sender(config.tracking, spool.path, label), config.tracking)
 
 

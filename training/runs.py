@@ -42,7 +42,7 @@ def describe(run: Run, uri: str) -> list[str]:
     steps = last_steps(run)
     step = next((steps[key] for key in STEP_KEYS if key in steps), None)
     lines = [f"{run.info.run_name}  {run.info.status}" + (f"  step {step}" if step is not None else "")]
-    if folder := run.data.params.get("train.run.folder"):
+    if folder := run.data.params.get("run.folder"):
         lines.append(f"  commit {newest_commit(folder)}")
     lines.append(f"  at {link(run, uri)}")
     numbers = {

@@ -87,7 +87,7 @@ def cell_config(config: CompareConfig, cell: Cell) -> FinetuneConfig:
         | {
             "encoder": cell.encoder,
             "run": run,
-            "train": dataclasses.replace(config.train, seed=cell.seed, run=run),
+            "train": dataclasses.replace(config.train, seed=cell.seed),
             "data": dataclasses.replace(config.data, seed=cell.seed),
             "task": dataclasses.replace(
                 task,

@@ -146,11 +146,12 @@ def train(config: PretrainConfig) -> dict[str, object]:
             store.put(path.relative_to(folder).as_posix(), path)
 
     task, source = study.make_task(), study.make_source()
-    claim(store, identity(config))  # refuses the folder of another run
+    identity = dataclasses.asdict(config)
+    claim(store, identity)  # refuses the folder of another run
     study.prepare(task)
     tags = study.tags | {"callosum.set_fingerprint": source.fingerprint}
     try:
-        result = fit(task, source, config.train, Services(identity=identity(config), export=export, tags=tags))
+        result = fit(task, source, config.train, Services(config.run, identity, export=export, tags=tags))
         if not result.is_main:
             return {}
         summary = study.conclude(task, result, folder / WEIGHTS) | provenance(result)
@@ -187,12 +188,7 @@ def register(config: PretrainConfig, folder: Path, result: FitResult, tags: Mapp
 def preparation_key(config: PretrainConfig, fingerprints: str) -> str:
     """What the preparation of a run depends on; the sentinels' tokens are no part of the configuration's hash."""
     tokens = config.report.sentinels.tokens_per_sample
-    return f"{config_hash(identity(config))} {fingerprints} {tokens}"
-
-
-def identity(config: PretrainConfig) -> dict[str, object]:
-    """The configuration as plain mappings; `run` is there once, as train.run."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key != "run"}
+    return f"{config_hash(dataclasses.asdict(config))} {fingerprints} {tokens}"
 
 
 @dataclass(frozen=True)

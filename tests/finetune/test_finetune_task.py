@@ -90,7 +90,7 @@ def fine_tune(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> tuple[Adh
     assert config.task.probe is not None
     is_case_of = task.labels.is_case_of
     start_head(task.model, source.evaluation("train", limit=None), is_case_of=is_case_of, config=config.task.probe)
-    services = Services(identity=dataclasses.asdict(config), export=None)
+    services = Services(run=config.run, identity=dataclasses.asdict(config), export=None)
     return task, fit(task, source, config.train, services)
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from s3_servers import BUCKET, Fault, FaultProxy, fault_proxy, rclone_server, use
 from test_training_checkpoints import run
-from training_toys import toy_config
+from training_toys import ToyConfig, toy_config
 
 from cluster.storage import s3_create
 from cluster.storage.stores import Store, store_for
 from training.checkpoint import COMMIT, SPOOL, committed_folders, read_commit
-from training.config import TrainConfig
 
 FAULT_SECTION = "Training: checkpoints on S3"
 
@@ -33,7 +32,7 @@ def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
         server.kill()
 
 
-def on_s3(config: TrainConfig) -> TrainConfig:
+def on_s3(config: ToyConfig) -> ToyConfig:
     return replace(config, run=replace(config.run, folder=f"s3://{BUCKET}/run"))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_training_engines import exported, largest_difference, losses, report, run_launches
 from torch import Tensor
-from training_toys import ToyBatch, ToySource, ToyTask, toy_config
+from training_toys import ToyBatch, ToyConfig, ToySource, ToyTask, services, toy_config
 
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.hanging import HEARTBEAT
@@ -31,28 +31,28 @@ from training.checkpoint import (
     read_commit,
     starting_point,
 )
-from training.config import CheckpointConfig, StartConfig, TrainConfig
+from training.config import CheckpointConfig, StartConfig
 from training.engine.elastic import check_space, fetch_state
 from training.errors import CheckpointError, TrainingError
-from training.loop import FitResult, Services, fit
+from training.loop import FitResult, fit
 
 STEPS = 8
 ENGINES = {"plain": 1, "zero2": 2, "zero3": 2}  # and on how many ranks each is killed
 
 
-def run(config: TrainConfig) -> FitResult:
-    return fit(ToyTask(), ToySource(), config, Services({"train": dataclasses.asdict(config)}, None))
+def run(config: ToyConfig) -> FitResult:
+    return fit(ToyTask(), ToySource(), config, services(config))
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> TrainConfig:
+def trained(tmp_path: Path) -> ToyConfig:
     """A finished run with commits at steps 2, 4 and 6, of which the last two are kept."""
     config = toy_config(tmp_path, steps=6, checkpoint_every=4)
     run(config)
     return config
 
 
-def newest(config: TrainConfig) -> Path:
+def newest(config: ToyConfig) -> Path:
     store = LocalStore(config.run.folder)
     return Path(store.join(committed_folders(store)[-1]))
 
@@ -104,7 +104,7 @@ def check_one_rank_went_on(copy: Path, *, uninterrupted: Path) -> None:
         fetch_state(point, damaged / "fetched")
 
 
-def test_once_training_is_over_no_step_is_expected(trained: TrainConfig) -> None:
+def test_once_training_is_over_no_step_is_expected(trained: ToyConfig) -> None:
     """Or a long report would be told as a rank that hangs."""
     run(trained)
     assert HEARTBEAT.first_at is not None
@@ -136,7 +136,7 @@ def test_however_long_an_upload_takes_no_more_than_an_interval_lies_between_a_st
 
 
 def test_a_conversion_that_has_no_room_on_scratch_says_how_much_it_needs(
-    trained: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: ToyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 8, 2))
     commit = read_commit(LocalStore(trained.run.folder), committed_folders(LocalStore(trained.run.folder))[-1])
@@ -147,20 +147,20 @@ def test_a_conversion_that_has_no_room_on_scratch_says_how_much_it_needs(
         check_space(commit, tmp_path)
 
 
-def test_a_finished_run_run_again_trains_no_step_and_says_the_same(trained: TrainConfig) -> None:
+def test_a_finished_run_run_again_trains_no_step_and_says_the_same(trained: ToyConfig) -> None:
     again = run(trained)
     assert again.start == "own"
     assert again.checkpoint == str(newest(trained))
     assert again.metrics == run(trained).metrics
 
 
-def test_a_folder_without_commit_does_not_exist(trained: TrainConfig) -> None:
+def test_a_folder_without_commit_does_not_exist(trained: ToyConfig) -> None:
     (newest(trained) / "COMMIT.json").unlink()
     point = starting_point(LocalStore(trained.run.folder), trained.start)
     assert (point.kind, point.step) == ("own", 4)
 
 
-def test_a_damaged_file_is_named_with_the_older_commit_to_go_on_from(trained: TrainConfig) -> None:
+def test_a_damaged_file_is_named_with_the_older_commit_to_go_on_from(trained: ToyConfig) -> None:
     folder = newest(trained)
     with (folder / "plain.pt").open("r+b") as file:
         file.seek(100)
@@ -173,7 +173,7 @@ def test_a_damaged_file_is_named_with_the_older_commit_to_go_on_from(trained: Tr
     assert run(trained).start == "own"
 
 
-def test_a_missing_file_is_named(trained: TrainConfig) -> None:
+def test_a_missing_file_is_named(trained: ToyConfig) -> None:
     (newest(trained) / "plain.pt").unlink()
     with pytest.raises(CheckpointError, match=r"plain\.pt is missing"):
         run(trained)
@@ -187,7 +187,7 @@ def test_a_missing_file_is_named(trained: TrainConfig) -> None:
     ],
 )
 def test_a_store_that_is_away_or_a_full_disk_is_not_told_as_a_missing_file_to_be_deleted(
-    trained: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: StorageError
+    trained: ToyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: StorageError
 ) -> None:
     def fail(store: LocalStore, name: str, local: Path) -> None:
         raise cause
@@ -220,13 +220,13 @@ def test_of_two_jobs_in_one_run_folder_the_later_goes_on_and_the_other_commits_n
     assert not any("step-00000020" in name for name in store.list())
 
 
-def test_an_unreadable_commit_is_named_and_never_skipped(trained: TrainConfig) -> None:
+def test_an_unreadable_commit_is_named_and_never_skipped(trained: ToyConfig) -> None:
     (newest(trained) / "COMMIT.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"COMMIT\.json cannot be read"):
         run(trained)
 
 
-def test_a_commit_of_another_schema_is_refused(trained: TrainConfig) -> None:
+def test_a_commit_of_another_schema_is_refused(trained: ToyConfig) -> None:
     path = newest(trained) / "COMMIT.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
     with pytest.raises(CheckpointError, match=r"has schema 1, this code reads 2; finish the run with the code that"):
@@ -234,7 +234,7 @@ def test_a_commit_of_another_schema_is_refused(trained: TrainConfig) -> None:
 
 
 def test_a_rank_that_sees_a_newer_commit_than_rank_0_goes_on_from_the_one_of_rank_0(
-    trained: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    trained: ToyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = LocalStore(trained.run.folder)
     seen_by_main = committed_folders(store)[:1]
@@ -242,7 +242,7 @@ def test_a_rank_that_sees_a_newer_commit_than_rank_0_goes_on_from_the_one_of_ran
     assert starting_point(store, trained.start).folder == seen_by_main[0]
 
 
-def test_a_commit_of_another_engine_or_data_is_refused(trained: TrainConfig) -> None:
+def test_a_commit_of_another_engine_or_data_is_refused(trained: ToyConfig) -> None:
     path = newest(trained) / "COMMIT.json"
     commit = json.loads(path.read_text())
     for change, message in (
@@ -254,7 +254,7 @@ def test_a_commit_of_another_engine_or_data_is_refused(trained: TrainConfig) -> 
             run(trained)
 
 
-def test_another_configuration_in_the_same_folder_is_refused_with_the_keys(trained: TrainConfig) -> None:
+def test_another_configuration_in_the_same_folder_is_refused_with_the_keys(trained: ToyConfig) -> None:
     changed = dataclasses.replace(trained, seed=4, steps=9)
     with pytest.raises(TrainingError, match="belongs to another configuration") as caught:
         run(changed)
@@ -264,7 +264,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_keys(train
     assert run(dataclasses.replace(trained, tracking=tracking)).start == "own"
 
 
-def test_a_named_checkpoint_is_where_another_run_goes_on(trained: TrainConfig, tmp_path: Path) -> None:
+def test_a_named_checkpoint_is_where_another_run_goes_on(trained: ToyConfig, tmp_path: Path) -> None:
     store = LocalStore(trained.run.folder)
     middle = store.join(committed_folders(store)[0])
     other = toy_config(tmp_path / "other", steps=6, checkpoint_every=2)
@@ -292,7 +292,7 @@ def test_the_last_k_every_nth_and_the_best_commit_are_kept() -> None:
     assert kept(rules, {"step-0": commit(9, float("nan"))} | commits) == kept(rules, commits)  # no number is the best
 
 
-def test_keep_rules_are_applied_on_disk(trained: TrainConfig) -> None:
+def test_keep_rules_are_applied_on_disk(trained: ToyConfig) -> None:
     folders = sorted(
         path.name for path in (Path(trained.run.folder) / "checkpoints").iterdir() if any(path.rglob("*.pt"))
     )
@@ -300,7 +300,7 @@ def test_keep_rules_are_applied_on_disk(trained: TrainConfig) -> None:
 
 
 def test_an_old_commit_that_cannot_be_read_is_left_alone_and_stops_no_run(
-    trained: TrainConfig, caplog: pytest.LogCaptureFixture
+    trained: ToyConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = LocalStore(trained.run.folder)
     old, _ = committed_folders(store)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from test_training_checkpoints import run
-from training_toys import GLOBAL_BATCH, ToySource, ToyTask, toy_batch, toy_config
+from training_toys import GLOBAL_BATCH, ToyConfig, ToySource, ToyTask, toy_batch, toy_config
 
 from configs.entry import compose
-from training.config import ProfileConfig, ScheduleConfig, SpikeConfig, TrainConfig
+from training.config import ProfileConfig, ScheduleConfig, SpikeConfig
 from training.loop import Services, fit
 from training.step import BatchFeed
 from training.task import Cost
@@ -143,7 +143,7 @@ def test_a_spike_is_kept_with_its_scans_and_never_stops_the_run(tmp_path: Path) 
     config = toy_config(tmp_path, steps=8, checkpoint_every=4)
     task = ToyTask()
     task.heavy_scan = "scan-0045"
-    fit(task, ToySource(), config, Services({"train": {}}, None))
+    fit(task, ToySource(), config, Services(config.run, {"train": {}}, None))
     kept = [json.loads(line) for line in (Path(config.run.folder) / "spikes.jsonl").read_text().splitlines()]
     assert [line["step"] for line in kept] == [6]
     assert kept[0]["scan_ids"] == [f"scan-{index:04d}" for index in range(40, 48)]
@@ -159,7 +159,7 @@ def test_a_resumed_run_flags_the_spike_that_the_uninterrupted_one_does(tmp_path:
             task = ToyTask()
             task.heavy_scan = "scan-0045"
             config = dataclasses.replace(toy_config(folder, steps=num_steps), schedule=CONSTANT)
-            fit(task, ToySource(), config, Services({"train": {}}, None))
+            fit(task, ToySource(), config, Services(config.run, {"train": {}}, None))
         return (folder / "run" / "spikes.jsonl").read_text()
 
     whole = kept(tmp_path / "whole", 8)
@@ -167,7 +167,7 @@ def test_a_resumed_run_flags_the_spike_that_the_uninterrupted_one_does(tmp_path:
     assert kept(tmp_path / "resumed", 3, 5, 8) == whole
 
 
-def profiled(config: TrainConfig, num_steps: int) -> TrainConfig:
+def profiled(config: ToyConfig, num_steps: int) -> ToyConfig:
     return dataclasses.replace(config, profile=ProfileConfig(start_step=2, num_steps=num_steps))
 
 

@@ -41,10 +41,10 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_rerun_equals_the_uninterr
     before = signal.getsignal(number)
     config = toy_config(tmp_path)
     with pytest.raises(StoppedError, match=rf"^step 3 of 6: stopped as asked by {number.name} \(rank 0\); saved as"):
-        fit(ToyTask(), SignallingSource(number), config, Services({"train": {}}, None))
+        fit(ToyTask(), SignallingSource(number), config, Services(config.run, {"train": {}}, None))
     assert signal.getsignal(number) is before
     assert REQUEST.reason is None
-    again = fit(ToyTask(), ToySource(), config, Services({"train": {}}, None))
+    again = fit(ToyTask(), ToySource(), config, Services(config.run, {"train": {}}, None))
     whole = run(toy_config(tmp_path / "whole"))
     assert again.start == "own"
     assert again.metrics == whole.metrics

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from training_toys import ToyBatch, ToySource, ToyTask, toy_config
+from training_toys import ToyBatch, ToyConfig, ToySource, ToyTask, services, toy_config
 
 from configs.entry import compose
-from training.config import TrackingConfig, TrainConfig, validate_train
+from training.config import TrackingConfig, validate_train
 from training.loop import FitResult, Services, fit
 from training.task import State
 from training.watch.tracking import RunLabel, Sender, Spool, Tracker, mlflow_environment, read_rows
@@ -24,8 +24,8 @@ def tracking(uri: str | None, *, drain_s: float = 60) -> TrackingConfig:
     return TrackingConfig(every_steps=1, uri=uri, experiment="toys", group_norms=False, timeout_s=2, drain_s=drain_s)
 
 
-def run(config: TrainConfig) -> FitResult:
-    return fit(ToyTask(), ToySource(), config, Services({"train": dataclasses.asdict(config)}, None))
+def run(config: ToyConfig) -> FitResult:
+    return fit(ToyTask(), ToySource(), config, services(config))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_tracking_takes_at_most_a_hundredth_of_the_loop_s_time_with_the_server_d
     every_steps = compose("pretrain", [])["train"]["tracking"]["every_steps"]
     down = dataclasses.replace(tracking(dead_server, drain_s=0.1), every_steps=every_steps)
     config = dataclasses.replace(toy_config(tmp_path, steps=3 * every_steps), tracking=down)
-    fit(ToyTask(), UnhurriedSource(), config, Services({"train": {}}, None))
+    fit(ToyTask(), UnhurriedSource(), config, Services(config.run, {"train": {}}, None))
     assert len(spent) >= 3
     assert sum(spent) < 0.01 * 3 * every_steps * 0.02
     assert max(taken) < down.timeout_s / 2  # no request was waited for

@@ -76,7 +76,7 @@ def test_a_cell_differs_from_another_only_by_encoder_seed_mode_and_place() -> No
     assert all_cells[0].arm == "region"  # the reference is first
     run = cell_config(config, all_cells[-1])
     assert (run.encoder, run.train.seed, run.data.seed, run.task.probe and run.task.probe.seed) == ("t1@x", 5, 5, 5)
-    assert run.train.run.folder == run.run.folder == "b/cells/tube-1-full-seed5"
+    assert run.run.folder == "b/cells/tube-1-full-seed5"
     assert run.task.unfreezing.first_block_opens_at_step == 0
     probe = cell_config(config, next(cell for cell in all_cells if cell.mode == "probe"))
     assert probe.task.unfreezing.first_block_opens_at_step == config.train.steps
