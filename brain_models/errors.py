@@ -1,13 +1,19 @@
-"""Errors a user can mend. Each message says what, where and what to do next."""
+"""Errors that a user can fix. Each message says what is wrong, where, and what to do next."""
 
 
-class ScanError(ValueError):
+class UserError(ValueError):
+    """The root of them in every package; it is here because this package imports none of the others."""
+
+    exit_status = 2  # of a command that ends with it
+
+
+class ScanError(UserError):
     """A scan that cannot be read as what it is said to be."""
 
 
-class SpaceError(ValueError):
+class SpaceError(UserError):
     """A brain space, atlas or patch layout that cannot be made or does not fit."""
 
 
-class BundleError(ValueError):
+class BundleError(UserError):
     """A bundle whose files, versions or golden output do not fit."""

@@ -1,7 +1,9 @@
 """What goes wrong where bytes live: a message for the user, ending in what to do."""
 
+from brain_models.errors import UserError
 
-class StorageError(ValueError):
+
+class StorageError(UserError):
     """A location that cannot be read or written as asked."""
 
 
@@ -9,13 +11,13 @@ class StoreUnavailableError(StorageError):
     """The store did not answer, or not let us in: nothing is known about the object, so nothing is wrong with it."""
 
 
-class ClusterError(ValueError):
+class ClusterError(UserError):
     """A cluster that does not answer, or has too little for the workers asked for."""
 
 
-class SubmitError(ValueError):
+class SubmitError(UserError):
     """A command that cannot be handed to a cluster as given."""
 
 
-class PreflightError(ValueError):
+class PreflightError(UserError):
     """A cluster on which this run would fail."""

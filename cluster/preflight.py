@@ -1,15 +1,19 @@
 """Check a cluster before hours are spent: nodes, links, storage, tracking and clocks, against what one run needs.
 
-    ray job submit --working-dir . -- python -m cluster.preflight pretrain kind=bold shards=s3://brains/shards ...
+Example (as a job of the cluster itself):
 
-Takes the same words as `python -m <part>`. Prints a table; exits 2 when the run could not finish, saying what to mend.
+  ray job submit --working-dir . -- python -m cluster.preflight pretrain kind=bold shards=s3://brains/shards ...
+
+Required: the command (data_sharding, pretrain, finetune) and its arguments
+
+Prints a table; exits 2 when the run could not finish, and says what to fix.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -24,6 +28,7 @@ from cluster.errors import PreflightError
 from cluster.ray.launch import ray_session
 from cluster.ray.node_check import Link, NodeFacts, clock_s, node_facts
 from cluster.storage.stores import store_for
+from configs.entry import Command, main
 
 MAX_CLOCK_SKEW_S = 2.0  # an S3 server refuses requests 15 min off; metrics of several nodes should stay in order
 MIN_LINK_SHARE = 0.5  # of the fastest: one slow link slows every step of every rank
@@ -60,23 +65,27 @@ class Needs:
     tracking: str | None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", help="data_sharding, pretrain, finetune")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="as for python -m <part>")
-    arguments = parser.parse_args()
-    try:
-        needs = needs_of(arguments.part, arguments.overrides)
-        rows = preflight(needs)
-    except PreflightError as error:
-        print(f"PreflightError: {error}", file=sys.stderr)
-        sys.exit(2)
+@dataclass
+class PreflightConfig:
+    """The command to check for."""
+
+    part: str
+    overrides: list[str]
+
+
+def run(config: PreflightConfig) -> None:
+    rows = preflight(needs_of(config.part, config.overrides))
     print(table(rows))
     if failed := [row for row in rows if not row.is_ok]:
-        print(f"PreflightError: {len(failed)} of {len(rows)} checks failed; this run would not finish", file=sys.stderr)
-        sys.exit(2)
+        raise PreflightError(f"{len(failed)} of {len(rows)} checks failed; this run would not finish")
+
+
+def plan(config: PreflightConfig) -> str:
+    return f"check this cluster for: python -m {shlex.join([config.part, *config.overrides])}"
+
+
+def command() -> Command:
+    return Command(PreflightConfig, run, plan)
 
 
 def needs_of(part: str, overrides: list[str]) -> Needs:
@@ -383,4 +392,4 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main("cluster.preflight", __doc__, command, positional=("part", "overrides..."))

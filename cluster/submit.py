@@ -1,15 +1,19 @@
-"""Send one command of this project to a Ray cluster: check it here, submit it, follow its log, exit as it did.
+r"""Send one command of this project to a Ray cluster: check it here, submit it, follow its log, exit as it did.
 
-    python -m cluster.submit pretrain kind=bold shards=s3://brains/shards run.folder=s3://runs/bold \\
-        train.tracking.uri=http://mlflow:5000 cluster=ray cluster.num_workers=16
+Example:
 
-The same command again follows the job while it runs; after it ended, a new job goes on from the run's last commit.
+  python -m cluster.submit pretrain kind=bold shards=s3://brains/shards run.folder=s3://runs/bold \
+      train.tracking.uri=http://mlflow:5000 cluster=ray cluster.num_workers=16
+
+Required: the command (data_sharding, pretrain, finetune, ...) and its arguments
+Before the command: address=<of the cluster's job server>  working_dir=<uploaded to the nodes>  wait=false
+
+The same command again follows the job while it runs; after it ended, a new job resumes from the run's last commit.
 Stopping this command (Ctrl-C) leaves the job running.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import glob
 import hashlib
@@ -28,6 +32,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from cluster.errors import SubmitError
+from configs.entry import Command, main
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -47,7 +52,7 @@ POLL_S = 0.5
 
 
 @dataclass(frozen=True)
-class Command:
+class Job:
     """One `python -m <part> <overrides>`, and the run it works on."""
 
     part: str
@@ -68,32 +73,34 @@ class Command:
         return f"{self.part.replace('.', '-')}-{name}-{place}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.submit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--address", help="of the cluster's job server; default: RAY_API_SERVER_ADDRESS, or this machine"
-    )
-    parser.add_argument(
-        "--working-dir", default=".", help="uploaded to the nodes; '' when this project is installed there"
-    )
-    parser.add_argument("--no-wait", action="store_true", help="return as soon as the job is submitted")
-    parser.add_argument("part", help="data_sharding, pretrain, finetune, ...")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="as for python -m <part>")
-    arguments = parser.parse_args()
-    try:
-        command = checked_command(arguments.part, arguments.overrides)
-        client = connect(arguments.address)
-        submission_id = submit(client, command, arguments.working_dir)
-        if not arguments.no_wait:
-            sys.exit(follow(client, submission_id))
-    except SubmitError as error:
-        print(f"SubmitError: {error}", file=sys.stderr)
-        sys.exit(2)
+@dataclass
+class SubmitConfig:
+    """The command, and the cluster it goes to."""
+
+    part: str
+    overrides: list[str]
+    address: str | None
+    working_dir: str | None
+    wait: bool
 
 
-def checked_command(part: str, overrides: list[str]) -> Command:
+def run(config: SubmitConfig) -> int:
+    job = checked_job(config.part, config.overrides)
+    client = connect(config.address)
+    submission_id = submit(client, job, config.working_dir)
+    return follow(client, submission_id) if config.wait else 0
+
+
+def plan(config: SubmitConfig) -> str:
+    job = checked_job(config.part, config.overrides)
+    return f"submit as {job.base_id}-<attempt>: {job.entrypoint}"
+
+
+def command() -> Command:
+    return Command(SubmitConfig, run, plan)
+
+
+def checked_job(part: str, overrides: list[str]) -> Job:
     """The command, after `python -m <part> --validate` accepted it; SubmitError lists places only this machine has.
 
     Exits with the part's own report of all problems when it refuses.
@@ -112,7 +119,7 @@ def checked_command(part: str, overrides: list[str]) -> Command:
     run = next((value for key, value in values if key in RUN_KEYS and value), None)
     if run is None:
         raise SubmitError(f"python -m {part} has neither {' nor '.join(RUN_KEYS)}: there is no run to submit")
-    return Command(part, tuple(overrides), str(run))
+    return Job(part, tuple(overrides), str(run))
 
 
 def leaves(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -154,39 +161,39 @@ def connect(address: str | None) -> JobSubmissionClient:
     except ConnectionError as error:
         raise SubmitError(
             f"no Ray job server answers at {address}; start one (ray start --head), forward its port "
-            "(ssh -L 8265:127.0.0.1:8265 <head>), or give --address"
+            "(ssh -L 8265:127.0.0.1:8265 <head>), or give address="
         ) from error
     except (AuthenticationError, RuntimeError) as error:
         raise SubmitError(f"{address} refused: {error}; set RAY_AUTH_MODE=token and the cluster's token") from error
 
 
-def submit(client: JobSubmissionClient, command: Command, working_dir: str) -> str:
+def submit(client: JobSubmissionClient, job: Job, working_dir: str | None) -> str:
     """The id of the job that works on this run: the one that runs already, or a new one."""
-    earlier = [job for job in client.list_jobs() if attempt_of(job, command) is not None]
-    if running := [job for job in earlier if not job.status.is_terminal()]:
-        return adopt(running[0], command)
-    attempt = 1 + max((attempt_of(job, command) or 0 for job in earlier), default=0)
-    submission_id = f"{command.base_id}-{attempt:03d}"
+    earlier = [each for each in client.list_jobs() if attempt_of(each, job) is not None]
+    if running := [each for each in earlier if not each.status.is_terminal()]:
+        return adopt(running[0], job)
+    attempt = 1 + max((attempt_of(each, job) or 0 for each in earlier), default=0)
+    submission_id = f"{job.base_id}-{attempt:03d}"
     try:
         client.submit_job(
-            entrypoint=command.entrypoint,
+            entrypoint=job.entrypoint,
             submission_id=submission_id,
             runtime_env=runtime_environment(working_dir),
-            metadata={"part": command.part, "run": command.run},
+            metadata={"part": job.part, "run": job.run},
         )
     except RuntimeError as error:
-        others = [job for job in client.list_jobs() if job.submission_id == submission_id]
+        others = [each for each in client.list_jobs() if each.submission_id == submission_id]
         if not others:  # otherwise somebody else submitted the same run a moment ago
-            raise SubmitError(f"the cluster did not take {command.entrypoint}: {error}") from error
-        return adopt(others[0], command)
-    print(f"submitted {submission_id}: {command.entrypoint}", flush=True)
+            raise SubmitError(f"the cluster did not take {job.entrypoint}: {error}") from error
+        return adopt(others[0], job)
+    print(f"submitted {submission_id}: {job.entrypoint}", flush=True)
     return submission_id
 
 
-def runtime_environment(working_dir: str) -> dict[str, object]:
+def runtime_environment(working_dir: str | None) -> dict[str, object]:
     """What a job gets: the folder, which commit it is of, and time to save when it is stopped. Readable for everyone
     who may list jobs: no secret belongs here."""
-    if not working_dir:
+    if working_dir is None:
         return {"env_vars": STOP_WAIT}
     return {"working_dir": working_dir, "env_vars": STOP_WAIT | commit_of(working_dir)}
 
@@ -202,22 +209,22 @@ def commit_of(folder: str) -> dict[str, str]:
     return {COMMIT_VARIABLE: described.stdout.strip()}
 
 
-def attempt_of(job: JobDetails, command: Command) -> int | None:
-    """The number of the attempt a job is at this run; None for jobs of other runs."""
-    base, _, attempt = (job.submission_id or "").rpartition("-")
-    return int(attempt) if base == command.base_id and attempt.isdecimal() else None
+def attempt_of(known: JobDetails, job: Job) -> int | None:
+    """The number of the attempt that a job of the cluster is at this run; None for jobs of other runs."""
+    base, _, attempt = (known.submission_id or "").rpartition("-")
+    return int(attempt) if base == job.base_id and attempt.isdecimal() else None
 
 
-def adopt(job: JobDetails, command: Command) -> str:
+def adopt(running: JobDetails, job: Job) -> str:
     """The id of a job that works on this run already; SubmitError when it does so with other values."""
-    assert job.submission_id is not None
-    if job.entrypoint != command.entrypoint:
+    assert running.submission_id is not None
+    if running.entrypoint != job.entrypoint:
         raise SubmitError(
-            f"job {job.submission_id} works on {command.run} with another command:\n  there {job.entrypoint}\n"
-            f"  here  {command.entrypoint}\nstop it (ray job stop {job.submission_id}), or choose another place"
+            f"job {running.submission_id} works on {job.run} with another command:\n  there {running.entrypoint}\n"
+            f"  here  {job.entrypoint}\nstop it (ray job stop {running.submission_id}), or choose another folder"
         )
-    print(f"{job.submission_id} is running already; following it", flush=True)
-    return job.submission_id
+    print(f"{running.submission_id} is running already; following it", flush=True)
+    return running.submission_id
 
 
 def follow(client: JobSubmissionClient, submission_id: str) -> int:
@@ -295,4 +302,4 @@ def give_up_in_time(lost_at: float, error: Exception, submission_id: str) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    main("cluster.submit", __doc__, command, positional=("part", "overrides..."))

@@ -10,12 +10,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
+from brain_models.errors import UserError
+
 Schema = TypeVar("Schema")
 
 MISSING = "???"  # how a required value is written in YAML
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that does not fit its schema; the message lists every problem."""
 
 

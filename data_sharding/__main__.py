@@ -1,7 +1,7 @@
 """Turns a folder of brain scans into a verified shard set that training reads.
 
 Purpose: find the scans of a data set (BIDS derivatives such as fMRIPrep's, ADHD-200, ...), bring them onto one brain
-space, and write them as WebDataset tars with an index and a manifest. Run it again after a stop: it goes on.
+space, and write them as WebDataset tars with an index and a manifest. Run the same command again to resume.
 
 Example:
   python -m data_sharding source.root=out/phantom out=out/shards space=mni6 atlas=template
@@ -12,25 +12,19 @@ Groups:   dataset=bids|adhd200|mica_mics|hcp_motor|algonauts2023 (docs/datasets.
           registration=none|affine|nonlinear  cluster=local|ray
 """
 
-from __future__ import annotations
-
-from configs.entry import main
-from data_sharding.config import ShardingConfig, validate_config
-from data_sharding.write.build import build
-from data_sharding.write.prepare import describe
+from configs.entry import Command, main
 
 
-def run() -> None:
-    """Runs the command line."""
-    main(
-        part="data_sharding",
-        schema=ShardingConfig,
-        help_text=__doc__ or "",
-        run=build,
-        validate=validate_config,
-        plan=describe,
-    )
+def command() -> Command:
+    from data_sharding.config import ShardingConfig, validate_config
+    from data_sharding.write.build import build
+    from data_sharding.write.prepare import describe
+
+    def run(config: ShardingConfig) -> None:
+        build(config)
+
+    return Command(ShardingConfig, run, describe, validate_config)
 
 
 if __name__ == "__main__":
-    run()
+    main("data_sharding", __doc__, command)

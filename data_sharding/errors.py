@@ -1,11 +1,13 @@
 """What a user can mend about sources, shard sets and how they are read."""
 
+from brain_models.errors import UserError
 
-class SourceError(ValueError):
+
+class SourceError(UserError):
     """A source of scans that cannot be used as it is."""
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard set that is missing, of another schema, damaged, or in the way of a new one."""
 
 

@@ -13,20 +13,28 @@ Often used:
   seed=0               other people of the same population
 """
 
-from brain_models.space import fsl_grid
-from configs.entry import main
-from data_sharding.phantoms.study.config import PhantomConfig, problems
-from data_sharding.phantoms.study.write import write_phantom
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from configs.entry import Command, main
+
+if TYPE_CHECKING:
+    from data_sharding.phantoms.study.config import PhantomConfig
 
 
 def run(config: PhantomConfig) -> None:
     """Writes the folder and says what comes next."""
+    from data_sharding.phantoms.study.write import write_phantom
+
     write_phantom(config)
     print(f"next: python -m data_sharding source.root={config.out} out=<set>")
 
 
 def plan(config: PhantomConfig) -> str:
     """Returns what would be written."""
+    from brain_models.space import fsl_grid
+
     _, shape = fsl_grid(config.spacing_mm)
     _, t1_shape = fsl_grid(config.t1_spacing_mm)
     sites = ", ".join(f"{site.name} (TR {site.repetition_time_s:g} s)" for site in config.sites)
@@ -36,5 +44,11 @@ def plan(config: PhantomConfig) -> str:
     )
 
 
+def command() -> Command:
+    from data_sharding.phantoms.study.config import PhantomConfig, problems
+
+    return Command(PhantomConfig, run, plan, problems)
+
+
 if __name__ == "__main__":
-    main(part="phantom", schema=PhantomConfig, help_text=__doc__, run=run, validate=problems, plan=plan)
+    main("data_sharding.phantom", __doc__, command)

@@ -3,30 +3,35 @@
 Example:
   python -m data_sharding.report out/shards
 
+Required: the shard set
+
 The page is <set>/report.html and needs no other file and no network. Means are taken over a fixed subset of scans.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-import sys
-
-from configs.entry import told_to_users
-from data_sharding.check.report import REPORT, render
-from data_sharding.read.shard_set import open_set
+from configs.entry import Command, main
 
 
-def main() -> int:
-    """The exit code of the command line."""
-    arguments = sys.argv[1:]
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print((__doc__ or "").strip())
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    with told_to_users():
-        shard_set = open_set(arguments[0])
-        shard_set.store.put(REPORT, render(shard_set).encode())
-        print(f"wrote {shard_set.store.join(REPORT)}")
-    return 0
+@dataclass
+class ReportConfig:
+    """Which set."""
+
+    set: str
+
+
+def run(config: ReportConfig) -> None:
+    from data_sharding.check.report import REPORT, render
+    from data_sharding.read.shard_set import open_set
+
+    shard_set = open_set(config.set)
+    shard_set.store.put(REPORT, render(shard_set).encode())
+    print(f"wrote {shard_set.store.join(REPORT)}")
+
+
+def command() -> Command:
+    return Command(ReportConfig, run, lambda config: f"a page about {config.set}: {config.set}/report.html")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main("data_sharding.report", __doc__, command, positional=("set",))

@@ -13,7 +13,7 @@ import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.entry import main
+from configs.entry import Command, main
 from data_sharding import phantoms
 from data_sharding.errors import SourceError
 
@@ -61,12 +61,9 @@ def plan(config: SourcePhantomConfig) -> str:
     return f"a {config.layout} phantom of {config.num_subjects} subjects into {config.out}, seed {config.seed}"
 
 
+def command() -> Command:
+    return Command(SourcePhantomConfig, run, plan, validate)
+
+
 if __name__ == "__main__":
-    main(
-        part="source_phantoms",
-        schema=SourcePhantomConfig,
-        help_text=__doc__ or "",
-        run=run,
-        validate=validate,
-        plan=plan,
-    )
+    main("data_sharding.source_phantoms", __doc__, command)

@@ -1,46 +1,51 @@
-"""Re-reads a whole shard set and names the first bad byte range of each object that is not as written.
+"""Reads a whole shard set and names the first bad byte range of each object that is not as written.
 
 Examples:
   python -m data_sharding.verify out/shards
-  python -m data_sharding.verify out/shards --repair source.root=/data/bids
+  python -m data_sharding.verify out/shards source.root=/data/bids
 
-Exits 1 when anything is wrong, 0 when every hash, count, checksum and index row holds. With --repair what is damaged is
-written again from the scans, to the very bytes it had; key=value gives what a set does not remember (where scans lie).
+Required: the shard set
+
+Exits 1 when anything is wrong, 0 when every hash, count, checksum and index row holds. Given where the scans are (and
+whatever else a set does not record), it writes damaged objects again, byte for byte as they were.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass
 
-import sys
-
-from configs.entry import told_to_users
-from data_sharding.check.repair import repair
-from data_sharding.check.verify import verify
-from data_sharding.read.shard_set import open_set
+from configs.entry import Command, main
 
 
-def main() -> int:
-    """The exit code of the command line."""
-    arguments = sys.argv[1:]
-    wants_repair = arguments[1:2] == ["--repair"]
-    if not arguments or arguments[0].startswith("-") or (len(arguments) > 1 and not wants_repair):
-        print((__doc__ or "").strip())
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    location = arguments[0]
-    with told_to_users():
-        problems = verify(location)
-        for problem in problems:
-            print(f"BAD {location}/{problem}")
-        if problems and wants_repair:
-            for line in repair(location, problems, overrides=arguments[2:]):
-                print(line, flush=True)
-            problems = verify(location)
+@dataclass
+class VerifyConfig:
+    """Which set, and what it does not record; without that nothing is repaired."""
+
+    set: str
+    repair: list[str]
+
+
+def run(config: VerifyConfig) -> int:
+    from data_sharding.check.repair import repair
+    from data_sharding.check.verify import verify
+    from data_sharding.read.shard_set import open_set
+
+    problems = verify(config.set)
+    for problem in problems:
+        print(f"BAD {config.set}/{problem}")
+    if problems and config.repair:
+        for line in repair(config.set, problems, overrides=config.repair):
+            print(line, flush=True)
+        problems = verify(config.set)
     if problems:
-        print(f"write them again with 'python -m data_sharding.verify {location} --repair source.root=<the scans>'")
+        print(f"to write them again: python -m data_sharding.verify {config.set} source.root=<the scans>")
         return 1
-    manifest = open_set(location).manifest
-    print(f"{location} is as written: {len(manifest.shards)} shards, {manifest.counts['bytes']} bytes")
+    manifest = open_set(config.set).manifest
+    print(f"{config.set} is as written: {len(manifest.shards)} shards, {manifest.counts['bytes']} bytes")
     return 0
 
 
+def command() -> Command:
+    return Command(VerifyConfig, run, lambda config: f"read every byte of {config.set}")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main("data_sharding.verify", __doc__, command, positional=("set", "repair..."))

@@ -8,23 +8,28 @@ Example (two workers on this machine, the shards of `python -m data_sharding`, t
 Required: shards=<shard set>  encoder=<models:/name@alias, or a bundle folder>  run.folder=<where the run lives>
 Groups:   task=adhd_classification  engine=plain|zero0..zero3  cluster=inline|local|ray  experiment=quick_adhd|demo_adhd
 
-The same command with the same run.folder goes on where the run stopped. Results: <run.folder>/report.html,
-metrics.json (every number with its interval, beside the baselines), scores.csv and bundle/.
+Run the same command again to resume. Results: <run.folder>/report.html, metrics.json (every number with its
+interval, beside the baselines), scores.csv and bundle/.
 Then ask the model about scans:
   python -m finetune.predict registered_model=models:/finetune-adhd_classification@candidate scans=[...]
 """
 
-from cluster.ray.launch import run_on_workers
-from configs.entry import main
-from finetune.config import FinetuneConfig
-from finetune.planning import plan, validate
-from finetune.report.summary import show
-from finetune.train import train
+from configs.entry import Command, main
 
 
-def run(config: FinetuneConfig) -> None:
-    print(show(run_on_workers(train, config, cluster=config.cluster, name=config.run.name), folder=config.run.folder))
+def command() -> Command:
+    from cluster.ray.launch import run_on_workers
+    from finetune.config import FinetuneConfig
+    from finetune.planning import plan, validate
+    from finetune.report.summary import show
+    from finetune.train import train
+
+    def run(config: FinetuneConfig) -> None:
+        numbers = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
+        print(show(numbers, folder=config.run.folder))
+
+    return Command(FinetuneConfig, run, plan, validate)
 
 
 if __name__ == "__main__":
-    main(part="finetune", schema=FinetuneConfig, help_text=__doc__ or "", run=run, validate=validate, plan=plan)
+    main("finetune", __doc__, command)

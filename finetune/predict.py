@@ -16,14 +16,17 @@ from __future__ import annotations
 import glob
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from brain_models import bids
 from brain_models.errors import ScanError
-from configs.entry import main
-from finetune.config import PredictConfig
+from configs.entry import Command, main
 from finetune.errors import FinetuneError
+
+if TYPE_CHECKING:
+    from finetune.config import PredictConfig
 
 COLUMN_OF_SUFFIX = {"bold": "bold", "T1w": "t1w"}
 
@@ -137,5 +140,11 @@ def run(config: PredictConfig) -> None:
     print(f"{len(answers)} scans -> {config.out}")
 
 
+def command() -> Command:
+    from finetune.config import PredictConfig
+
+    return Command(PredictConfig, run, plan, validate)
+
+
 if __name__ == "__main__":
-    main(part="finetune.predict", schema=PredictConfig, help_text=__doc__ or "", run=run, validate=validate, plan=plan)
+    main("finetune.predict", __doc__, command)

@@ -10,23 +10,27 @@ Joint:    "sets={rest: {kind: bold, shards: <set>, weight: 0.7}, anat: {kind: t1
 Groups:   model=tiny|small|base|large  masking=region|random|tube|future  engine=plain|zero0..zero3
           cluster=inline|local|ray  experiment=quick_bold|demo_bold|demo_t1
 
-The same command resumes a run that was interrupted. Results: <run.folder>/metrics.json (r2 of hidden voxels about the
-training mean, beside the mean, neighbour, drift and ridge baselines) and <run.folder>/bundle.
+Run the same command again to resume. Results: <run.folder>/metrics.json (r2 of hidden voxels about the training mean,
+beside the mean, neighbour, drift and ridge baselines) and <run.folder>/bundle.
 """
 
-from cluster.ray.launch import run_on_workers
-from configs.entry import main
-from pretrain.masked.config import PretrainConfig
-from pretrain.masked.planning import plan
-from pretrain.masked.study import train
-from pretrain.masked.validation import validate
+from configs.entry import Command, main
 
 
-def run(config: PretrainConfig) -> None:
-    summary = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
-    registered = f"; registered: {summary['registered']}" if "registered" in summary else ""
-    print(f"results: metrics.json, report/ and bundle/ in {config.run.folder}{registered}")
+def command() -> Command:
+    from cluster.ray.launch import run_on_workers
+    from pretrain.masked.config import PretrainConfig
+    from pretrain.masked.planning import plan
+    from pretrain.masked.study import train
+    from pretrain.masked.validation import validate
+
+    def run(config: PretrainConfig) -> None:
+        summary = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
+        registered = f"; registered: {summary['registered']}" if "registered" in summary else ""
+        print(f"results: metrics.json, report/ and bundle/ in {config.run.folder}{registered}")
+
+    return Command(PretrainConfig, run, plan, validate)
 
 
 if __name__ == "__main__":
-    main(part="pretrain", schema=PretrainConfig, help_text=__doc__ or "", run=run, validate=validate, plan=plan)
+    main("pretrain", __doc__, command)

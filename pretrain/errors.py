@@ -1,7 +1,9 @@
 """What pretraining refuses, as errors a user can act on."""
 
+from brain_models.errors import UserError
 
-class PretrainError(ValueError):
+
+class PretrainError(UserError):
     """A pretraining configuration or data set that cannot be used; the message says what, where and what to do."""
 
 

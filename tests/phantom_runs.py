@@ -60,7 +60,7 @@ def make_runs(population: Population, *, seed: int, num_subjects: int, effect_si
 def _config(*, seed: int, effect_size: float) -> PhantomConfig:
     overrides = [f"seed={seed}", f"effect_size={effect_size}", "equal_prevalence=true", f"num_frames={NUM_FRAMES}"]
     overrides += [f"spacing_mm={SPACING_MM}", f"t1_spacing_mm={SPACING_MM}", "out=unused"]
-    return parse(compose("phantom", overrides), PhantomConfig)
+    return parse(compose("data_sharding.phantom", overrides), PhantomConfig)
 
 
 def _run(config: PhantomConfig, subject: Subject, population: Population, order: np.ndarray) -> Run:

@@ -1,6 +1,9 @@
 """Every shipped YAML composes; parse() reports every problem with its full key."""
 
+import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,13 +11,19 @@ from typing import Literal
 import pytest
 
 import configs
-from configs.entry import compose, main
+from cluster.preflight import PreflightConfig
+from cluster.submit import SubmitConfig
+from configs.entry import Command, compose, main
 from configs.parse import ConfigError, parse
 from data_sharding.config import ShardingConfig
 from data_sharding.phantoms.study.config import PhantomConfig
+from data_sharding.report import ReportConfig
 from data_sharding.source_phantoms import SourcePhantomConfig
+from data_sharding.verify import VerifyConfig
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from pretrain.masked.config import PretrainConfig
+from training.pull import PullConfig
+from training.runs import RunsConfig
 
 
 @dataclass
@@ -39,23 +48,6 @@ GOOD = {
     "optimizer": {"learning_rate": 1, "betas": [0.9, 0.95]},
     "note": None,
 }
-
-
-@pytest.mark.parametrize(("schema", "trains"), [(PretrainConfig, True), (FinetuneConfig, True), (PhantomConfig, False)])
-def test_a_command_that_trains_can_be_profiled_and_no_other(
-    schema: type, trains: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def command(*arguments: str) -> None:
-        monkeypatch.setattr("sys.argv", ["command", *arguments])
-        main(part="phantom", schema=schema, help_text="", run=print, validate=lambda _: [], plan=str)
-
-    command("--help")
-    assert ("--profile" in capsys.readouterr().out) == trains
-    if not trains:
-        with pytest.raises(SystemExit, match="2"):
-            command("--profile", "out=unused")
-        told = capsys.readouterr().err
-        assert "unknown flag --profile; known: --help, --validate, --plan, --show\n" in told
 
 
 def test_a_good_mapping_becomes_dataclasses_and_an_int_serves_as_float() -> None:
@@ -87,9 +79,16 @@ def test_unknown_missing_and_mistyped_keys_are_reported_together_with_full_names
 ROOT = Path(configs.__file__).parent
 PARTS = {
     "data_sharding": (ShardingConfig, ["source.root=a", "out=b"]),
-    "phantom": (PhantomConfig, ["out=a"]),
-    "source_phantoms": (SourcePhantomConfig, ["out=a"]),
+    "data_sharding.phantom": (PhantomConfig, ["out=a"]),
+    "data_sharding.report": (ReportConfig, ["set=a"]),
+    "data_sharding.source_phantoms": (SourcePhantomConfig, ["out=a"]),
+    "data_sharding.verify": (VerifyConfig, ["set=a"]),
     "pretrain": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
+    "pretrain.analysis": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
+    "training.pull": (PullConfig, ["name=a@b", "folder=c"]),
+    "training.runs": (RunsConfig, ["uri=http://a"]),
+    "cluster.preflight": (PreflightConfig, ["part=pretrain"]),
+    "cluster.submit": (SubmitConfig, ["part=pretrain"]),
     "finetune": (FinetuneConfig, ["shards=a", "encoder=models:/a@candidate", "run.folder=b"]),
     "finetune.compare": (CompareConfig, ["shards=a", "encoders=[a@x,b@x]", "run.folder=b"]),
     "finetune.predict": (PredictConfig, ["registered_model=models:/a@candidate", "scans=[a]", "out=b.csv"]),
@@ -141,7 +140,7 @@ def without_required(composed: dict, schema: type) -> list[str]:
 
 def test_a_misspelt_override_is_refused_and_the_known_choices_are_named() -> None:
     for override, told in {
-        "engine=zero9": "engine=zero9: there is none of that name; choose one of plain, zero0, zero1, zero2, zero3;",
+        "engine=zero9": "engine=zero9: unknown choice; choose one of plain, zero0, zero1, zero2, zero3;",
         "train.stepz=3": "train.stepz: unknown key, did you mean train.steps?;",
         "learning_rate=1": "learning_rate: unknown key, did you mean train.optimizer.learning_rate?;",
         "train.run.folder=a": "train.run.folder: unknown key, did you mean run.folder?;",
@@ -163,3 +162,79 @@ def test_an_empty_value_a_number_for_a_label_and_a_key_that_is_used_twice_are_ea
         "  - atlas: expected str, got 1 (int); give \"atlas='1'\"",
         "  - run.folder: required; add run.folder=<str>",
     ]
+
+
+ALL_COMMANDS = sorted(path.stem for path in ROOT.glob("*.yaml"))
+
+
+def test_every_command_has_its_yaml_and_every_yaml_its_command() -> None:
+    top = ROOT.parent
+    packages = ("data_sharding", "pretrain", "finetune", "training", "cluster")
+    modules = [path for package in packages for path in (top / package).rglob("*.py")]
+    commands = [path for path in modules if re.search(r"^    main\(\"", path.read_text(), flags=re.MULTILINE)]
+    names = [".".join(path.relative_to(top).with_suffix("").parts).removesuffix(".__main__") for path in commands]
+    assert sorted(names) == ALL_COMMANDS == sorted(PARTS)
+
+
+HELP_PAGES = """
+import contextlib, io, json, runpy, sys
+pages = {}
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as page:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    pages[name] = page.getvalue()
+print(json.dumps({"pages": pages, "modules": list(sys.modules)}))
+"""
+
+
+def test_help_says_purpose_example_and_what_is_required_and_imports_nothing_heavy() -> None:
+    command = [sys.executable, "-c", HELP_PAGES, *ALL_COMMANDS]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert sorted(found["pages"]) == ALL_COMMANDS
+    for name, page in found["pages"].items():
+        first_screen = "\n".join(page.splitlines()[:24])
+        assert f"python -m {name} " in first_screen
+        assert "Required" in first_screen
+        assert all(f"\n  {flag} " in page for flag in ("--help", "--validate", "--plan", "--show"))
+    heavy = {"torch", "mlflow", "ray", "hydra", "boto3", "nibabel", "sklearn"}
+    assert heavy.isdisjoint(found["modules"])
+
+
+@dataclass
+class Target:
+    part: str
+    words: list[str]
+    wait: bool = True
+
+
+def target_of(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """What main() makes of a command line that has two positional keys, the last of them a list."""
+    seen: list[Target] = []
+    monkeypatch.setattr("sys.argv", ["command", *arguments])
+    monkeypatch.setattr("configs.entry.compose", lambda name, overrides: {"words": [], "wait": not overrides})
+    with pytest.raises(SystemExit):
+        main("x", "", lambda: Command(Target, seen.append, str), positional=("part", "words..."))
+    return seen[0]
+
+
+def test_words_without_a_sign_fill_the_positional_keys_and_the_last_takes_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert target_of("pretrain", "a=1", "b", monkeypatch=monkeypatch) == Target("pretrain", ["a=1", "b"], wait=True)
+    assert target_of("wait=false", "pretrain", "a=1", monkeypatch=monkeypatch) == Target(
+        "pretrain", ["a=1"], wait=False
+    )
+
+
+def test_a_flag_nobody_knows_is_refused_and_an_error_that_is_not_for_users_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--profile"])
+    with pytest.raises(SystemExit, match="2"):
+        main("training.runs", "", lambda: Command(RunsConfig, print, str))
+    assert "unknown flag --profile; known: --help, --validate, --plan, --show\n" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["x", "uri=a"])
+    with pytest.raises(ValueError, match="invalid literal"):
+        main("training.runs", "", lambda: Command(RunsConfig, lambda config: int(config.uri), str))

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import secrets
 import shutil
 import socket
@@ -163,7 +162,7 @@ def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_stat
     out = folder / "submitted-bids"
 
     def submit(arguments: str) -> subprocess.CompletedProcess[str]:
-        return attempt(f"bash {ROOT}/cluster/submit.sh --working-dir '' {arguments}", folder, **ray_head)
+        return attempt(f"bash {ROOT}/cluster/submit.sh working_dir=null {arguments}", folder, **ray_head)
 
     misspelt = submit(f"data_sharding.phantom out={out} num_subject=2")
     assert misspelt.returncode == 2
@@ -187,19 +186,3 @@ def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_stat
     assert failing.returncode == 2
     assert len(submitted_parts(ray_head)) == 2  # it was the job that failed
     assert f"PhantomError: {folder}/no_folder is a file" in failing.stdout + failing.stderr
-
-
-@pytest.mark.parametrize(
-    "part",
-    ["data_sharding", "data_sharding.phantom", "pretrain", "finetune", "finetune.compare", "finetune.predict"],
-)
-def test_the_first_screen_of_help_says_purpose_example_and_required_overrides(
-    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [part, "--help"])
-    runpy.run_module(part, run_name="__main__", alter_sys=True)
-    page = capsys.readouterr().out
-    first_screen = "\n".join(page.splitlines()[:24])
-    assert f"python -m {part}" in first_screen
-    assert "Required" in first_screen
-    assert "--plan" in page

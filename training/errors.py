@@ -1,7 +1,9 @@
 """What goes wrong while training: messages for the user, ending in what to do."""
 
+from brain_models.errors import UserError
 
-class TrainingError(ValueError):
+
+class TrainingError(UserError):
     """A run that cannot start or continue as configured."""
 
 
@@ -11,9 +13,9 @@ class StoppedError(TrainingError):
     exit_status = 75  # sysexits.h: a temporary failure, try again
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is damaged, does not fit this run, or does not exist."""
 
 
-class RegistryError(ValueError):
+class RegistryError(UserError):
     """A registered model that cannot be found or read."""

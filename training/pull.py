@@ -1,25 +1,30 @@
-"""`python -m training.pull <name>@champion <folder>`: a registered model's bundle as a local folder.
+"""Fetch the bundle of a registered model into a local folder.
 
-`brain_models.bundle.load` reads it (model.yaml, weights.safetensors, spaces); `mlflow.pyfunc.load_model` takes the
-registered model itself.
+Example:
+  python -m training.pull callosum-bold@champion out/bold uri=sqlite:///out/mlflow.db
+
+Required: the model (name@alias, name/version or models:/...) and a new folder
+
+`brain_models.bundle.load` reads the folder (model.yaml, weights.safetensors, spaces); `mlflow.pyfunc.load_model` takes
+the registered model itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import StorageError
-from cluster.storage.stores import refusal_is_an_error
+from configs.entry import Command, main
 from training.errors import RegistryError
-from training.registry import models as registry
 
 
 def pull_to(model: str, folder: Path, *, uri: str) -> Path:
     """The folder, now holding the bundle of 'name@alias', 'name/version' or 'models:/...'; nothing when it fails."""
+    from cluster.storage.stores import refusal_is_an_error
+    from training.registry import models as registry
+
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise RegistryError(f"{folder} is a file or not empty; give a new folder, nothing is overwritten")
     with refusal_is_an_error(folder):
@@ -32,22 +37,26 @@ def pull_to(model: str, folder: Path, *, uri: str) -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.pull", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="name@alias, name/version or models:/...")
-    parser.add_argument("folder", type=Path, help="a new folder")
-    parser.add_argument("--uri", default="sqlite:///out/mlflow.db", help="tracking server (default: %(default)s)")
-    arguments = parser.parse_args()
-    try:
-        tags = registry.version_tags(arguments.model, uri=arguments.uri)
-        folder = pull_to(arguments.model, arguments.folder, uri=arguments.uri)
-    except (RegistryError, StorageError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{arguments.model} is in {folder}", *(f"  {key} {value}" for key, value in sorted(tags.items())), sep="\n")
+@dataclass
+class PullConfig:
+    """Which model, and where to."""
+
+    name: str
+    folder: str
+    uri: str
+
+
+def run(config: PullConfig) -> None:
+    from training.registry import models as registry
+
+    tags = registry.version_tags(config.name, uri=config.uri)
+    folder = pull_to(config.name, Path(config.folder), uri=config.uri)
+    print(f"{config.name} is in {folder}", *(f"  {key} {value}" for key, value in sorted(tags.items())), sep="\n")
+
+
+def command() -> Command:
+    return Command(PullConfig, run, lambda config: f"fetch {config.name} from {config.uri} into {config.folder}")
 
 
 if __name__ == "__main__":
-    main()
+    main("training.pull", __doc__, command, positional=("name", "folder"))

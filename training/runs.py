@@ -1,17 +1,20 @@
-"""`python -m training.runs <tracking uri>`: the runs and registered models a tracking server knows.
+"""List the runs and registered models of a tracking server.
 
-Of every run: state, last step, the newest commit it would resume from, a link, its final numbers.
+Example:
+  python -m training.runs sqlite:///out/mlflow.db
+
+Required: the server's address
+
+Of every run: its state, its last step, the commit it would resume from, where to look at it, and its final numbers.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.errors import StorageError
-from cluster.storage.stores import store_for
-from training.checkpoint import committed_folders
+from configs.entry import Command, main
 from training.errors import RegistryError
 from training.watch.tracking import known_server, last_steps, mlflow_environment
 
@@ -57,6 +60,9 @@ def describe(run: Run, uri: str) -> list[str]:
 
 def newest_commit(folder: str) -> str:
     """The commit the run would resume from, or why it cannot be seen from here."""
+    from cluster.storage.stores import store_for
+    from training.checkpoint import committed_folders
+
     try:
         store = store_for(folder)
         folders = committed_folders(store)
@@ -86,10 +92,15 @@ def list_models(uri: str) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.runs", description=__doc__)
-    parser.add_argument("uri", help="tracking server, e.g. sqlite:///out/mlflow.db")
-    uri = parser.parse_args().uri
+@dataclass
+class RunsConfig:
+    """Which tracking server."""
+
+    uri: str
+
+
+def run(config: RunsConfig) -> None:
+    uri = config.uri
     mlflow_environment(timeout_s=30)
     from mlflow.exceptions import MlflowException
 
@@ -98,12 +109,12 @@ def main() -> None:
         print("Registered models:", *(f"  {line}" for line in list_models(uri)), sep="\n")
     except MlflowException as error:
         advice = "check the address, and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        print(f"RegistryError: {uri} cannot be read ({error}); {advice}", file=sys.stderr)
-        sys.exit(2)
-    except RegistryError as error:
-        print(f"RegistryError: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise RegistryError(f"{uri} cannot be read ({error}); {advice}") from error
+
+
+def command() -> Command:
+    return Command(RunsConfig, run, lambda config: f"list the runs and registered models of {config.uri}")
 
 
 if __name__ == "__main__":
-    main()
+    main("training.runs", __doc__, command, positional=("uri",))

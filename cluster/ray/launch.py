@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from brain_models.errors import UserError
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, StoreUnavailableError
 from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, Seat, stacks_of
@@ -26,8 +27,6 @@ from cluster.stopping import REQUEST, listening
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
-
-OUR_PACKAGES = ("brain_models", "data_sharding", "training", "pretrain", "finetune", "cluster", "configs")
 
 log = logging.getLogger(__name__)
 
@@ -143,14 +142,9 @@ class _NodeLeavesError(Exception):
         self.error = error
 
 
-def is_our_error(error: BaseException) -> bool:
-    """True for an error one of our packages defined: a message for the user."""
-    return type(error).__module__.split(".")[0] in OUR_PACKAGES
-
-
 def is_final(error: BaseException) -> bool:
-    """True for an error of ours that a restart would not cure, as it may where a store is away or its keys ran out."""
-    return is_our_error(error) and not isinstance(error, StoreUnavailableError)
+    """True for a user error that a restart would not cure, as it may where a store is away or its keys ran out."""
+    return isinstance(error, UserError) and not isinstance(error, StoreUnavailableError)
 
 
 @contextmanager
@@ -265,7 +259,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
             raise _NodeLeavesError(final)
         raise final
     if failed is not None:
-        ours = [error for error in getattr(failed, "worker_failures", {}).values() if is_our_error(error)]
+        ours = [error for error in getattr(failed, "worker_failures", {}).values() if isinstance(error, UserError)]
         raise next(iter(ours), failed)
     return ray.get(outcome.last_result.remote())
 
@@ -337,7 +331,7 @@ def _on_worker(job: dict[str, Any]) -> None:
             relayed(outcome, is_terminal=job["is_terminal"]) if is_main else nullcontext(),
         ):
             result = job["function"](job["config"])
-    except ValueError as error:
+    except UserError as error:
         if is_final(error):
             ray.get(outcome.add_error.remote(error))
         raise

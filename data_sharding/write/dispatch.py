@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from brain_models.errors import UserError
 from cluster.config import ClusterConfig
 from cluster.ray.launch import ray_session
 from cluster.storage.stores import Store
-from configs.entry import is_for_users
 from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
@@ -107,7 +107,7 @@ def _by_ray(
             print(f"the worker of {label(item)} died ({type(error).__name__}); it is done again", flush=True)
             waiting.append(item)
             continue
-        if isinstance(result, ValueError):
+        if isinstance(result, UserError):
             raise result
         yield item, result
 
@@ -124,13 +124,11 @@ def _kept_dying(label: str, error: Exception) -> ShardError:
     )
 
 
-def _call_quietly(function: Callable[[Item], Result], item: Item) -> Result | ValueError:
-    """The result, or our error as a value: Ray would wrap a raised one in its own class and traceback."""
+def _call_quietly(function: Callable[[Item], Result], item: Item) -> Result | UserError:
+    """The result, or a user error as a value: Ray would wrap a raised one in its own class and traceback."""
     try:
         return function(item)
-    except ValueError as error:  # as all of ours are
-        if not is_for_users(error):
-            raise
+    except UserError as error:
         return error
 
 

@@ -12,126 +12,19 @@ Also:     encoder=<arm the others are compared with>  seeds=[0,1,2]  metric=with
           and everything of python -m finetune: task, engine, cluster, experiment, train.*, data.*
 
 Every cell (encoder, mode, seed) chooses on validation and is scored on the test split once. Intervals are over seeds
-and subjects (finetune/compare/paired.py says how), corrected for the number of pairs. The same command goes on with
-the cells that are missing. Results: <run.folder>/comparison.md, .csv, .png and cells.csv, and an MLflow run.
+and subjects (finetune/compare/paired.py says how), corrected for the number of pairs.
+Run the same command again to resume. Results: <run.folder>/comparison.md, .csv, .png and cells.csv, and an MLflow run.
 """
 
-from __future__ import annotations
-
-from dataclasses import replace
-from pathlib import Path
-
-import numpy as np
-
-from cluster.storage.stores import store_for
-from configs.entry import main
-from data_sharding.read.reader import open_set
-from finetune import planning
-from finetune.compare.cells import answers, arms_of, cell_config, cells_of, is_finished, pinned, slug
-from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, write
-from finetune.compare.paired import Metric
-from finetune.config import CompareConfig, FinetuneConfig
-from finetune.tasks.subject_prediction.labels import Labels, read_labels
-from finetune.train import fetch_backbone
-from training.registry.seen_subjects import overlap
+from configs.entry import Command, main
 
 
-def run(config: CompareConfig) -> None:
-    found = compare(config, answers(config))
-    folder = Path(config.run.scratch) / f"{slug(config.run.name)}-comparison"
-    write(found, folder)
-    store = store_for(config.run.folder)
-    for name in FILES:
-        store.put(name, folder / name)
-    log_to_mlflow(found, folder, config)
-    print(f"\n{as_markdown(found)}\n{config.run.folder.rstrip('/')}/comparison.md, comparison.csv, comparison.png")
+def command() -> Command:
+    from finetune.compare.planning import plan, run, validate
+    from finetune.config import CompareConfig
 
-
-def validate(config: CompareConfig) -> list[str]:
-    """Problems of the comparison itself; if there are none, those of fine-tuning each encoder."""
-    problems = arm_problems(config)
-    if problems:
-        return problems
-    first_of = {cell.encoder: cell for cell in reversed(cells_of(config))}
-    for cell in first_of.values():
-        run_config = cell_config(config, cell)
-        found = planning.validate(run_config)
-        if not found:
-            tested, labels = tested_subjects(run_config)
-            found = overlap_problems(run_config) + pair_problems(config.metric, *labels.rows(tested))
-        problems += found
-    return list(dict.fromkeys(problems))
-
-
-def arm_problems(config: CompareConfig) -> list[str]:
-    """Arms, seeds and modes that make no comparison."""
-    given = config.encoders
-    problems = []
-    if len(given) < 2:
-        problems.append(f"encoders: {len(given)} arm; give at least two")
-    if isinstance(given, list) and (twice := sorted({encoder for encoder in given if given.count(encoder) > 1})):
-        problems.append(f"encoders: {', '.join(twice)} is there twice; name arms: encoders={{a: [...], b: [...]}}")
-    if isinstance(given, dict) and (len({len(arm) for arm in given.values()}) != 1 or not all(given.values())):
-        counts = ", ".join(f"{name} {len(arm)}" for name, arm in given.items())
-        problems.append(f"encoders: {counts}; give every arm equally many, one a pretraining seed, in the same order")
-    if config.encoder != "first" and config.encoder not in given:
-        problems.append(f"encoder: {config.encoder} is none of the arms {', '.join(given)}; name one, or 'first'")
-    if len({slug(name) for name in given}) < len(set(given)):
-        problems.append(f"encoders: {', '.join(given)} are the same in letters and digits; name arms apart")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        problems.append(f"seeds: {config.seeds}; give at least one, each once")
-    if not config.modes:
-        problems.append("modes: none; give at least one")
-    if config.bootstrap.num_resamples < 2:
-        problems.append(f"bootstrap.num_resamples: {config.bootstrap.num_resamples}; give at least 2")
-    return problems
-
-
-def tested_subjects(config: FinetuneConfig) -> tuple[list[str], Labels]:
-    """The labelled subjects of the test split, and the set's labels."""
-    shard_set = open_set(config.shards, split=config.data.split)
-    labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
-    return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.is_case_of.keys()), labels
-
-
-def pair_problems(metric: Metric, is_case: np.ndarray, sites: np.ndarray) -> list[str]:
-    """A metric of pairs within sites, where no site of the test split has such a pair."""
-    if metric != "within_site_auroc" or set(sites[is_case]) & set(sites[~is_case]):
-        return []
-    return [
-        "metric: within_site_auroc, but no site of the test split has both cases and controls; use metric=auroc, or "
-        "split anew (data_sharding splits.*)"
-    ]
-
-
-def overlap_problems(config: FinetuneConfig) -> list[str]:
-    """An encoder that was pretrained on test subjects; one that does not say is marked in the table instead."""
-    seen = fetch_backbone(config).seen
-    tested, _ = tested_subjects(config)
-    shared = overlap(tested, seen or set())
-    if not shared:
-        return []
-    named = f"{', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}"
-    return [
-        f"encoder={config.encoder}: was pretrained on {len(shared)} of {len(tested)} test subjects ({named}); pretrain "
-        "on the train split of this set, or leave it out"
-    ]
-
-
-def plan(config: CompareConfig) -> str:
-    """The cells and how many are done, and what one of them does."""
-    cells = cells_of(config)
-    uri = config.train.tracking.uri
-    runs = [cell_config(config, replace(cell, encoder=pinned(cell.encoder, uri))) for cell in cells]
-    num_done = sum(is_finished(store_for(each.run.folder), each) for each in runs)
-    arms = arms_of(config)
-    shape = (
-        f"{len(arms)} arms x {len(next(iter(arms.values())))} encoders x {len(config.modes)} modes x "
-        f"{len(config.seeds)} seeds"
-    )
-    lines = [f"cells           {len(cells)}: {shape}; {num_done} done", f"reference       {next(iter(arms))}"]
-    return "\n".join([*lines, f"each, as {cells[-1].folder}:", planning.plan(runs[-1])])
+    return Command(CompareConfig, run, plan, validate)
 
 
 if __name__ == "__main__":
-    main(part="finetune.compare", schema=CompareConfig, help_text=__doc__ or "", run=run, validate=validate, plan=plan)
+    main("finetune.compare", __doc__, command)

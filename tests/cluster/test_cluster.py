@@ -46,7 +46,7 @@ def cluster() -> Iterator[Cluster]:
             net.start_node("b")
             phantom = [f"out={folder / 'bids'}", "num_subjects=24", "num_frames=48", "num_processes=1"]
             phantom += ["spacing_mm=12.0", "t1_spacing_mm=12.0"]
-            write_phantom(parse(compose("phantom", phantom), PhantomConfig))
+            write_phantom(parse(compose("data_sharding.phantom", phantom), PhantomConfig))
             net.wait_for_servers()
             net.wait_for_nodes()
             found = Cluster(net)

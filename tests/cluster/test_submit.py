@@ -17,7 +17,7 @@ from yarl import URL
 
 from cluster import submit
 from cluster.errors import SubmitError
-from cluster.submit import Command, connect, follow, is_relative_place, leaves, runtime_environment
+from cluster.submit import Job, connect, follow, is_relative_place, leaves, runtime_environment
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,9 @@ from cluster.submit import Command, connect, follow, is_relative_place, leaves, 
     [("s3://runs/bold", "s3://runs/bold/"), ("/project/runs/bold", "/project//runs/./bold/")],
 )
 def test_a_folder_written_in_another_way_is_the_same_run(written: str, same: str) -> None:
-    assert Command("pretrain", (), written).base_id == Command("pretrain", (), same).base_id
-    assert Command("pretrain", (), written).base_id != Command("pretrain", (), f"{written}2").base_id
-    assert Command("pretrain", (), written).base_id != Command("finetune", (), written).base_id
+    assert Job("pretrain", (), written).base_id == Job("pretrain", (), same).base_id
+    assert Job("pretrain", (), written).base_id != Job("pretrain", (), f"{written}2").base_id
+    assert Job("pretrain", (), written).base_id != Job("finetune", (), written).base_id
 
 
 def test_a_place_that_only_this_folder_has_is_told_from_the_names_of_models_and_arms(
@@ -62,7 +62,7 @@ def test_a_job_that_is_stopped_gets_minutes_to_save_with_and_without_git(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    for folder in ("", str(tmp_path)):
+    for folder in (None, str(tmp_path)):
         assert runtime_environment(folder)["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 
 

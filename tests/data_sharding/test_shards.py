@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +21,8 @@ from data_sharding.check.verify import verify
 from data_sharding.config import LimitsConfig, ShardingConfig, validate_config
 from data_sharding.errors import ShardError
 from data_sharding.read.shard_set import ShardSet, open_set
-from data_sharding.verify import main as verify_main
+from data_sharding.verify import VerifyConfig
+from data_sharding.verify import run as run_verify
 from data_sharding.write.build import build
 from data_sharding.write.packing import PackRequest
 from data_sharding.write.plan import pack_settings
@@ -202,15 +202,14 @@ def test_tars_are_plain_and_the_subjects_travel_with_them(written: ShardingConfi
 
 @pytest.mark.parametrize("frame", [0, 11])
 def test_verify_names_the_byte_range_of_a_corrupted_frame(
-    copied: Path, frame: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    copied: Path, frame: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert verify(str(copied)) == []
     shard_set = open_set(str(copied))
     row = shard_set.index[shard_set.index.member == "sub-03_task-rest_bold_0002.bold.npy"].iloc[0]
     first = row.offset + schema.NPY_HEADER_BYTES + frame * shard_set.space.num_voxels
     flip(copied / row.shard, first + 5)
-    monkeypatch.setattr(sys, "argv", ["verify", str(copied)])
-    assert verify_main() == 1
+    assert run_verify(VerifyConfig(str(copied), repair=[])) == 1
     printed = capsys.readouterr().out
     assert f"{row.shard} bytes {first}-{first + shard_set.space.num_voxels - 1}: frame {frame} of sub-03" in printed
 

@@ -103,7 +103,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("finetune")
     scans, shards = folder / "phantom", folder / "shards"
     small = [f"num_subjects={NUM_SUBJECTS}", "num_frames=32", "spacing_mm=12", "t1_spacing_mm=12", "seed=5"]
-    write_phantom(parse(compose("phantom", [f"out={scans}", *small]), PhantomConfig))
+    write_phantom(parse(compose("data_sharding.phantom", [f"out={scans}", *small]), PhantomConfig))
     overrides = [f"source.root={scans}", f"out={shards}", "dataset=phantom", "space=mni12", "source.kinds=[bold]"]
     overrides += ["splits.num_validation=8", "splits.num_test=10", "acceptance.min_coverage=0.2", "cluster=inline"]
     build(parse(compose("data_sharding", overrides), ShardingConfig))

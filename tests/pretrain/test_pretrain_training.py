@@ -24,9 +24,9 @@ from data_sharding.phantoms.study.write import write_phantom
 from data_sharding.read.fetch import Fetched, Fetcher, WindowRead
 from data_sharding.read.reader import BatchSource, ShardSet, open_set
 from data_sharding.write.build import build
-from pretrain.analysis import analyse_again
 from pretrain.errors import PretrainError
 from pretrain.masked import preparation
+from pretrain.masked.analysis import analyse_again
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import Masker
@@ -64,7 +64,7 @@ TINY = [  # a model that trains in seconds, in this process
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("pretrain")
     overrides = [f"out={folder / 'bids'}", "num_subjects=14", "num_frames=48", "spacing_mm=12.0", "t1_spacing_mm=12.0"]
-    write_phantom(parse(compose("phantom", [*overrides, "num_processes=1"]), PhantomConfig))
+    write_phantom(parse(compose("data_sharding.phantom", [*overrides, "num_processes=1"]), PhantomConfig))
     overrides = [f"source.root={folder / 'bids'}", f"out={folder / 'set'}", "space=mni12", "cluster=inline"]
     overrides += ["cluster.num_workers=1", "splits.rule=ranked", "splits.num_validation=3", "splits.num_test=2"]
     build(parse(compose("data_sharding", overrides), ShardingConfig))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,10 @@ from requests import HTTPError
 
 from brain_models.bundle import SCHEMA
 from cluster.errors import StorageError
-from training import pull, runs
 from training.errors import RegistryError
 from training.pull import pull_to
 from training.registry import models as registry
-from training.runs import list_models, list_runs, main
+from training.runs import RunsConfig, list_models, list_runs, run
 
 
 def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
@@ -86,10 +85,10 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
 @pytest.mark.parametrize(
     ("module", "arguments", "told"),
     [
-        ("runs", ["sqlite:///no/such.db"], "sqlite:///no/such.db: there is no file no/such.db; check"),
-        ("runs", ["out/mlflow.db"], "out/mlflow.db is no address; give sqlite:///<file>"),
-        ("pull", ["toy", "new"], "toy names no version; give toy@<alias> or toy/<version>"),
-        ("pull", ["toy@x", "new", "--uri", "sqlite:///no/such.db"], "there is no file no/such.db"),
+        ("training.runs", ["sqlite:///no/such.db"], "sqlite:///no/such.db: there is no file no/such.db; check"),
+        ("training.runs", ["out/mlflow.db"], "out/mlflow.db is no address; give sqlite:///<file>"),
+        ("training.pull", ["toy", "new"], "toy names no version; give toy@<alias> or toy/<version>"),
+        ("training.pull", ["toy@x", "new", "uri=sqlite:///no/such.db"], "there is no file no/such.db"),
     ],
 )
 def test_a_database_or_version_that_is_not_there_is_named_and_none_is_made(
@@ -104,7 +103,7 @@ def test_a_database_or_version_that_is_not_there_is_named_and_none_is_made(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [module, *arguments])
     with pytest.raises(SystemExit) as ended:
-        {"runs": runs.main, "pull": pull.main}[module]()
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -145,14 +144,9 @@ def test_an_artifact_store_that_fails_behind_the_server_is_an_error_of_ours_too(
         raise error
 
 
-def test_a_server_that_does_not_answer_is_told_in_a_line_not_a_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_does_not_answer_is_an_error_for_the_user() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        monkeypatch.setattr(sys, "argv", ["runs", uri])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == 2
-    assert f"{uri} cannot be read" in capsys.readouterr().err
+        with pytest.raises(RegistryError, match=f"{uri} cannot be read"):
+            run(RunsConfig(uri))

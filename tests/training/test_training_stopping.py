@@ -14,7 +14,7 @@ from test_training_engines import losses
 from training_toys import GLOBAL_BATCH, ToyBatch, ToySource, ToyTask, toy_config
 
 from cluster.stopping import REQUEST, listening
-from configs.entry import told_to_users
+from configs.entry import user_errors
 from training.errors import StoppedError
 from training.loop import Services, fit
 from training.task import State
@@ -59,15 +59,15 @@ def test_a_second_ctrl_c_ends_at_once_with_the_status_of_an_interrupt(capsys: py
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(SystemExit) as caught, told_to_users():
+    with pytest.raises(SystemExit) as caught, user_errors():
         interrupt_twice()
     assert (reasons, caught.value.code) == (["SIGINT"], 130)
     told = capsys.readouterr().err
-    assert "stopping after the step under way; Ctrl-C again ends at once\nstopped by Ctrl-C; the same command" in told
+    assert "stopping after the step under way; Ctrl-C again ends at once\nstopped by Ctrl-C; run the same" in told
 
 
 def test_a_stopped_command_exits_with_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, told_to_users():
+    with pytest.raises(SystemExit) as caught, user_errors():
         raise StoppedError("step 3 of 6: stopped as asked")
     assert caught.value.code == os.EX_TEMPFAIL
     assert "StoppedError: step 3 of 6" in capsys.readouterr().err

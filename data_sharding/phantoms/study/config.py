@@ -1,10 +1,12 @@
-"""Everything a phantom depends on; the numbers are in configs/phantom.yaml, their reasons in docs/phantom.md."""
+"""Everything a phantom depends on. Numbers: configs/data_sharding.phantom.yaml, their reasons: docs/phantom.md."""
 
 from dataclasses import dataclass
 from math import ceil
 
+from brain_models.errors import UserError
 
-class PhantomError(ValueError):
+
+class PhantomError(UserError):
     """A phantom that cannot be written as asked; the message says what, where and what to do."""
 
 
@@ -81,7 +83,7 @@ class MarkerConfig:
 
 @dataclass
 class PhantomConfig:
-    """One phantom data set (configs/phantom.yaml)."""
+    """One phantom data set (configs/data_sharding.phantom.yaml)."""
 
     out: str
     num_subjects: int

@@ -27,7 +27,7 @@ from data_sharding.phantoms.study.scans import (
 )
 from data_sharding.phantoms.study.subject import Subject, draw_subject, framewise_displacement, stream
 
-YAML = Path(__file__).parents[3] / "configs" / "phantom.yaml"
+YAML = Path(__file__).parents[3] / "configs" / "data_sharding.phantom.yaml"
 SMALL = {"spacing_mm": 12.0, "t1_spacing_mm": 12.0, "num_frames": 30, "num_subjects": 6, "num_processes": 1}
 
 

@@ -40,7 +40,8 @@ from data_sharding.check.verify import verify
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
 from data_sharding.read.reader import open_set
-from data_sharding.verify import main as verify_main
+from data_sharding.verify import VerifyConfig
+from data_sharding.verify import run as run_verify
 from data_sharding.write.build import build
 from tests.data_sharding.read.test_reader import rows_of, source_of, steps_of
 from tests.data_sharding.test_shards import contents
@@ -95,8 +96,7 @@ def test_a_set_on_s3_is_the_local_one_byte_for_byte_through_faults(
     local = contents(Path(written.out))
     assert stored(config.out) == local
     proxy.faults = [Fault("cut", path=".tar"), Fault("answer", path="index")]
-    sys.argv[1:] = [config.out]
-    assert verify_main() == 0
+    assert run_verify(VerifyConfig(config.out, repair=[])) == 0
     assert f"{config.out} is as written" in capsys.readouterr().out
     reference = [rows_of(batches) for batches in steps_of(source_of(written.out), 4)]
     for changes in ({"reader": "stream"}, {"num_workers": 2}):

@@ -18,11 +18,13 @@ import psutil
 import pytest
 
 from cluster.storage.stores import store_for
+from configs.parse import ConfigError
 from data_sharding import schema
 from data_sharding.check.verify import verify
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
-from data_sharding.verify import main as verify_main
+from data_sharding.verify import VerifyConfig
+from data_sharding.verify import run as run_verify
 from data_sharding.write.build import build
 from tests.data_sharding.test_shards import contents, copy_set, flip
 from tests.helpers_scans import sharding_config, write_confounds, write_study
@@ -114,7 +116,7 @@ def test_a_driver_killed_between_shards_is_finished_by_the_next_and_leaves_no_pr
 
 
 def test_repair_rewrites_only_what_is_bad_to_the_bytes_it_had(
-    written: ShardingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    written: ShardingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = copy_set(Path(written.out), tmp_path / "copy")
     whole = contents(copied)
@@ -125,16 +127,12 @@ def test_repair_rewrites_only_what_is_bad_to_the_bytes_it_had(
     flip(copied / schema.SPACE, 400)
     (copied / schema.QUALITY).unlink()
     kept = (copied / shards[1]).stat().st_mtime_ns
-    monkeypatch.setattr(sys, "argv", ["verify", str(copied)])
-    assert verify_main() == 1
-    assert "--repair source.root=<the scans>" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["verify", str(copied), "--repair"])
-    with pytest.raises(SystemExit, match="2"):
-        verify_main()
-    assert "source.root: required" in capsys.readouterr().err
+    assert run_verify(VerifyConfig(str(copied), repair=[])) == 1
+    assert f"{copied} source.root=<the scans>" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"source\.root: required"):
+        run_verify(VerifyConfig(str(copied), repair=["limits.timeout_s=500.0"]))
     assert contents(copied)[shards[1]] == whole[shards[1]]
-    monkeypatch.setattr(sys, "argv", ["verify", str(copied), "--repair", f"source.root={written.source.root}"])
-    assert verify_main() == 0
+    assert run_verify(VerifyConfig(str(copied), repair=[f"source.root={written.source.root}"])) == 0
     assert f"repaired {copied}/{shards[2]}: {len(whole[shards[2]])} bytes" in capsys.readouterr().out
     assert contents(copied) == whole
     assert (copied / shards[1]).stat().st_mtime_ns == kept
@@ -144,17 +142,13 @@ def test_repair_from_other_scans_replaces_nothing(
     written: ShardingConfig,
     study: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     copied = copy_set(Path(written.out), tmp_path / "copy")
     flip(copied / "shards/000000.tar", 5000)
     damaged = contents(copied)
     other = write_study(tmp_path / "other", num_subjects=5)
-    monkeypatch.setattr(sys, "argv", ["verify", str(copied), "--repair", f"source.root={other}"])
-    with pytest.raises(SystemExit, match="2"):
-        verify_main()
-    assert "does not hold the scans this set was made of" in capsys.readouterr().err
+    with pytest.raises(ShardError, match="does not hold the scans this set was made of"):
+        run_verify(VerifyConfig(str(copied), repair=[f"source.root={other}"]))
     assert contents(copied) == damaged
 
 

@@ -14,10 +14,10 @@ from cluster.storage.stores import LocalStore
 from configs.entry import compose
 from configs.parse import parse
 from finetune.compare import cells
-from finetune.compare.__main__ import pair_problems
 from finetune.compare.cells import Answer, Cell, arms_of, cell_config, cells_of, is_finished, read_answer, readings
 from finetune.compare.comparison import Comparison, as_markdown, compare
 from finetune.compare.comparison_figure import draw
+from finetune.compare.planning import pair_problems
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
 from finetune.report.page import MODEL

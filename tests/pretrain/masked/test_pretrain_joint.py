@@ -41,7 +41,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The same six people at 12 mm (BOLD and T1) and at 6 mm."""
     folder = tmp_path_factory.mktemp("joint")
     overrides = [f"out={folder / 'bids'}", "num_subjects=6", "num_frames=16", "spacing_mm=12.0", "t1_spacing_mm=12.0"]
-    write_phantom(parse(compose("phantom", [*overrides, "num_processes=1"]), PhantomConfig))
+    write_phantom(parse(compose("data_sharding.phantom", [*overrides, "num_processes=1"]), PhantomConfig))
     found = {}
     for space in ("mni12", "mni6"):
         found[space] = str(folder / space)
