@@ -21,7 +21,7 @@ import botocore.loaders
 import botocore.session
 import pytest
 
-from cluster.storage import s3_client, s3_create
+from cluster.storage import s3, s3_client
 
 BIN = Path(sys.executable).parent
 ACCESS_KEY = "AKIDEXAMPLEOFTESTS"
@@ -127,7 +127,7 @@ def use(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(botocore.session, "get_session", session_with_parsed_models)
     s3_client.forget_clients()
-    s3_create.forget_probes()
+    s3.forget_probes()
 
 
 def session_with_parsed_models() -> botocore.session.Session:

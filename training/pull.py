@@ -22,7 +22,7 @@ from training.errors import RegistryError
 
 def pull_to(model: str, folder: Path, *, uri: str) -> Path:
     """The folder, now holding the bundle of 'name@alias', 'name/version' or 'models:/...'; nothing when it fails."""
-    from cluster.storage.stores import refusal_is_an_error
+    from cluster.storage.files import refusal_is_an_error
     from training.registry import models as registry
 
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

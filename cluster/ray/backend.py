@@ -28,7 +28,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.result import Result
 
-from cluster.ray.launch import is_final
+from cluster.errors import is_final
 
 ANSWERS_WITHIN_S = 1.0
 

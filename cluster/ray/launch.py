@@ -20,7 +20,7 @@ import psutil
 
 from brain_models.errors import UserError
 from cluster.config import ClusterConfig
-from cluster.errors import ClusterError, StoreUnavailableError
+from cluster.errors import ClusterError, is_final
 from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, Seat, stacks_of
 from cluster.ray.outcome import Outcome, StartStamps, relayed
 from cluster.stopping import REQUEST, listening
@@ -140,11 +140,6 @@ class _NodeLeavesError(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-def is_final(error: BaseException) -> bool:
-    """True for a user error that a restart would not cure, as it may where a store is away or its keys ran out."""
-    return isinstance(error, UserError) and not isinstance(error, StoreUnavailableError)
 
 
 @contextmanager

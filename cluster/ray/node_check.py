@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import StorageError
-from cluster.storage.stores import PARTIAL_PREFIX, store_for
+from cluster.storage.files import PARTIAL_PREFIX
+from cluster.storage.stores import store_for
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "webdataset", "mlflow", "boto3")
 PROBE_BYTES = 32 << 20

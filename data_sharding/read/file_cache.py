@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.storage.stores import Store, sync_folder
+from cluster.storage.files import sync_folder
+from cluster.storage.stores import Store
 from data_sharding.errors import ShardError
 
 Opened = TypeVar("Opened")

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.storage.stores import PARTIAL_PREFIX, Store, store_for
+from cluster.storage.files import PARTIAL_PREFIX
+from cluster.storage.stores import Store, store_for
 from configs.parse import MISSING
 from data_sharding import schema
 from data_sharding.config import ShardingConfig

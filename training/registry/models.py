@@ -94,7 +94,7 @@ def server_errors() -> tuple[type[Exception], ...]:
     (both OSError), a bucket's."""
     from mlflow.exceptions import MlflowException
 
-    from cluster.storage.s3_errors import ALL_ERRORS
+    from cluster.storage.s3_client import ALL_ERRORS
 
     return (MlflowException, OSError, *ALL_ERRORS)
 

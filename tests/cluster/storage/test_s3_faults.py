@@ -26,7 +26,7 @@ from s3_servers import (  # noqa: F401  (running_servers is a fixture)
 )
 
 from cluster.errors import StorageError, StoreUnavailableError
-from cluster.storage import s3_client, s3_create
+from cluster.storage import s3, s3_client
 from cluster.storage.s3 import S3Store
 from cluster.storage.stores import Store, store_for
 
@@ -210,14 +210,14 @@ class SlowStore(S3Store):
     def put(self, name: str, source: bytes | Path) -> None:
         if name == "COMMIT.json":
             self.is_writing.set()
-            time.sleep(4 * s3_create.SETTLES_S)
+            time.sleep(4 * s3.SETTLES_S)
         super().put(name, source)
 
 
 def test_a_writer_that_hangs_beyond_the_bound_fails_instead_of_winning_too(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_create, "SETTLES_S", 0.4)
+    monkeypatch.setattr(s3, "SETTLES_S", 0.4)
     slow = SlowStore(store.location)
     outcomes: list[str] = []
 
@@ -237,7 +237,7 @@ def test_a_writer_that_hangs_beyond_the_bound_fails_instead_of_winning_too(
 
 
 def test_what_a_killed_writer_claimed_is_free_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_create, "SETTLES_S", 0.2)
+    monkeypatch.setattr(s3, "SETTLES_S", 0.2)
     store.put(".partial-owner-COMMIT.json", b"token of the dead")
     assert store.put_if_absent("COMMIT.json", b"alive")
     assert not store.exists(".partial-owner-COMMIT.json")

@@ -13,9 +13,9 @@ from botocore.exceptions import ClientError
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Fault, FaultProxy, Server, fault_proxy, running_rclone, use  # noqa: F401
 
 from cluster.errors import StorageError, StoreUnavailableError
-from cluster.storage import s3_client, s3_create
+from cluster.storage import s3, s3_client
 from cluster.storage.s3 import S3Store
-from cluster.storage.s3_errors import storage_error
+from cluster.storage.s3_client import storage_error
 from cluster.storage.stores import Store, store_for
 
 DATA = random.Random(0).randbytes(300_000)
@@ -140,7 +140,7 @@ def test_no_secret_is_written_or_logged(
     monkeypatch.setenv("AWS_SESSION_TOKEN", token)
     s3_client.forget_clients()
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(s3_create, "SETTLES_S", 0.1)
+    monkeypatch.setattr(s3, "SETTLES_S", 0.1)
     messages = []
     store.put_if_absent("COMMIT.json", DATA)
     store.create_guarantee()

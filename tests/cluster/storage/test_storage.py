@@ -17,7 +17,7 @@ import pytest
 from s3_servers import BUCKET, Server, running_servers, use  # noqa: F401  (a fixture)
 
 from cluster.errors import StorageError
-from cluster.storage import s3_client, s3_create
+from cluster.storage import s3, s3_client
 from cluster.storage import stores as storage
 from cluster.storage.stores import Store, store_for
 
@@ -116,7 +116,7 @@ def test_a_name_outside_the_location_is_refused(store: Store) -> None:
 
 
 def test_of_eight_threads_exactly_one_creates_a_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_create, "SETTLES_S", 0.8)
+    monkeypatch.setattr(s3, "SETTLES_S", 0.8)
     outcomes: dict[int, bool] = {}
     start = threading.Barrier(8)
 
@@ -150,9 +150,9 @@ def hidden(store: Store) -> list[str]:
 
 WRITER_PROCESS = """
 import sys, time
-from cluster.storage import s3_create
+from cluster.storage import s3
 from cluster.storage.stores import store_for
-s3_create.SETTLES_S = 0.8
+s3.SETTLES_S = 0.8
 store = store_for(sys.argv[1])
 store.exists("warm up")
 print("ready", flush=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage.stores import LocalRangeReader, LocalStore, partial_file, store_for
+from cluster.storage.files import partial_file
+from cluster.storage.stores import LocalRangeReader, LocalStore, store_for
 from data_sharding import schema
 from data_sharding.errors import ShardError
 from data_sharding.read.file_cache import CachedFile, CacheSettings, FileCache

@@ -1,0 +1,85 @@
+"""What stores have in common: names that stay inside a location, and local files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from cluster.errors import StorageError
+
+Names = list[str]
+
+# Files being written start with this and are never listed: a killed writer leaves one behind.
+PARTIAL_PREFIX = ".partial-"
+
+FREE_SPACE = "free some, or give another location"
+NO_FOLDER = "a file lies where a folder is needed; give another location"
+ALLOW_WRITING = "have writing allowed there (with hard links), or give another location"
+REFUSALS = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: ALLOW_WRITING,
+    errno.EPERM: ALLOW_WRITING,
+    errno.EROFS: ALLOW_WRITING,
+    errno.ENOTSUP: ALLOW_WRITING,
+    errno.EEXIST: NO_FOLDER,
+    errno.ENOTDIR: NO_FOLDER,
+}
+
+
+@dataclass(frozen=True)
+class CreateGuarantee:
+    """What `put_if_absent` promises at a location: exactly one winner whatever happens, or only under a condition."""
+
+    is_exact: bool
+    words: str
+
+
+def checked_name(name: str, location: str) -> str:
+    """The name itself, if it stays inside the location; StorageError otherwise."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise StorageError(f"{name!r} is not a name inside {location}; give a relative path without '..'")
+    return name
+
+
+def is_hidden(name: str) -> bool:
+    """True for what a killed writer may have left behind, which no list shows."""
+    return name.rpartition("/")[2].startswith(PARTIAL_PREFIX)
+
+
+@contextlib.contextmanager
+def refusal_is_an_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        refused = os.strerror(error.errno)
+        raise StorageError(f"{path} cannot be written: {refused}; {REFUSALS[error.errno]}") from error
+
+
+@contextlib.contextmanager
+def partial_file(folder: Path) -> Iterator[Path]:
+    """A new empty file that no list shows, removed at the end if it has not become something else."""
+    descriptor, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, dir=folder)
+    os.fchmod(descriptor, 0o644)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # otherwise a power cut may forget the new name though the bytes are on disk
+    finally:
+        os.close(descriptor)
