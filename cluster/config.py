@@ -1,8 +1,9 @@
-"""Where a run executes: the schema of configs/cluster/*.yaml. Knows no part of the pipeline."""
+"""Where a run executes: the schema of configs/cluster/*.yaml, what a command needs of it. Knows no command."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -17,8 +18,21 @@ class ClusterConfig:
     max_failures: int  # restarts from one and the same commit; -1 means without limit
     start_timeout_s: float  # how long to wait for all workers before giving up
     collective_timeout_s: float  # how long a rank waits for the others inside one collective
-    min_workers: int | None  # go on with fewer when nodes are lost, at least this many; null: wait for all of them
+    min_workers: int | None  # resume with fewer when nodes are lost, at least this many; null: wait for all of them
     scratch: str  # Ray Train's own bookkeeping; a folder every node can write; our checkpoints do not live there
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a command needs of the machines that run it; every location is a folder or a URL that all nodes reach."""
+
+    results: str  # where they go; commands with the same location are the same run
+    cluster: ClusterConfig | None = None  # null: one process
+    inputs: Mapping[str, str | None] = field(default_factory=dict)  # locations, each with an object that it holds
+    scratch: str | None = None  # a folder of every node's own
+    scratch_bytes: Callable[[], int] = lambda: 0  # worked out when asked: it may have to build a model
+    cache: tuple[str, int] | None = None  # of every node: folder and bytes
+    tracking: str | None = None
 
 
 def validate_cluster(config: ClusterConfig, key: str) -> list[str]:

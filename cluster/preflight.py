@@ -12,27 +12,21 @@ Prints a table; exits 2 when the run could not finish, and says what to fix.
 from __future__ import annotations
 
 import json
-import re
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, Needs
 from cluster.errors import PreflightError
 from cluster.ray.launch import ray_session
 from cluster.ray.node_check import Link, NodeFacts, clock_s, node_facts
 from cluster.storage.stores import store_for
-from configs.entry import Command, main
+from configs.entry import Command, load, main
 
 MAX_CLOCK_SKEW_S = 2.0  # an S3 server refuses requests 15 min off; metrics of several nodes should stay in order
 MIN_LINK_SHARE = 0.5  # of the fastest: one slow link slows every step of every rank
-CONVERSION_COPIES = 3  # a checkpoint, its download and its universal form
 NODE_TIMEOUT_S = 300.0
 NUM_CLOCK_READS = 3
 LINK_TIMEOUT_S = 120.0
@@ -49,20 +43,6 @@ class Row:
     found: str
     needed: str
     is_ok: bool
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a run needs of a cluster, from its composed configuration and its plan."""
-
-    cluster: ClusterConfig
-    written: str | None  # where its results go
-    read: list[str]  # one object of every shard set it reads
-    scratch: str | None
-    cache: tuple[str, int] | None  # folder and bytes
-    checkpoint_bytes: int
-    index_bytes: int  # of the sets that are far away: a node keeps a copy below scratch
-    tracking: str | None
 
 
 @dataclass
@@ -89,76 +69,46 @@ def command() -> Command:
 
 
 def needs_of(part: str, overrides: list[str]) -> Needs:
-    """What `python -m <part> <overrides>` needs; PreflightError when the part refuses it."""
-    config = yaml.safe_load(said_by(part, overrides, "--show"))
-    planned = said_by(part, overrides, "--plan")
-    data, sets = config.get("data", {}), shard_sets(config)
-    return Needs(
-        cluster=ClusterConfig(**config["cluster"]),
-        written=config.get("out") or config.get("run", {}).get("folder"),
-        read=[f"{shards.rstrip('/')}/manifest.json" for shards in sets],
-        scratch=config.get("run", {}).get("scratch"),
-        cache=(data["cache_folder"], data["cache_bytes"]) if data.get("cache_folder") else None,
-        checkpoint_bytes=planned_checkpoint_bytes(planned),
-        index_bytes=sum(store_for(shards).size("index.parquet") for shards in sets if "://" in shards),
-        tracking=config.get("train", {}).get("tracking", {}).get("uri"),
-    )
-
-
-def said_by(part: str, overrides: list[str], flag: str) -> str:
-    """What `python -m <part>` prints with a flag; PreflightError when it refuses."""
-    command = [sys.executable, "-m", part, *overrides, flag]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PreflightError(f"python -m {part} refuses this: {done.stderr.strip()}")
-    return done.stdout
-
-
-def shard_sets(config: Mapping[str, Any]) -> list[str]:
-    """Every value of a key named `shards`, however deep."""
-    found = [value for key, value in config.items() if key == "shards" and isinstance(value, str)]
-    for value in config.values():
-        if isinstance(value, Mapping):
-            found += shard_sets(value)
-    return sorted(set(found))
-
-
-def planned_checkpoint_bytes(plan: str) -> int:
-    """Bytes of one checkpoint as the plan's line `a checkpoint` gives them; 0 for a part that saves none."""
-    found = re.search(r"^a checkpoint +([\d,.]+) MiB", plan, flags=re.MULTILINE)
-    return int(float(found.group(1).replace(",", "")) * 2**20) if found else 0
+    """What `python -m <part> <overrides>` needs; PreflightError when it needs no cluster."""
+    command, config = load(part, overrides)
+    needs = command.needs(config) if command.needs is not None else None
+    if needs is None or needs.cluster is None:
+        raise PreflightError(f"python -m {part} runs in one process; run it without a check")
+    return needs
 
 
 def preflight(needs: Needs) -> list[Row]:
     """Every check, each with what was found and what is needed."""
-    if needs.cluster.kind == "inline":
+    cluster = needs.cluster
+    assert cluster is not None
+    if cluster.kind == "inline":
         raise PreflightError("cluster=inline runs in this process alone; name the cluster to check: cluster=ray")
-    with ray_session(needs.cluster):
-        wait_for_places(needs.cluster)
-        nodes, skews = ask_nodes(needs)
-        rows = [*capacity(needs, nodes), *same_versions(nodes), *clocks(nodes, skews), *disks(needs, nodes)]
-        rows += [Row(f"{node.host}: places", "refused", problem, False) for node in nodes for problem in node.problems]
+    with ray_session(cluster):
+        wait_for_nodes(cluster)
+        nodes, skews = ask_nodes(needs, cluster)
+        rows = [*capacity(cluster, nodes), *same_versions(nodes), *clocks(nodes, skews), *disks(needs, nodes)]
+        rows += [Row(f"{node.host}: storage", "refused", problem, False) for node in nodes for problem in node.problems]
         rows += speeds(nodes)
-        rows += links(needs.cluster)
-    if needs.written is not None and not any(node.problems for node in nodes):
-        guarantee = store_for(needs.written).create_guarantee()
+        rows += links(cluster)
+    if not any(node.problems for node in nodes):
+        guarantee = store_for(needs.results).create_guarantee()
         rows.append(Row("put-if-absent", guarantee.words, "one writer a name", True))
     if needs.tracking is not None:
         rows.append(tracking(needs.tracking))
     return rows
 
 
-def wait_for_places(cluster: ClusterConfig) -> None:
+def wait_for_nodes(cluster: ClusterConfig) -> None:
     """Ask an autoscaler for nodes, as the run will, and return once there are enough of them, none is on its way any
-    more, or the run would give up: a cluster may have no worker before somebody wants one."""
+    more, or the run would give up: a cluster may have no worker before somebody asks for one."""
     from ray.autoscaler.sdk import request_resources
 
     give_up_at = time.monotonic() + cluster.start_timeout_s
     last_sign_at = None
     try:
-        while not has_places(cluster) and time.monotonic() < give_up_at:
+        while not has_resources(cluster) and time.monotonic() < give_up_at:
             if last_sign_at is None:
-                request_resources(bundles=[place_of_worker(cluster)] * cluster.num_workers)
+                request_resources(bundles=[bundle_of_worker(cluster)] * cluster.num_workers)
                 print(f"waiting at most {cluster.start_timeout_s:.0f} s for nodes, if any are coming", flush=True)
             if last_sign_at is None or are_nodes_coming():
                 last_sign_at = time.monotonic()
@@ -170,22 +120,22 @@ def wait_for_places(cluster: ClusterConfig) -> None:
             request_resources(bundles=[])  # what came stays until it has been idle for a while
 
 
-def has_places(cluster: ClusterConfig) -> bool:
+def has_resources(cluster: ClusterConfig) -> bool:
     """True when the nodes there are have CPUs and GPUs for as many workers as the run needs."""
     import ray
 
     resources = ray.cluster_resources()
-    return all(resources.get(resource, 0) >= number for resource, number in least_places(cluster).items())
+    return all(resources.get(resource, 0) >= number for resource, number in least_resources(cluster).items())
 
 
-def place_of_worker(cluster: ClusterConfig) -> dict[str, int]:
+def bundle_of_worker(cluster: ClusterConfig) -> dict[str, int]:
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
 
 
-def least_places(cluster: ClusterConfig) -> dict[str, int]:
+def least_resources(cluster: ClusterConfig) -> dict[str, int]:
     """What the fewest workers that the run starts with take together."""
     num_workers = cluster.min_workers or cluster.num_workers
-    return {resource: num_workers * number for resource, number in place_of_worker(cluster).items()}
+    return {resource: num_workers * number for resource, number in bundle_of_worker(cluster).items()}
 
 
 def are_nodes_coming() -> bool:
@@ -222,7 +172,7 @@ def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
 
 
-def ask_nodes(needs: Needs) -> tuple[list[NodeFacts], list[float]]:
+def ask_nodes(needs: Needs, cluster: ClusterConfig) -> tuple[list[NodeFacts], list[float]]:
     """The facts of every node, asked all at once as a run would, and how far its clock is from this one's."""
     import ray
 
@@ -230,13 +180,13 @@ def ask_nodes(needs: Needs) -> tuple[list[NodeFacts], list[float]]:
     task = remote(max_retries=0)(node_facts)
     folders = [folder for folder in (needs.scratch, needs.cache and needs.cache[0]) if folder]
     arguments = {
-        "written": [needs.written] if needs.written else [],
-        "read": needs.read,
-        "uses_gpu": needs.cluster.use_gpu,
+        "written": [needs.results],
+        "read": [f"{location.rstrip('/')}/{name}" for location, name in needs.inputs.items() if name is not None],
+        "uses_gpu": cluster.use_gpu,
     }
     members = alive_nodes()
     pending = [
-        task.options(**pinned(node)).remote(folders=folders if hosts_ranks(node, needs.cluster) else [], **arguments)
+        task.options(**pinned(node)).remote(folders=folders if hosts_ranks(node, cluster) else [], **arguments)
         for node in members
     ]
     nodes, skews = [], []
@@ -266,11 +216,11 @@ def clock_skew(node: Mapping[str, Any]) -> float:
     return min(found)[1]
 
 
-def capacity(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
+def capacity(cluster: ClusterConfig, nodes: list[NodeFacts]) -> list[Row]:
     """CPUs and GPUs of the whole cluster against those of all workers."""
     import ray
 
-    resources, least = ray.cluster_resources(), least_places(needs.cluster)
+    resources, least = ray.cluster_resources(), least_resources(cluster)
     found = resources.get("CPU", 0)
     rows = [Row("CPUs", f"{found:.0f} on {len(nodes)} nodes", f"{least['CPU']}", found >= least["CPU"])]
     if "GPU" in least:
@@ -301,7 +251,7 @@ def clocks(nodes: list[NodeFacts], skews: list[float]) -> list[Row]:
 
 def disks(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
     """Free space of every node's scratch and cache folders; those of one disk together."""
-    wanted = {needs.scratch or "": CONVERSION_COPIES * needs.checkpoint_bytes + needs.index_bytes}
+    wanted = {needs.scratch: needs.scratch_bytes()} if needs.scratch is not None else {}
     if needs.cache is not None:
         wanted[needs.cache[0]] = wanted.get(needs.cache[0], 0) + needs.cache[1]
     rows = []
@@ -315,7 +265,7 @@ def disks(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
 
 
 def speeds(nodes: list[NodeFacts]) -> list[Row]:
-    """What every node reads and writes a second: shown, nothing is asked of it."""
+    """What every node reads and writes per second; shown, never refused."""
     return [
         Row(f"{node.host}: {what}", f"{speed / 1e6:,.0f} MB/s", "-", True)
         for node in nodes

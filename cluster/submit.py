@@ -29,21 +29,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import yaml
-
+from cluster.config import Needs
 from cluster.errors import SubmitError
-from configs.entry import Command, main
+from configs.entry import Command, compose, load, main
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# Of the composed configuration: where a command's results live, by which two commands are known to be the same run.
-RUN_KEYS = ("run.folder", "out")
-# Last parts of keys that name a place every node must reach; a job's own folder is a copy that is thrown away.
-PLACE_KEYS = ("folder", "cache_folder", "out", "shards", "root", "uri", "checkpoint")
-MODEL_KEYS = ("encoder", "encoders", "classifier")  # a registered model, or a folder
-NODE_KEY = "scratch"  # of every node its own
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}  # Ray's 3 s until it kills are too few to finish a step and save
 COMMIT_VARIABLE = "CALLOSUM_GIT_COMMIT"  # what a registered model is tagged with: the copy on a node has no history
 RECONNECT_S = 120.0
@@ -68,9 +61,9 @@ class Job:
         """The same for every attempt at one run."""
         scheme, separator, path = self.run.rpartition("://")
         run = f"{scheme}{separator}{posixpath.normpath(path)}"  # a folder written with a slash at its end is the same
-        place = hashlib.sha256(f"{self.part} {run}".encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{self.part} {run}".encode()).hexdigest()[:8]
         name = re.sub(r"[^A-Za-z0-9]+", "-", run.rpartition("/")[2]).strip("-")
-        return f"{self.part.replace('.', '-')}-{name}-{place}"
+        return f"{self.part.replace('.', '-')}-{name}-{digest}"
 
 
 @dataclass
@@ -101,25 +94,19 @@ def command() -> Command:
 
 
 def checked_job(part: str, overrides: list[str]) -> Job:
-    """The command, after `python -m <part> --validate` accepted it; SubmitError lists places only this machine has.
-
-    Exits with the part's own report of all problems when it refuses.
-    """
-    validation = subprocess.run([sys.executable, "-m", part, *overrides, "--validate"], check=False)
-    if validation.returncode:
-        sys.exit(validation.returncode)
-    shown = subprocess.run([sys.executable, "-m", part, *overrides, "--show"], check=True, capture_output=True)
-    values = list(leaves(yaml.safe_load(shown.stdout)))
-    if relative := [f"{key}={value}" for key, value in values if is_relative_place(key, value)]:
+    """The job of a command that its own validation accepts; SubmitError lists locations that only this machine has."""
+    command, config = load(part, overrides)
+    if command.needs is None:
+        raise SubmitError(f"python -m {part} has no results of its own; run it here")
+    needs: Needs = command.needs(config)
+    values = list(leaves(compose(part, overrides)))
+    if relative := [f"{key}={value}" for key, value in values if is_relative(value, needs)]:
         raise SubmitError(
-            "these places are relative, and a job runs in a copy of this folder that is thrown away:\n"
-            + "\n".join(f"  - {place}" for place in relative)
+            "these locations are relative, and a job runs in a copy of this folder that is thrown away:\n"
+            + "\n".join(f"  - {each}" for each in relative)
             + "\ngive s3://bucket/prefix, http://server, or a path (from /) on a disk that every node mounts"
         )
-    run = next((value for key, value in values if key in RUN_KEYS and value), None)
-    if run is None:
-        raise SubmitError(f"python -m {part} has neither {' nor '.join(RUN_KEYS)}: there is no run to submit")
-    return Job(part, tuple(overrides), str(run))
+    return Job(part, tuple(overrides), needs.results)
 
 
 def leaves(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -133,19 +120,18 @@ def leaves(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def is_relative_place(key: str, value: object) -> bool:
-    """True for a place that means something else on every machine and in every folder; under a key that may also name
-    something else, a file or folder that is here."""
-    names = key.split(".")
-    if not isinstance(value, str) or names[-1] == NODE_KEY:
+def is_relative(value: object, needs: Needs) -> bool:
+    """True for a location that means something else on every machine and in every folder: one that the command says it
+    needs, or a path of something that is here. What belongs to each node alone may be relative."""
+    if not isinstance(value, str) or value.startswith("/"):
+        return False
+    if value == needs.scratch or (needs.cluster is not None and value == needs.cluster.scratch):
         return False
     scheme, separator, rest = value.partition("://")
     if separator:
         return scheme == "sqlite" and not rest.startswith("//")  # sqlite:///file is relative, sqlite:////file is not
-    if value.startswith("/"):
-        return False
-    is_a_path = "/" in value or not {*names}.isdisjoint(MODEL_KEYS)
-    return names[-1] in PLACE_KEYS or (is_a_path and bool(glob.glob(value)))
+    is_needed = value in {needs.results, *needs.inputs, needs.cache and needs.cache[0]}
+    return is_needed or ("/" in value and bool(glob.glob(value)))
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -234,7 +220,7 @@ def follow(client: JobSubmissionClient, submission_id: str) -> int:
         job = ended_job(client, submission_id)
     except KeyboardInterrupt:
         print(
-            f"\n{submission_id} goes on; the same command follows it again, 'ray job stop {submission_id}' ends it",
+            f"\n{submission_id} still runs; the same command follows it again, 'ray job stop {submission_id}' ends it",
             file=sys.stderr,
         )
         return 130
@@ -260,7 +246,7 @@ def ended_job(client: JobSubmissionClient, submission_id: str) -> JobDetails:
 
 
 async def print_log(client: JobSubmissionClient, submission_id: str) -> None:
-    """Print the job's log as it grows; after a lost connection go on behind what was printed."""
+    """Print the job's log as it grows; after a lost connection continue behind what was printed."""
     from aiohttp import ClientError
 
     num_printed, lost_at = 0, None
@@ -296,8 +282,8 @@ def give_up_in_time(lost_at: float, error: Exception, submission_id: str) -> Non
     """SubmitError when the job server has been lost for too long."""
     if time.monotonic() - lost_at > RECONNECT_S:
         raise SubmitError(
-            f"the job server has not answered for {RECONNECT_S:.0f} s ({error}); {submission_id} may go on: the same "
-            "command follows it again"
+            f"the job server has not answered for {RECONNECT_S:.0f} s ({error}); {submission_id} may still run: the "
+            "same command follows it again"
         ) from error
 
 

@@ -5,6 +5,8 @@ needs, so that `--help` imports nothing else.
 """
 
 import difflib
+import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +36,7 @@ class Command(Generic[Schema]):
     run: Callable[[Schema], int | None]  # returns the exit status, None for 0
     plan: Callable[[Schema], str]  # returns what would happen, one line each
     validate: Callable[[Schema], list[str]] = lambda config: []  # returns all problems
+    needs: Callable[[Schema], Any] | None = None  # returns cluster.config.Needs; None: cannot be sent to a cluster
 
 
 def main(
@@ -60,8 +63,7 @@ def main(
             print(yaml.safe_dump(raw, sort_keys=False), end="")
             return
         this = command()
-        config = parse(raw, this.schema)
-        refuse(this.validate(config))
+        config = _checked(this, raw)
         if "--plan" in flags:
             print(this.plan(config))
         elif "--validate" in flags:
@@ -81,6 +83,22 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+
+
+def load(name: str, overrides: list[str]) -> tuple[Command, Any]:
+    """Returns a command by its name and its checked configuration; ConfigError for what it refuses."""
+    known = sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"{name}: unknown command; choose one of {', '.join(known)}")
+    is_package = importlib.util.find_spec(name).submodule_search_locations is not None  # type: ignore[union-attr]
+    command = importlib.import_module(f"{name}.__main__" if is_package else name).command()
+    return command, _checked(command, compose(name, overrides))
+
+
+def _checked(command: Command[Schema], raw: Mapping[str, Any]) -> Schema:
+    config = parse(raw, command.schema)
+    refuse(command.validate(config))
+    return config
 
 
 def _split(words: list[str], positional: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:

@@ -16,6 +16,7 @@ from configs.entry import Command, main
 
 
 def command() -> Command:
+    from cluster.config import Needs
     from data_sharding.config import ShardingConfig, validate_config
     from data_sharding.write.build import build
     from data_sharding.write.prepare import describe
@@ -23,7 +24,10 @@ def command() -> Command:
     def run(config: ShardingConfig) -> None:
         build(config)
 
-    return Command(ShardingConfig, run, describe, validate_config)
+    def needs(config: ShardingConfig) -> Needs:
+        return Needs(results=config.out, cluster=config.cluster, inputs={config.source.root: None})
+
+    return Command(ShardingConfig, run, describe, validate_config, needs)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,10 @@ def plan(config: PhantomConfig) -> str:
 
 
 def command() -> Command:
+    from cluster.config import Needs
     from data_sharding.phantoms.study.config import PhantomConfig, problems
 
-    return Command(PhantomConfig, run, plan, problems)
+    return Command(PhantomConfig, run, plan, problems, lambda config: Needs(results=config.out))
 
 
 if __name__ == "__main__":

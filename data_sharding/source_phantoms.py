@@ -13,6 +13,7 @@ import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.config import Needs
 from configs.entry import Command, main
 from data_sharding import phantoms
 from data_sharding.errors import SourceError
@@ -62,7 +63,7 @@ def plan(config: SourcePhantomConfig) -> str:
 
 
 def command() -> Command:
-    return Command(SourcePhantomConfig, run, plan, validate)
+    return Command(SourcePhantomConfig, run, plan, validate, lambda config: Needs(results=config.out))
 
 
 if __name__ == "__main__":

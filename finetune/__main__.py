@@ -20,7 +20,7 @@ from configs.entry import Command, main
 def command() -> Command:
     from cluster.ray.launch import run_on_workers
     from finetune.config import FinetuneConfig
-    from finetune.planning import plan, validate
+    from finetune.planning import needs, plan, validate
     from finetune.report.summary import show
     from finetune.train import train
 
@@ -28,7 +28,7 @@ def command() -> Command:
         numbers = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
         print(show(numbers, folder=config.run.folder))
 
-    return Command(FinetuneConfig, run, plan, validate)
+    return Command(FinetuneConfig, run, plan, validate, needs)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from brain_models.errors import BundleError
-from cluster.config import validate_cluster
+from cluster.config import Needs, validate_cluster
 from cluster.errors import StorageError
 from data_sharding.errors import ShardError
 from data_sharding.read.reader import ShardSet, Windows, open_set
+from data_sharding.read.shard_set import copied_index_bytes
+from data_sharding.schema import MANIFEST
 from data_sharding.splits import validate_splits
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
@@ -16,9 +19,10 @@ from finetune.tasks.adhd_classification import METRICS, AdhdClassification
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.train import build_task, fetch_backbone, fit_problems
 from training.config import CheckpointConfig, validate_train
-from training.engine.engines import checkpoint_bytes
+from training.engine.engines import checkpoint_bytes, scratch_bytes
 from training.errors import RegistryError
 
+MODEL = "model.yaml"  # of every bundle
 SPLITS = ("train", "validation", "test")
 
 
@@ -169,6 +173,32 @@ def plan(config: FinetuneConfig) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def needs(config: FinetuneConfig) -> Needs:
+    """What a run needs of a cluster."""
+
+    def scratch() -> int:
+        shard_set = open_set(config.shards, split=config.data.split)
+        labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
+        task = build_task(config, shard_set, labels, fetch_backbone(config).load(shard_set.space))
+        run = scratch_bytes(task, config.train.engine, num_ranks=config.cluster.num_workers)
+        return run + copied_index_bytes(config.shards)
+
+    return Needs(
+        results=config.run.folder,
+        cluster=config.cluster,
+        inputs={config.shards: MANIFEST} | local_bundles([config.encoder]),
+        scratch=config.run.scratch,
+        scratch_bytes=scratch,
+        cache=(config.data.cache_folder, config.data.cache_bytes) if config.data.cache_folder else None,
+        tracking=config.train.tracking.uri,
+    )
+
+
+def local_bundles(encoders: list[str]) -> dict[str, str]:
+    """The encoders that are bundle folders here, each with a file that it holds."""
+    return {encoder: MODEL for encoder in encoders if (Path(encoder) / MODEL).exists()}
 
 
 def openings(task: AdhdClassification, num_steps: int) -> dict[int, str]:

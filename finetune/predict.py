@@ -141,9 +141,10 @@ def run(config: PredictConfig) -> None:
 
 
 def command() -> Command:
+    from cluster.config import Needs
     from finetune.config import PredictConfig
 
-    return Command(PredictConfig, run, plan, validate)
+    return Command(PredictConfig, run, plan, validate, lambda config: Needs(results=config.out, tracking=config.uri))
 
 
 if __name__ == "__main__":

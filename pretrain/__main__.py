@@ -20,7 +20,7 @@ from configs.entry import Command, main
 def command() -> Command:
     from cluster.ray.launch import run_on_workers
     from pretrain.masked.config import PretrainConfig
-    from pretrain.masked.planning import plan
+    from pretrain.masked.planning import needs, plan
     from pretrain.masked.study import train
     from pretrain.masked.validation import validate
 
@@ -29,7 +29,7 @@ def command() -> Command:
         registered = f"; registered: {summary['registered']}" if "registered" in summary else ""
         print(f"results: metrics.json, report/ and bundle/ in {config.run.folder}{registered}")
 
-    return Command(PretrainConfig, run, plan, validate)
+    return Command(PretrainConfig, run, plan, validate, needs)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from configs.entry import Command, main
 def command() -> Command:
     from pretrain.masked.analysis import analyse_again, plan
     from pretrain.masked.config import PretrainConfig
+    from pretrain.masked.planning import needs
     from pretrain.masked.validation import validate
 
-    return Command(PretrainConfig, analyse_again, plan, validate)
+    return Command(PretrainConfig, analyse_again, plan, validate, needs)
 
 
 if __name__ == "__main__":

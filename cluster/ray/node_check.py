@@ -40,7 +40,7 @@ class NodeFacts:
     free_bytes: dict[str, int]  # by folder: free on the disk that holds it, or held by a cache that is there already
     disks: dict[str, int]  # by folder: which disk holds it
     problems: list[str] = field(default_factory=list)  # with folders and places of the run, as this node sees them
-    speeds: dict[str, float] = field(default_factory=dict)  # bytes/s by '<read|write> <place>'
+    speeds: dict[str, float] = field(default_factory=dict)  # bytes/s by '<read|write> <location>'
 
 
 def node_facts(*, folders: list[str], written: list[str], read: list[str], uses_gpu: bool) -> NodeFacts:
@@ -64,16 +64,16 @@ def node_facts(*, folders: list[str], written: list[str], read: list[str], uses_
             facts.disks[folder] = os.stat(folder).st_dev
         except OSError as error:
             facts.problems.append(f"{folder} cannot be written: {error.strerror}; give another scratch folder")
-    for place in written:
+    for location in written:
         try:
-            facts.speeds |= {f"{what} {place}": speed for what, speed in write_and_read(place).items()}
+            facts.speeds |= {f"{what} {location}": speed for what, speed in write_and_read(location).items()}
         except StorageError as error:
             facts.problems.append(str(error))
         except OSError as error:
-            facts.problems.append(f"{place} cannot be written: {error.strerror}; give another place")
-    for place in read:
+            facts.problems.append(f"{location} cannot be written: {error.strerror}; give another location")
+    for object_url in read:
         try:
-            facts.speeds[f"read {place}"] = read_speed(place)
+            facts.speeds[f"read {object_url}"] = read_speed(object_url)
         except StorageError as error:
             facts.problems.append(str(error))
     return facts
@@ -121,9 +121,12 @@ def free_bytes(folder: str) -> int:
     return shutil.disk_usage(folder).free + held
 
 
-def write_and_read(place: str) -> dict[str, float]:
+def write_and_read(location: str) -> dict[str, float]:
     """Bytes/s of writing and of reading back one object, deleted again; StorageError when one of the three fails."""
-    store, name = store_for(place), f"{PARTIAL_PREFIX}preflight-{uuid.uuid4().hex}"  # no list shows what a kill leaves
+    store, name = (
+        store_for(location),
+        f"{PARTIAL_PREFIX}preflight-{uuid.uuid4().hex}",
+    )  # no list shows what a kill leaves
     data = os.urandom(PROBE_BYTES)
     started = time.perf_counter()
     store.put(name, data)
@@ -135,9 +138,9 @@ def write_and_read(place: str) -> dict[str, float]:
     return {"write": PROBE_BYTES / (written - started), "read": PROBE_BYTES / (finished - written)}
 
 
-def read_speed(place: str) -> float:
+def read_speed(object_url: str) -> float:
     """Bytes/s of reading the first bytes of an object."""
-    location, _, name = place.rpartition("/")
+    location, _, name = object_url.rpartition("/")
     store = store_for(location)
     size = min(store.size(name), PROBE_BYTES)
     started = time.perf_counter()

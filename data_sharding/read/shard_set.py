@@ -43,6 +43,11 @@ RUN_COLUMNS = [
 ]
 
 
+def copied_index_bytes(location: str) -> int:
+    """Bytes of the index that every node copies of a set that is far away; 0 for a folder."""
+    return store_for(location).size(schema.INDEX) if "://" in location else 0
+
+
 def open_set(location: str, *, scratch: str | None = None, split: ReadingSplit | None = None) -> ShardSet:
     """The complete set at a location; ShardError when there is none, or one of another schema.
 

@@ -20,10 +20,10 @@ from configs.entry import Command, main
 
 
 def command() -> Command:
-    from finetune.compare.planning import plan, run, validate
+    from finetune.compare.planning import needs, plan, run, validate
     from finetune.config import CompareConfig
 
-    return Command(CompareConfig, run, plan, validate)
+    return Command(CompareConfig, run, plan, validate, needs)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.config import Needs
 from cluster.storage.stores import store_for
 from data_sharding.read.reader import open_set
 from finetune import planning
@@ -114,3 +115,11 @@ def plan(config: CompareConfig) -> str:
     )
     lines = [f"cells           {len(cells)}: {shape}; {num_done} done", f"reference       {next(iter(arms))}"]
     return "\n".join([*lines, f"each, as {cells[-1].folder}:", planning.plan(runs[-1])])
+
+
+def needs(config: CompareConfig) -> Needs:
+    """What one cell needs, with the inputs of all and the folder of the comparison."""
+    cell = planning.needs(cell_config(config, cells_of(config)[0]))
+    encoders = [encoder for arm in arms_of(config).values() for encoder in arm]
+    inputs = {**cell.inputs, **planning.local_bundles(encoders)}
+    return replace(cell, results=config.run.folder, inputs=inputs)

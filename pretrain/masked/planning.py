@@ -7,7 +7,10 @@ from typing import get_args
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cluster.config import Needs
 from data_sharding.read.joint import sets_of_steps
+from data_sharding.read.shard_set import copied_index_bytes
+from data_sharding.schema import MANIFEST
 from pretrain.baselines.guesses import ridge_bytes
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.costs import bytes_kept
@@ -15,7 +18,7 @@ from pretrain.masked.masked_set import Geometry, MaskedSet
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import Rule, columns_of_groups, reachable
 from pretrain.masked.sets import OpenedSet, build_task, open_sets
-from training.engine.engines import checkpoint_bytes
+from training.engine.engines import checkpoint_bytes, scratch_bytes
 
 BYTES_PER_VALUE = {"int8": 1, "float16": 2}  # in the shards
 STAGES = (0, 1, 2, 3)
@@ -34,6 +37,26 @@ def plan(config: PretrainConfig) -> str:
     lines |= run_lines(config, task, sets)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def needs(config: PretrainConfig) -> Needs:
+    """What a run needs of a cluster."""
+    shards = [each.shards for each in config.named_sets.values()]
+
+    def scratch() -> int:
+        task = build_task(config, open_sets(config))
+        run = scratch_bytes(task, config.train.engine, num_ranks=config.cluster.num_workers)
+        return run + sum(map(copied_index_bytes, shards))
+
+    return Needs(
+        results=config.run.folder,
+        cluster=config.cluster,
+        inputs=dict.fromkeys(shards, MANIFEST),
+        scratch=config.run.scratch,
+        scratch_bytes=scratch,
+        cache=(config.data.cache_folder, config.data.cache_bytes) if config.data.cache_folder else None,
+        tracking=config.train.tracking.uri,
+    )
 
 
 def set_lines(config: PretrainConfig, opened: OpenedSet, masked_set: MaskedSet, *, num_steps: int) -> dict[str, str]:

@@ -11,25 +11,26 @@ from pathlib import Path
 import pytest
 
 from cluster import preflight as checks
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, Needs
 from cluster.errors import PreflightError
 from cluster.preflight import (
-    Needs,
     Row,
     clocks,
     disks,
     needs_of,
-    planned_checkpoint_bytes,
     preflight,
     same_versions,
     table,
 )
 from cluster.ray.node_check import NodeFacts, free_bytes, versions, write_and_read
 from cluster.storage.stores import LocalStore
-from configs.entry import compose
+from configs.entry import compose, load
+from configs.parse import ConfigError
 from data_sharding.read.file_cache import ENDING
 from data_sharding.write.build import build
+from pretrain.masked.sets import build_task, open_sets
 from tests.helpers_scans import sharding_config, write_study
+from training.engine.engines import checkpoint_bytes
 
 LOCAL = ClusterConfig(**compose("pretrain", ["cluster=local"])["cluster"])
 
@@ -61,12 +62,11 @@ def needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Needs:
     (tmp_path / "set" / "manifest.json").write_text("{}")
     return Needs(
         cluster=LOCAL,
-        written=str(tmp_path / "run"),
-        read=[str(tmp_path / "set" / "manifest.json")],
+        results=str(tmp_path / "run"),
+        inputs={str(tmp_path / "set"): "manifest.json", str(tmp_path / "unlisted"): None},
         scratch=str(tmp_path / "scratch"),
+        scratch_bytes=lambda: 3000,
         cache=(str(tmp_path / "cache"), 1000),
-        checkpoint_bytes=1000,
-        index_bytes=0,
         tracking=f"sqlite:///{tmp_path}/mlflow.db",
     )
 
@@ -82,11 +82,10 @@ def test_a_good_cluster_passes_every_check_and_nothing_is_left_behind(two_nodes:
     checks = [row.check for row in rows]
     host = socket.gethostname()
     assert checks.count(f"{host}: collectives") == 2
-    assert checks.count(f"{host}: write {needs.written}") == 2
+    assert checks.count(f"{host}: write {needs.results}") == 2
     assert {"CPUs", "torch", "callosum code", "clocks", "put-if-absent", "tracking server"} <= set(checks)
     assert [line.split()[0] for line in table(rows).splitlines()] == ["ok"] * len(rows)
-    assert needs.written is not None
-    assert [path for path in Path(needs.written).rglob("*") if path.is_file()] == []
+    assert [path for path in Path(needs.results).rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.cluster
@@ -100,8 +99,8 @@ def test_each_thing_a_cluster_lacks_is_refused_with_its_sentence(
         lacking = replace(
             needs,
             cluster=replace(LOCAL, num_workers=5, use_gpu=True),
-            written="/sys/callosum",
-            read=[str(tmp_path / "nothing" / "manifest.json")],
+            results="/sys/callosum",
+            inputs={str(tmp_path / "nothing"): "manifest.json"},
             tracking=refusing,
         )
         found = failed(preflight(lacking))
@@ -111,7 +110,7 @@ def test_each_thing_a_cluster_lacks_is_refused_with_its_sentence(
     assert sum("/sys/callosum" in each and "cannot be written" in each for each in found) == 2
     assert sum("nothing/manifest.json does not exist" in each for each in found) == 2
     assert found[-1].startswith(f"tracking server: {refusing} refused: ")
-    unwritable = failed(preflight(replace(needs, scratch="/sys/scratch", written=None, read=[], tracking=None)))
+    unwritable = failed(preflight(replace(needs, scratch="/sys/scratch", inputs={}, tracking=None)))
     assert len(unwritable) == 2
     assert "/sys/scratch cannot be written: " in unwritable[0]
 
@@ -123,10 +122,10 @@ def test_nodes_that_an_autoscaler_will_bring_are_asked_for_and_waited_for(
     clock, asked = [0.0], []
     monkeypatch.setattr(checks.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(checks.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 10.0))
-    monkeypatch.setattr(checks, "has_places", lambda cluster: clock[0] >= 10 * comes_after)
+    monkeypatch.setattr(checks, "has_resources", lambda cluster: clock[0] >= 10 * comes_after)
     monkeypatch.setattr(checks, "are_nodes_coming", lambda: is_coming)
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
-    checks.wait_for_places(replace(LOCAL, num_workers=3, use_gpu=True, start_timeout_s=600))
+    checks.wait_for_nodes(replace(LOCAL, num_workers=3, use_gpu=True, start_timeout_s=600))
     assert clock[0] // 10 == waits + (1 if comes_after == 99 else 0)
     assert asked == ([[{"CPU": 1, "GPU": 1}] * 3, []] if comes_after else [])
 
@@ -137,10 +136,10 @@ def test_an_autoscaler_that_never_brings_them_is_waited_for_as_long_as_the_run_w
     clock = [0.0]
     monkeypatch.setattr(checks.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(checks.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 10.0))
-    monkeypatch.setattr(checks, "has_places", lambda cluster: False)
+    monkeypatch.setattr(checks, "has_resources", lambda cluster: False)
     monkeypatch.setattr(checks, "are_nodes_coming", lambda: True)
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
-    checks.wait_for_places(replace(LOCAL, start_timeout_s=600))
+    checks.wait_for_nodes(replace(LOCAL, start_timeout_s=600))
     assert clock[0] == 600
 
 
@@ -149,9 +148,9 @@ def node(host: str, **changes: object) -> NodeFacts:
     return replace(facts, **changes)  # type: ignore[arg-type]
 
 
-def test_three_checkpoints_and_the_cache_must_fit_on_every_node(needs: Needs) -> None:
+def test_scratch_and_cache_must_fit_on_every_node(needs: Needs) -> None:
     assert needs.scratch is not None
-    needs = replace(needs, checkpoint_bytes=40_000_000_000, cache=(needs.scratch, 80_000_000_000))
+    needs = replace(needs, scratch_bytes=lambda: 120_000_000_000, cache=(needs.scratch, 80_000_000_000))
     free = {"a": 200_000_000_000, "b": 199_000_000_000}
     nodes = [node(host, free_bytes={needs.scratch: size}, disks={needs.scratch: 1}) for host, size in free.items()]
     rows = disks(needs, nodes)
@@ -159,11 +158,9 @@ def test_three_checkpoints_and_the_cache_must_fit_on_every_node(needs: Needs) ->
     assert failed(rows) == [f"b: disk of {needs.scratch}: 199.0 GB (200.0 GB)"]
 
 
-def test_what_lies_on_one_disk_must_fit_there_together_with_the_copy_of_the_index(needs: Needs) -> None:
+def test_what_lies_on_one_disk_must_fit_there_together(needs: Needs) -> None:
     size = 10**9
-    needs = replace(
-        needs, scratch="/nvme/run", cache=("/nvme/cache", 6 * size), checkpoint_bytes=size, index_bytes=size
-    )
+    needs = replace(needs, scratch="/nvme/run", cache=("/nvme/cache", 6 * size), scratch_bytes=lambda: 4 * size)
     free = {"/nvme/run": 9 * size, "/nvme/cache": 9 * size}
     together, apart = node("a", free_bytes=free, disks=dict.fromkeys(free, 7)), node("b", free_bytes=free)
     apart.disks = {"/nvme/run": 7, "/nvme/cache": 8}
@@ -180,7 +177,7 @@ def test_a_full_cache_of_an_earlier_start_counts_as_room_for_itself(
     assert free_bytes(str(tmp_path)) == 75
 
 
-def test_a_probe_that_a_kill_left_behind_does_not_make_an_empty_place_look_used(
+def test_a_probe_that_a_kill_left_behind_does_not_make_an_empty_folder_look_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LocalStore, "delete", lambda store, name: None)
@@ -216,19 +213,18 @@ def test_what_a_run_needs_is_read_from_the_part_itself(tmp_path: Path, monkeypat
         "data.cache_bytes=5",
     ]
     found = needs_of("pretrain", words)
-    assert found.read == [f"{config.out}/manifest.json"]
-    assert found.index_bytes == 0  # of a set on a disk the nodes mount
-    assert (found.written, found.cache) == ("out/run", (str(tmp_path), 5))
+    assert dict(found.inputs) == {config.out: "manifest.json"}
+    assert (found.results, found.cache) == ("out/run", (str(tmp_path), 5))
+    assert found.cluster is not None
     assert found.cluster.kind == "local"
     assert found.scratch == compose("pretrain", ["kind=bold"])["run"]["scratch"]
-    assert found.checkpoint_bytes > 1e6
-    with pytest.raises(PreflightError, match=r"(?s)python -m pretrain refuses this: .*windows\.blod"):
+    _, pretrain = load("pretrain", words)
+    task = build_task(pretrain, open_sets(pretrain))
+    one = checkpoint_bytes(task, pretrain.train.engine, num_ranks=pretrain.cluster.num_workers)
+    assert found.scratch_bytes() == 3 * one  # and no index: the set is on a disk that the nodes mount
+    with pytest.raises(ConfigError, match=r"windows\.blod"):
         needs_of("pretrain", [*words, "windows.blod=1"])
+    with pytest.raises(PreflightError, match=r"training\.runs runs in one process"):
+        needs_of("training.runs", ["uri=http://a"])
     with pytest.raises(PreflightError, match="cluster=inline runs in this process alone"):
         preflight(replace(found, cluster=replace(LOCAL, kind="inline")))
-
-
-def test_a_checkpoint_has_the_size_the_plan_says() -> None:
-    plan = "steps         10 of 4 samples\na checkpoint  1,024.5 MiB, the last 2 kept\nworkers       2"
-    assert planned_checkpoint_bytes(plan) == int(1024.5 * 2**20)
-    assert planned_checkpoint_bytes("shards  4") == 0

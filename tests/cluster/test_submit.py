@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -16,8 +17,13 @@ from ray.job_submission import JobSubmissionClient
 from yarl import URL
 
 from cluster import submit
+from cluster.config import ClusterConfig, Needs
 from cluster.errors import SubmitError
-from cluster.submit import Job, connect, follow, is_relative_place, leaves, runtime_environment
+from cluster.submit import Job, connect, follow, is_relative, leaves, runtime_environment
+from configs.entry import compose
+from configs.parse import ConfigError
+
+LOCAL = ClusterConfig(**compose("pretrain", ["cluster=local"])["cluster"])
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,7 @@ def test_a_folder_written_in_another_way_is_the_same_run(written: str, same: str
     assert Job("pretrain", (), written).base_id != Job("finetune", (), written).base_id
 
 
-def test_a_place_that_only_this_folder_has_is_told_from_the_names_of_models_and_arms(
+def test_a_location_that_only_this_folder_has_is_told_from_the_names_of_models_and_arms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -47,7 +53,15 @@ def test_a_place_that_only_this_folder_has_is_told_from_the_names_of_models_and_
         "data": {"cache_folder": "cache"},
         "tracking": {"uri": "sqlite:///out/mlflow.db"},
     }
-    assert [f"{key}={value}" for key, value in leaves(config) if is_relative_place(key, value)] == [
+    needs = Needs(
+        results="out/run",
+        cluster=replace(LOCAL, scratch="out/scratch"),
+        inputs={"out/bundle": "model.yaml", "first": "model.yaml"},
+        scratch="out/scratch",
+        cache=("cache", 5),
+        tracking="sqlite:///out/mlflow.db",
+    )
+    assert [f"{key}={value}" for key, value in leaves(config) if is_relative(value, needs)] == [
         "encoder=out/bundle",
         "encoders.a=first",
         "atlas=out/atlas.nii",
@@ -140,3 +154,10 @@ def test_the_address_given_is_asked_and_not_the_one_in_the_environment(monkeypat
             connect(f"http://127.0.0.1:{nobody.getsockname()[1]}")
         with pytest.raises(TimeoutError):
             other.accept()  # nobody called
+
+
+def test_a_command_that_writes_no_results_and_one_that_is_unknown_are_refused() -> None:
+    with pytest.raises(SubmitError, match=r"python -m training\.runs has no results of its own; run it here"):
+        submit.checked_job("training.runs", ["uri=http://a"])
+    with pytest.raises(ConfigError, match=r"pretrian: unknown command; choose one of cluster\.preflight, "):
+        submit.checked_job("pretrian", [])

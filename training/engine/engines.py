@@ -33,3 +33,8 @@ def checkpoint_bytes(task: Task, config: EngineConfig, *, num_ranks: int) -> int
     weights = sum(parameter.nbytes for parameter in task.parameters())
     buffers = sum(tensor.nbytes for tensor in task.state_dict().values()) - weights
     return weights * (4 if stage in (1, 2) else 3) + buffers * (num_ranks if stage == 3 else 1)
+
+
+def scratch_bytes(task: Task, config: EngineConfig, *, num_ranks: int) -> int:
+    """Bytes of a node's scratch folder: a checkpoint, its download, and its form for another number of ranks."""
+    return 3 * checkpoint_bytes(task, config, num_ranks=num_ranks)
