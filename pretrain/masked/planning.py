@@ -17,7 +17,7 @@ from pretrain.masked.costs import bytes_kept
 from pretrain.masked.masked_set import Geometry, MaskedSet
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import Rule, columns_of_groups, reachable
-from pretrain.masked.sets import OpenedSet, build_task, open_sets
+from pretrain.masked.sets import OpenedSet, build_task, open_sets, windows_of
 from training.engine.engines import checkpoint_bytes, scratch_bytes
 
 BYTES_PER_VALUE = {"int8": 1, "float16": 2}  # in the shards
