@@ -1,6 +1,6 @@
-"""What a BIDS tree says about a scan: its entities, and the sidecar fields, confounds and brain mask that belong to it.
+"""What a BIDS tree says about a scan: its entities, sidecar fields, confounds and brain mask.
 
-Promise: the sharder and the prediction command find the same files for a scan, because both ask here.
+Promise: the sharder and the prediction command find the same files for a scan, because both call these functions.
 """
 
 import json

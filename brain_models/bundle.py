@@ -81,7 +81,7 @@ class Bundle:
 def save(folder: Path | str, bundle: Bundle) -> Path:
     """Writes `bundle` to `folder` and returns it; the model may be on any device.
 
-    The golden output is that of a model made anew from the weights: an engine may have divided the given one over
+    The golden output is computed by a new model with the same weights: an engine may have divided the given one over
     ranks, and its forward pass would wait for them.
     """
     folder = Path(folder)

@@ -88,8 +88,8 @@ def cosine_drifts(
 
 def _displacement(table: ConfoundTable | None, registered_mm: np.ndarray | None, num_frames: int) -> np.ndarray:
     stated = None if table is None else table.optional(FRAMEWISE_DISPLACEMENT)
-    found = registered_mm if stated is None else stated
-    return np.full(num_frames, np.nan, np.float32) if found is None else np.asarray(found, dtype=np.float32)
+    known_mm = registered_mm if stated is None else stated
+    return np.full(num_frames, np.nan, np.float32) if known_mm is None else np.asarray(known_mm, dtype=np.float32)
 
 
 def _kept(table: ConfoundTable | None, moved_mm: np.ndarray, config: CleaningConfig, num_dropped: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Patches: sets of voxels that become tokens, as one gather from the packed axis.
 
-Promise: a model reads a gather index, validity and centres, whatever they were made from; no dense grid is built and
+Promise: a model reads a gather index, validity and centres, whatever they come from; no dense grid is built and
 patches outside the brain do not exist. Knows no model.
 """
 

@@ -102,7 +102,7 @@ def pack_bold(
 ) -> PackedScan:
     """Returns a run on `space`; voxels outside `brain_mask` (a NIfTI file) count as not measured.
 
-    A raw run needs its `transform`: each frame is then sampled once, at the places its head had moved to.
+    A raw run needs its `transform`: each frame is then sampled once, at the points its head had moved to.
     """
     header = read_header(path, "bold")
     _require_orientation(header, unknown_orientation)
@@ -253,7 +253,7 @@ def _centre(
     """Returns mean, scale and largest distance from the mean of every voxel; its mean is taken off `voxels`, in place.
 
     The scale is 1.4826 * MAD; the standard deviation where more than half the frames share one value. Sorted whole:
-    numpy's vectorised sort is ten times as fast as its median, which selects two places.
+    numpy's vectorised sort is ten times as fast as its median, which selects twice.
     """
     num_frames = voxels.shape[1]
     lower, upper = (num_frames - 1) // 2, num_frames // 2

@@ -118,27 +118,27 @@ def _without_empty_columns(matrix: sparse.csr_matrix) -> tuple[sparse.csr_matrix
 
 
 class FrameResampler:
-    """The same for single images and runs whose head moved: each frame is smoothed, then sampled at its own places.
+    """The same for single images and runs whose head moved: each frame is smoothed, then sampled at its own points.
 
     False in `is_covered`: outside the field of view in at least one of the frames seen so far.
     """
 
     def __init__(self, header: ScanHeader, space: BrainSpace, transform: Transform | None) -> None:
         self.affine, self.shape = header.affine, header.shape
-        self.places_mm = space.positions_mm.astype(np.float64)
+        self.points_mm = space.positions_mm.astype(np.float64)
         self.motion: np.ndarray | None = None
         in_template = header.affine
         if transform is not None:
-            self.places_mm = transform.to_scan_mm(self.places_mm)
+            self.points_mm = transform.to_scan_mm(self.points_mm)
             self.motion = transform.motion
             in_template = transform.scan_to_template @ header.affine
-        self.coordinates, self.is_covered = _coordinates(self.affine, self.shape, self.places_mm)
+        self.coordinates, self.is_covered = _coordinates(self.affine, self.shape, self.points_mm)
         self.sigmas = _sigmas_voxels(in_template, space)
         self.index = _index(self.coordinates, self.sigmas, self.shape) if self.motion is None else None
 
     def hold(self, blocks: Iterable[np.ndarray], num_frames: int) -> HeldScan:
         """Returns the scan of blocks [frame, source voxel], in Fortran order of the grid; its rows are the voxels."""
-        rows = np.empty((len(self.places_mm), num_frames), dtype=np.float32)
+        rows = np.empty((len(self.points_mm), num_frames), dtype=np.float32)
         for number, frame in enumerate(frame for block in blocks for frame in block):
             if self.index is not None:
                 rows[:, number] = frame.take(self.index)
@@ -150,8 +150,8 @@ class FrameResampler:
     def _coordinates_in_frame(self, frame: int) -> np.ndarray:
         if self.motion is None:
             return self.coordinates
-        places_mm = apply_matrix(self.motion[frame], self.places_mm)
-        coordinates, is_covered = _coordinates(self.affine, self.shape, places_mm)
+        points_mm = apply_matrix(self.motion[frame], self.points_mm)
+        coordinates, is_covered = _coordinates(self.affine, self.shape, points_mm)
         self.is_covered &= is_covered
         return coordinates
 
@@ -194,10 +194,10 @@ def _cached(affine: bytes, shape: tuple[int, int, int], keyed: _Keyed) -> Resamp
 
 
 def _coordinates(
-    affine: np.ndarray, shape: tuple[int, int, int], places_mm: np.ndarray
+    affine: np.ndarray, shape: tuple[int, int, int], points_mm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns voxel coordinates [voxel, 3] of places, clipped to the grid, and which lie in its field of view."""
-    coordinates = apply_matrix(np.linalg.inv(affine), places_mm)
+    """Returns voxel coordinates [voxel, 3] of points, clipped to the grid, and which lie in its field of view."""
+    coordinates = apply_matrix(np.linalg.inv(affine), points_mm)
     coordinates = np.where(np.abs(coordinates - np.rint(coordinates)) < 1e-3, np.rint(coordinates), coordinates)
     upper = np.array(shape) - 1
     is_covered = np.all((coordinates >= -0.5) & (coordinates <= upper + 0.5), axis=1)

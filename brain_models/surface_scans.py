@@ -1,7 +1,7 @@
 """CIFTI and GIFTI runs -> packed arrays on a surface space: the counterpart of preprocess.py for meshes.
 
-Promise: every vertex is found by its number in its mesh, never by its place in a file; what a file lacks, or holds as
-not finite, is marked not measured.
+Promise: every vertex is identified by its number in its mesh, never by its order in a file; what a file lacks, or
+holds as not finite, is marked not measured.
 """
 
 import gzip
@@ -163,7 +163,7 @@ def _gifti_series(path: Path) -> np.ndarray:
         raise ScanError(str(error)) from error
     series = arrays[0].T if len(arrays) == 1 and arrays[0].ndim == 2 else arrays
     if len({array.shape for array in series}) != 1 or series[0].ndim != 1:
-        raise ScanError(f"{path}: its arrays are not frames of one mesh; write one array a frame")
+        raise ScanError(f"{path}: its arrays are not frames of one mesh; write one array per frame")
     return np.stack(list(series))
 
 

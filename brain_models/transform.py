@@ -1,4 +1,4 @@
-"""Where the places of a template lie in one scan: found once by a registration, stored as plain arrays, reused.
+"""Where the points of a template lie in one scan: estimated once by a registration, stored as plain arrays, reused.
 
 Promise: applying a stored transform needs neither the registration software nor its files, and gives the same numbers
 each time. All millimetres are RAS+ (x to the right, y to the front, z up), as in NIfTI affines. Knows no image.
@@ -24,7 +24,7 @@ FIELDS_OF_ONE_ARRAY = ("displacement_mm", "displacement_affine", "motion", "fram
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """A place p of the template lies at `inverse(scan_to_template) @ (p + displacement_mm(p))` of the scan, when the
+    """A point p of the template lies at `inverse(scan_to_template) @ (p + displacement_mm(p))` of the scan, when the
     head is where it was in the scan's reference; in frame t it lies at `motion[t]` of that."""
 
     alignment: Alignment
@@ -34,10 +34,10 @@ class Transform:
     displacement_affine: np.ndarray | None  # float64 [4, 4], index of that grid -> mm of the template
     motion: np.ndarray | None  # float64 [time, 4, 4], mm of the reference -> mm of the frame
     framewise_displacement_mm: np.ndarray | None  # float32 [time], NaN first; Power 2012
-    record: Record  # how it was found: similarity, starts, versions
+    record: Record  # of the registration: similarity, starts, versions
 
-    def to_scan_mm(self, template_mm: Float64[np.ndarray, "place 3"]) -> Float64[np.ndarray, "place 3"]:
-        """Returns where places of the template lie in the scan, head at the reference."""
+    def to_scan_mm(self, template_mm: Float64[np.ndarray, "point 3"]) -> Float64[np.ndarray, "point 3"]:
+        """Returns where points of the template lie in the scan, head at the reference."""
         moved_mm = template_mm if self.displacement_mm is None else template_mm + self._displacements(template_mm)
         return apply_matrix(np.linalg.inv(self.scan_to_template), moved_mm)
 
@@ -79,6 +79,6 @@ class Transform:
             ) from error
 
 
-def apply_matrix(matrix: Float64[np.ndarray, "4 4"], places_mm: Float64[np.ndarray, "place 3"]) -> np.ndarray:
-    """Returns the places moved by a 4x4 matrix, float64 [place, 3]."""
-    return places_mm @ matrix[:3, :3].T + matrix[:3, 3]
+def apply_matrix(matrix: Float64[np.ndarray, "4 4"], points_mm: Float64[np.ndarray, "point 3"]) -> np.ndarray:
+    """Returns the points moved by a 4x4 matrix, float64 [point, 3]."""
+    return points_mm @ matrix[:3, :3].T + matrix[:3, 3]

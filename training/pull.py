@@ -21,7 +21,7 @@ from training.errors import RegistryError
 
 
 def pull_to(model: str, folder: Path, *, uri: str) -> Path:
-    """The folder, now holding the bundle of 'name@alias', 'name/version' or 'models:/...'; nothing when it fails."""
+    """Returns the folder, now holding the bundle of 'name@alias', 'name/version' or 'models:/...'; none if it fails."""
     from cluster.storage.files import refusal_is_an_error
     from training.registry import models as registry
 

@@ -80,6 +80,10 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
         registry.pull("toy-encoder@champion", tmp_path / "none", uri=uri)
     with pytest.raises(RegistryError, match="no registry is configured"):
         registry.pull("toy-encoder@candidate", tmp_path / "none", uri=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.artifacts.download_artifacts", lambda **_: str(tmp_path))
+        with pytest.raises(RegistryError, match=r"holds no bundle .* name a model that this project registered"):
+            registry.pull("toy-encoder@candidate", tmp_path / "none", uri=uri)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        with pytest.raises(RegistryError, match=rf"{uri} did not take the model toy .* run the same command again"):
+        with pytest.raises(RegistryError, match=rf"{uri} did not accept the model toy .* run the same command again"):
             registry.register(tmp_path, name="toy", tags={}, alias="x", uri=uri, run_id=None, experiment="toys")
 
 
@@ -139,7 +143,7 @@ def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -
 )
 def test_an_artifact_store_that_fails_behind_the_server_is_an_error_of_ours_too(error: Exception, words: str) -> None:
     """Of the server's own kind it is not: MLflow passes on what its HTTP library, the disk or boto3 raises."""
-    refused = pytest.raises(RegistryError, match=rf"did not take the model toy \(.*{words}")
+    refused = pytest.raises(RegistryError, match=rf"did not accept the model toy \(.*{words}")
     with refused, registry.refusals_named("toy", "http://mlflow"):
         raise error
 

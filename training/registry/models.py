@@ -26,10 +26,9 @@ CHECKPOINT_HASH_TAG = "callosum.checkpoint_hash"
 def register(
     bundle: Path, *, name: str, tags: Mapping[str, str], alias: str, uri: str, run_id: str | None, experiment: str
 ) -> str:
-    """'name@alias' of the new version, logged into the MLflow run that trained it (or a run of its own).
+    """Returns 'name@alias' of the new version, logged into the MLflow run that trained it (or a run of its own).
 
-    A checkpoint is registered once: when a version of it is there, for this code, nothing is registered and its name
-    comes back.
+    A checkpoint is registered once: when this code has registered it before, the name of that version comes back.
     """
     mlflow_environment(timeout_s=60)
     import mlflow
@@ -79,19 +78,19 @@ def register(
 
 @contextlib.contextmanager
 def refusals_named(name: str, uri: str) -> Iterator[None]:
-    """RegistryError when the server fails: the run is done and saved, and starting its workers again would not help."""
+    """Turns the server's errors into a RegistryError: the run is saved, and restarting its workers would not help."""
     try:
         yield
     except server_errors() as error:
         raise RegistryError(
-            f"{uri} did not take the model {name} ({error}); all else is done and saved: run the same command again "
-            "to register it"
+            f"{uri} did not accept the model {name} ({error}); everything else is saved: run the same command again to "
+            "register it"
         ) from error
 
 
 def server_errors() -> tuple[type[Exception], ...]:
-    """What MLflow fails with: its own errors, and those of the artifact store as they come: a folder's or a proxy's
-    (both OSError), a bucket's."""
+    """Returns the errors MLflow raises: its own, and those of the artifact store: a folder's or a proxy's (both
+    OSError), a bucket's."""
     from mlflow.exceptions import MlflowException
 
     from cluster.storage.s3_client import ALL_ERRORS
@@ -100,7 +99,7 @@ def server_errors() -> tuple[type[Exception], ...]:
 
 
 def pull(model: str, folder: Path, *, uri: str | None) -> Path:
-    """The local bundle folder of 'name@alias', 'name/version' or 'models:/...', downloaded below `folder`."""
+    """Returns the local bundle folder of 'name@alias', 'name/version' or 'models:/...', downloaded below `folder`."""
     if uri is None:
         raise RegistryError(f"{model}: no registry is configured; set train.tracking.uri")
     mlflow_environment(timeout_s=60)
@@ -118,16 +117,15 @@ def pull(model: str, folder: Path, *, uri: str | None) -> Path:
             f"{location} cannot be read from {uri} ({error}); 'python -m training.runs {uri}' lists what is registered"
         ) from error
     bundle = local / "artifacts" / "bundle"
-    found = bundle if bundle.exists() else next((path.parent for path in local.rglob("model.yaml")), None)
-    if found is None:
+    if not bundle.exists():
         raise RegistryError(
-            f"{location} holds no bundle (no model.yaml below {local}); was it registered by this project?"
+            f"{location} holds no bundle (no artifacts/bundle in it); name a model that this project registered"
         )
-    return found
+    return bundle
 
 
 def version_tags(model: str, *, uri: str) -> dict[str, str]:
-    """The lineage tags of 'name@alias' or 'name/version'."""
+    """Returns the lineage tags of 'name@alias' or 'name/version'."""
     mlflow_environment(timeout_s=60)
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -146,12 +144,12 @@ def version_tags(model: str, *, uri: str) -> dict[str, str]:
 
 
 def source_tags() -> dict[str, str]:
-    """The git commit of this repository ('unknown' outside one) and the hash of the code that travels along."""
+    """Returns the git commit of this repository ('unknown' outside one) and the hash of the code that travels along."""
     return {"callosum.git_commit": code_commit(), CODE_HASH_TAG: code_hash(CODE_FOLDER)}
 
 
 def code_hash(folder: Path) -> str:
-    """Hex sha256 over names and bytes of a package's Python files."""
+    """Returns the hexadecimal SHA-256 over names and bytes of a package's Python files."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
