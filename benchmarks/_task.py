@@ -15,8 +15,9 @@ from brain_models.atlas import Atlas
 from brain_models.encoder import EncoderConfig
 from brain_models.space import fsl_grid, space_from_mask
 from data_sharding.read.batch import StoredBatch
+from pretrain.masked.costs import DecoderConfig, ModelConfig
 from pretrain.masked.masked_set import Geometry, LossConfig, SetSpec, WindowConfig
-from pretrain.masked.masked_volumes import DecoderConfig, MaskedVolumes, ModelConfig
+from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import MaskingConfig
 from training.config import (
     CheckpointConfig,

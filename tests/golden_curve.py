@@ -14,8 +14,9 @@ import torch
 
 from brain_models.encoder import EncoderConfig
 from data_sharding.read.batch import Batch
+from pretrain.masked.costs import DecoderConfig, ModelConfig
 from pretrain.masked.masked_set import Geometry, LossConfig, SetSpec
-from pretrain.masked.masked_volumes import DecoderConfig, MaskedVolumes, ModelConfig
+from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import MaskingConfig
 from tests.phantom_spaces import ball
 

@@ -1,21 +1,30 @@
-"""What a forward and backward pass asks for, counted from shapes: floating-point operations, and bytes kept between.
+"""The sizes of the model, and what they cost: operations of a pass, and bytes it keeps for the backward pass.
 
-Pure arithmetic over the model's sizes; tests hold it to what PyTorch counts and keeps.
+Pure arithmetic over shapes; tests hold it to what PyTorch counts and keeps.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from brain_models.encoder import EncoderConfig
-
-if TYPE_CHECKING:
-    from pretrain.masked.masked_volumes import DecoderConfig
 
 FORWARD_AND_BACKWARD = 3  # a product of matrices has two more in the backward pass, one for each factor
 ONLY_WEIGHTS = 2  # one more, where the input is data
 FP32, BF16 = 4, 2
+
+
+@dataclass
+class DecoderConfig:
+    """Sizes of the decoder, which is thrown away after pretraining."""
+
+    width: int
+    depth: int
+
+
+@dataclass
+class ModelConfig:
+    encoder: EncoderConfig
+    decoder: DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,9 @@ class PassShape:
         return self.num_visible + self.num_hidden
 
 
-def flops_of_pass(encoder: EncoderConfig, decoder: DecoderConfig, shape: PassShape) -> float:
-    """Floating-point operations of one forward and backward pass: matrix products and attention, 2 a multiply-add."""
+def flops_of_pass(model: ModelConfig, shape: PassShape) -> float:
+    """Floating-point operations of a forward and backward pass: matrix products and attention, 2 per multiply-add."""
+    encoder, decoder = model.encoder, model.decoder
     seen, hidden, width, guessed = shape.num_visible, shape.num_hidden, encoder.width, decoder.width
     waves = 2 * encoder.num_frequencies
     inputs = seen * shape.num_features * width + seen * waves * (width + guessed) + hidden * waves * guessed
@@ -47,19 +57,13 @@ def flops_of_pass(encoder: EncoderConfig, decoder: DecoderConfig, shape: PassSha
     return 2.0 * shape.rows * (FORWARD_AND_BACKWARD * rest + ONLY_WEIGHTS * inputs + phases)
 
 
-def bytes_kept(
-    encoder: EncoderConfig,
-    decoder: DecoderConfig,
-    shape: PassShape,
-    *,
-    precision: Literal["fp32", "bf16"],
-    recomputes: bool,
-) -> int:
+def bytes_kept(model: ModelConfig, shape: PassShape, *, precision: Literal["fp32", "bf16"], recomputes: bool) -> int:
     """Bytes of activations that the forward pass keeps for the backward pass.
 
     `recomputes`: blocks keep their inputs only; the largest block's own activations come on top, while it is computed
-    again. In bf16 (of a GPU) products keep two bytes a value and their weights once more in two, norms keep four.
+    again. In bf16 (of a GPU) products keep two bytes per value and their weights once more in two, norms keep four.
     """
+    encoder, decoder = model.encoder, model.decoder
     small = BF16 if precision == "bf16" else FP32
     copied = BF16 if precision == "bf16" else 0
     seen, hidden, width, guessed = shape.num_visible, shape.num_hidden, encoder.width, decoder.width

@@ -13,32 +13,18 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, Stem, StemName, kind_of
+from brain_models.encoder import BrainEncoder, PatchDecoder, Stem, StemName, kind_of
 from brain_models.patches import PatchLayout
 from data_sharding.read.batch import Batch
 from pretrain.baselines.references import centre, hidden_voxels
 from pretrain.errors import PretrainError
-from pretrain.masked.costs import PassShape, flops_of_pass
+from pretrain.masked.costs import ModelConfig, PassShape, flops_of_pass
 from pretrain.masked.masked_set import LossConfig, MaskedSet, SetSpec
 from pretrain.masked.masking import MaskingConfig, TokenChoice
 from pretrain.report.collapse import Sentinels, sampled
 from pretrain.report.scores import metrics_of
 from training.task import Cost, ParameterGroup, Task
 from training.unfreezing import split_decay
-
-
-@dataclass
-class DecoderConfig:
-    """Sizes of the decoder, which is thrown away after pretraining."""
-
-    width: int
-    depth: int
-
-
-@dataclass
-class ModelConfig:
-    encoder: EncoderConfig
-    decoder: DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -265,8 +251,7 @@ class MaskedVolumes(Task):
 
     def cost(self, batch: Batch) -> Cost:
         shape = self.pass_shape(self.set_named(batch.set_name), rows=len(batch.weight))
-        flops = flops_of_pass(self.config.encoder, self.config.decoder, shape)
-        return Cost(tokens=shape.rows * shape.num_tokens, flops=flops)
+        return Cost(tokens=shape.rows * shape.num_tokens, flops=flops_of_pass(self.config, shape))
 
     def pass_shape(self, own: MaskedSet, *, rows: int) -> PassShape:
         """What a forward pass on `rows` samples of a set holds."""

@@ -148,11 +148,9 @@ def activation_bytes(
     config: PretrainConfig, task: MaskedVolumes, sets: Mapping[str, OpenedSet], *, recomputes: bool
 ) -> int:
     """Bytes that a forward pass keeps on the set where that is most."""
-    model, precision = config.model, config.train.engine.precision
+    precision = config.train.engine.precision
     shapes = [task.pass_shape(task.set_named(name), rows=config.data.micro_batch_size) for name in sets]
-    return max(
-        bytes_kept(model.encoder, model.decoder, shape, precision=precision, recomputes=recomputes) for shape in shapes
-    )
+    return max(bytes_kept(config.model, shape, precision=precision, recomputes=recomputes) for shape in shapes)
 
 
 def ridge_line(config: PretrainConfig, geometry: Geometry) -> str:

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from brain_models.encoder import EncoderConfig
-from pretrain.masked.costs import bytes_kept
+from pretrain.masked.costs import DecoderConfig, ModelConfig, bytes_kept
 from pretrain.masked.masked_set import Geometry, LossConfig, SetSpec
-from pretrain.masked.masked_volumes import DecoderConfig, MaskedVolumes, ModelConfig
+from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import MaskingConfig
 from tests.phantom_spaces import ball
 from tests.pretrain.masked.test_pretrain_task import make_batch
@@ -117,8 +117,7 @@ def test_activations_kept_are_those_of_the_plan(geometry: Geometry, precision: s
         task.checkpoint_activations()
     shape = task.pass_shape(task.set_named(""), rows=ROWS)
     planned = bytes_kept(
-        ENCODER,
-        MODEL.decoder,
+        MODEL,
         shape,
         precision=precision,  # type: ignore[arg-type]
         recomputes=recomputes,

@@ -17,8 +17,9 @@ from pretrain.baselines.references import (
     voxel_statistics,
 )
 from pretrain.errors import MaskingError
+from pretrain.masked.costs import DecoderConfig, ModelConfig
 from pretrain.masked.masked_set import Geometry, LossConfig, SetSpec
-from pretrain.masked.masked_volumes import DecoderConfig, MaskedVolumes, ModelConfig
+from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import MaskingConfig
 from pretrain.report.scores import IntervalConfig, Regions, interval, metrics_of, report_of, resamples, score_rows
 from tests.phantom_spaces import ball
