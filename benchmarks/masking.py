@@ -74,7 +74,7 @@ def tokenised(task: MaskedVolumes, batch: Batch) -> None:
     masked = task.mask(batch)
     take_tokens(masked.features, masked.choice.visible)
     take_tokens(masked.features, masked.choice.hidden)
-    masked.of_hidden(masked.error_scale(masked.set.root_weight))
+    take_tokens(masked.error_scale(masked.set.root_weight), masked.hidden_patch)
 
 
 def step(engine: Engine, batch: Batch) -> None:

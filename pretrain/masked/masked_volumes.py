@@ -37,15 +37,16 @@ class MaskedBatch:
     choice: TokenChoice
     features: Float[Tensor, "batch token feature"]  # standardised voxels; 0 where not measured or outside the brain
 
+    @property
+    def hidden_patch(self) -> Int64[Tensor, "batch hidden"]:
+        """The patch of each hidden token."""
+        return self.choice.hidden % self.set.masker.num_patches
+
     def error_scale(self, root_weight: Tensor | float = 1.0) -> Float[Tensor, "batch patch feature"]:
         """What turns a residual of features into one of voxels: the voxel's scale, times the root of its weight; 0
         where it is not measured."""
         scale = self.stem.by_token(self.stem.voxel_scale.expand(1, self.stem.tubelet_frames, -1))
         return self.stem.measured(self.batch.is_measured) * (scale * root_weight)
-
-    def of_hidden(self, values: Float[Tensor, "batch patch feature"]) -> Float[Tensor, "batch hidden feature"]:
-        """What each hidden token's patch has, the same in every tubelet."""
-        return take_tokens(values, self.choice.hidden % self.set.masker.num_patches)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class MaskedVolumes(Task):
         """The loss: weighted squared error over measured voxels of hidden tokens, divided by a constant; of several
         sets also under the set's name."""
         masked = self.mask(batch)
-        scale = masked.of_hidden(masked.error_scale(masked.set.root_weight))
+        scale = take_tokens(masked.error_scale(masked.set.root_weight), masked.hidden_patch)
         squared = (self.residual(masked) * scale).square().sum(dim=(1, 2))
         loss = (batch.weight * squared).sum() / (self.batch_size * masked.set.values_per_sample)
         if len(self.names) == 1:
@@ -137,21 +138,14 @@ class MaskedVolumes(Task):
         choice = choice or own.masker.choose(batch.sample_seed)
         return MaskedBatch(batch, own, stem, choice, stem.features(batch.values, batch.is_measured))
 
-    def encode(
-        self, masked: MaskedBatch
-    ) -> tuple[Float[Tensor, "batch visible width"], Float[Tensor, "batch token 4"]]:
-        """The encoded visible tokens, and the positions of all tokens."""
-        name, visible = masked.set.stem_name, masked.choice.visible
-        positions = self.encoder.positions(name, masked.set.masker.num_tubelets, masked.batch.repetition_time_s)
-        encoded = self.encoder(take_tokens(masked.features, visible), take_tokens(positions, visible), name)
-        return encoded, positions
-
     def guess(self, masked: MaskedBatch) -> Guess:
         """The hidden tokens, guessed from the visible ones."""
-        choice = masked.choice
-        encoded, positions = self.encode(masked)
-        visible_at, hidden_at = take_tokens(positions, choice.visible), take_tokens(positions, choice.hidden)
-        return Guess(encoded, self.decoder(encoded, visible_at, hidden_at, masked.set.stem_name).float())
+        name, visible, hidden = masked.set.stem_name, masked.choice.visible, masked.choice.hidden
+        positions = self.encoder.positions(name, masked.set.masker.num_tubelets, masked.batch.repetition_time_s)
+        visible_positions = take_tokens(positions, visible)
+        encoded = self.encoder(take_tokens(masked.features, visible), visible_positions, name)
+        guessed = self.decoder(encoded, visible_positions, take_tokens(positions, hidden), name)
+        return Guess(encoded, guessed.float())
 
     def residual(self, masked: MaskedBatch) -> Float[Tensor, "batch hidden feature"]:
         """Guess minus truth of the hidden tokens, in standardised voxels."""
@@ -176,7 +170,7 @@ class MaskedVolumes(Task):
         masked = self.mask(batch, hiding(hidden, masker.num_tubelets, len(batch.weight)))
         scale = masked.error_scale()
         by_patch = "batch (tubelet patch) feature -> batch patch"
-        error = (self.residual(masked) * masked.of_hidden(scale)).square()
+        error = (self.residual(masked) * take_tokens(scale, masked.hidden_patch)).square()
         truth = masked.features * scale.repeat(1, masker.num_tubelets, 1)
         total = reduce(truth.square(), by_patch, "sum", patch=masker.num_patches)
         errors = torch.zeros_like(total)

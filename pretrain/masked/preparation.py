@@ -129,7 +129,7 @@ def untrained_embedding(task: MaskedVolumes, config: PretrainConfig, opened: Ope
     with torch.no_grad():
         for batch in evaluated(config, opened, evaluation.split, evaluation.subset):
             moved = batch.to(device)
-            encoded, _ = task.encode(task.mask(moved))
+            encoded = task.guess(task.mask(moved)).encoded
             found = sampled(encoded, config.report.sentinels.tokens_per_sample)
             rows.append({key: values[moved.weight > 0].cpu() for key, values in found.items()})
     task.to("cpu").train()

@@ -382,6 +382,7 @@ def test_probes_are_refused_on_a_set_without_a_validation_split(
         (["shards=/nowhere"], "/nowhere holds no shard set"),
         (["masking.groups=[limbick]"], r"no group \['limbick'\] in this atlas; it has"),
         (["windows.bold.window_frames=5"], "5 is no multiple of tubelet_frames 4"),
+        (["windows.bold.patch_voxels=99"], "patch_voxels 99 does not fit the .* grid of space mni12"),
         (["train.checkpoint.every_steps=1"], "train.checkpoint.every_steps: 1; must be 2 or more"),
         (
             ["report.contribution.num_samples=8", "train.evaluation.final_splits=[]"],

@@ -103,12 +103,3 @@ def test_a_space_without_an_atlas_learns_hides_its_budget_and_its_bundle_loads(n
     maps = {path.name for path in (tmp_path / "run" / "report").iterdir()}
     expected = f"{kind}_{held_out}_r2.nii.gz" if kind == "t1" else f"{kind}_{held_out}_maps.npz"
     assert expected in maps
-
-
-def test_a_surface_whose_vertices_have_no_position_is_refused_with_what_to_give(tmp_path: Path) -> None:
-    root = write_phantom("hcp_motor", tmp_path / "hcp", num_subjects=2)
-    vertices = [f"space.vertices=[{root}/group/yeo7.dlabel.nii]", "space.labels=[2]", "splits.rule=none"]
-    set_of(tmp_path / "set", "dataset=hcp_motor", f"source.root={root}", *vertices)
-    overrides = ["kind=bold", f"shards={tmp_path / 'set'}", "atlas=null", f"run.folder={tmp_path / 'run'}"]
-    config = parse(compose("pretrain", [*overrides, *TINY]), PretrainConfig)
-    assert "name its surfaces: space.surfaces" in "\n".join(validate(config))
