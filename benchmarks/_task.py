@@ -1,21 +1,21 @@
 """A pretraining task and its batches without a scan: an ellipsoid of a brain's size, seeded int8 windows.
 
-Imports nothing beyond torch, numpy, einops and jaxtyping (and deepspeed, for engines that ask for it).
+Imports nothing beyond torch, numpy, einops, jaxtyping and PyYAML (and deepspeed, for engines that ask for it).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
+import yaml
 
 from brain_models.atlas import Atlas
-from brain_models.encoder import EncoderConfig
 from brain_models.space import fsl_grid, space_from_mask
+from configs.parse import parse
 from data_sharding.read.batch import StoredBatch
-from pretrain.masked.costs import DecoderConfig, ModelConfig
+from pretrain.masked.costs import ModelConfig
 from pretrain.masked.masked_set import Geometry, LossConfig, SetSpec, WindowConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.masking import MaskingConfig
@@ -50,44 +50,16 @@ class Workload:
     hidden_share: float
 
 
-def flat_yaml(path: Path) -> dict[str, dict[str, str]]:
-    """Sections of `key: value` lines; the only YAML that configs/model and configs/peaks use, without PyYAML."""
-    found: dict[str, dict[str, str]] = {}
-    section = ""
-    for line in path.read_text().splitlines():
-        text = line.split("#")[0].rstrip()
-        if not text:
-            continue
-        key, _, value = text.strip().partition(": ")
-        if not value:
-            section = key.removesuffix(":")
-        found.setdefault(section if text.startswith(" ") else "", {})[key] = value.strip()
-    return found
-
-
 def model_config(name: str) -> ModelConfig:
     """The sizes of configs/model/<name>.yaml."""
-    sizes = flat_yaml(CONFIGS / "model" / f"{name}.yaml")
-    encoder, decoder = sizes["encoder"], sizes["decoder"]
-    time_in: Literal["seconds", "frames"] = "frames" if encoder["time_in"] == "frames" else "seconds"
-    return ModelConfig(
-        EncoderConfig(
-            width=int(encoder["width"]),
-            depth=int(encoder["depth"]),
-            num_heads=int(encoder["num_heads"]),
-            mlp_ratio=float(encoder["mlp_ratio"]),
-            num_frequencies=int(encoder["num_frequencies"]),
-            time_in=time_in,
-        ),
-        DecoderConfig(width=int(decoder["width"]), depth=int(decoder["depth"])),
-    )
+    return parse(yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text()), ModelConfig)
 
 
 def peak_tflops(device_name: str) -> float | None:
     """The dense bf16 peak of a device in TFLOP/s from configs/peaks, None when it is not listed."""
-    peaks = flat_yaml(CONFIGS / "peaks" / "dense_bf16.yaml")[""]
+    peaks = yaml.safe_load((CONFIGS / "peaks" / "dense_bf16.yaml").read_text())
     known = [name for name in peaks if device_name.startswith(name)]
-    return float(peaks[max(known, key=len)]) if known else None
+    return peaks[max(known, key=len)] if known else None
 
 
 def geometry_of(load: Workload) -> Geometry:
