@@ -1,22 +1,26 @@
-"""The report's pictures: distributions as SVG, slices as PNG inside the page. Arrays in, text out, reproducibly."""
+"""What every report draws with: one style, distributions as SVG, outlined slices of a brain. Same input, same bytes."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from brain_models.space import BrainSpace, require_grid
 
 COLOURS = ("#1f4e79", "#c0504d", "#7f9a48", "#8064a2", "#d9962b", "#4bacc6", "#777777", "#a0522d")
 NUM_SLICES = 7
-PIXELS_A_VOXEL = 4  # outlines are a pixel wide, so voxels are drawn larger
+PIXELS_PER_SLICE = 170  # outlines are one pixel wide, so voxels are drawn as squares of several
+OUTLINE = np.array([1.0, 1.0, 1.0, 0.55])
 
 
 def style() -> AbstractContextManager[None]:
@@ -58,27 +62,65 @@ def slices(
     values: np.ndarray, space: BrainSpace, *, label: str, outlines: np.ndarray | None, colours: str, upper: float
 ) -> str:
     """Axial slices from low to high as an <img>; the subject's left is on the left. `outlines` are labels [voxel]."""
-    volume = _on_grid(values, space, outside=np.nan)
-    labels = None if outlines is None else _on_grid(outlines, space, outside=0)
-    heights = np.flatnonzero(_on_grid(np.ones(space.num_voxels), space, outside=0).any(axis=(0, 1)))
-    chosen = heights[(np.linspace(0.12, 0.9, NUM_SLICES) * (len(heights) - 1)).astype(int)]
     with style():
         figure = Figure(figsize=(9.0, 1.75), facecolor="black")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, NUM_SLICES)
-        for place, height in zip(axes, chosen, strict=True):
-            shown = place.imshow(_enlarged(volume[:, :, height]), cmap=colours, vmin=0, vmax=upper, origin="lower")
-            if labels is not None:
-                edges = _edges(_enlarged(labels[:, :, height]))
-                place.imshow(np.where(edges > 0, 0.5, np.nan), cmap="autumn", alpha=0.7, vmin=0, vmax=1, origin="lower")
-            place.set_axis_off()
+        row = figure.subplots(1, NUM_SLICES)
+        heights = slice_heights(space, NUM_SLICES)
+        ramp = matplotlib.colormaps[colours]
+        shown = draw_slices(row, values, space, labels=outlines, heights=heights, colours=ramp, limits=(0, upper))
         figure.subplots_adjust(left=0.005, right=0.9, bottom=0.02, top=0.98, wspace=0.02)
         scale = figure.add_axes((0.915, 0.12, 0.012, 0.76))
         figure.colorbar(shown, cax=scale).ax.tick_params(colors="white", labelsize=6, length=2)
-        return _as_image(figure, label)
+        encoded = base64.b64encode(as_png(figure, dpi=110)).decode()
+        return f'<img alt="{label}" src="data:image/png;base64,{encoded}">'
 
 
-def _on_grid(values: np.ndarray, space: BrainSpace, *, outside: float) -> np.ndarray:
+def draw_slices(
+    row: Sequence[Axes],
+    values: np.ndarray,
+    space: BrainSpace,
+    *,
+    labels: np.ndarray | None,
+    heights: np.ndarray,
+    colours: Colormap,
+    limits: tuple[float, float],
+) -> AxesImage:
+    """Draws one axial slice per axes, cut to the brain, with the regions of `labels` [voxel] outlined.
+
+    `heights` count slices from low to high. Returns an image for a colour bar; voxels that are not finite stay empty.
+    """
+    filled = np.nonzero(on_grid(np.ones(space.num_voxels), space, outside=0))
+    box = tuple(slice(indices.min(), indices.max() + 1) for indices in filled[:2])
+    volume = on_grid(values, space, outside=np.nan)[box]
+    regions = None if labels is None else on_grid(labels, space, outside=0)[box]
+    times = max(1, PIXELS_PER_SLICE // max(volume.shape[:2]))
+    for axes, height in zip(row, heights, strict=True):
+        plane = np.ma.masked_invalid(_enlarged(volume[:, :, height], times))
+        shown = axes.imshow(
+            plane, cmap=colours, vmin=limits[0], vmax=limits[1], origin="lower", interpolation="nearest"
+        )
+        if regions is not None:
+            is_edge = _edges(_enlarged(regions[:, :, height], times))
+            axes.imshow(np.where(is_edge[..., None], OUTLINE, 0.0), origin="lower", interpolation="nearest")
+        axes.set_axis_off()
+    return shown
+
+
+def slice_heights(space: BrainSpace, num_slices: int) -> np.ndarray:
+    """The heights of evenly spread slices that hold brain, counted from low to high."""
+    filled = np.flatnonzero(on_grid(np.ones(space.num_voxels), space, outside=0).any(axis=(0, 1)))
+    return filled[(np.linspace(0.1, 0.92, num_slices) * (len(filled) - 1)).astype(int)]
+
+
+def height_mm(height: int, space: BrainSpace) -> float:
+    """The z coordinate of a slice counted from low to high."""
+    affine, shape, _ = require_grid(space)
+    index = height if affine[2, 2] > 0 else shape[2] - 1 - height
+    return float(affine[2, 2] * index + affine[2, 3])
+
+
+def on_grid(values: np.ndarray, space: BrainSpace, *, outside: float) -> np.ndarray:
     """The packed values as a volume whose axes run to the right, front and top."""
     affine, shape, indices = require_grid(space)
     volume = np.full(shape, outside, dtype=values.dtype)
@@ -86,17 +128,17 @@ def _on_grid(values: np.ndarray, space: BrainSpace, *, outside: float) -> np.nda
     return volume[tuple(slice(None, None, -1 if affine[axis, axis] < 0 else 1) for axis in range(3))]
 
 
-def _enlarged(plane: np.ndarray) -> np.ndarray:
+def _enlarged(plane: np.ndarray, times: int) -> np.ndarray:
     """[y, x] as images are drawn, every voxel a square of pixels."""
-    return plane.T.repeat(PIXELS_A_VOXEL, axis=0).repeat(PIXELS_A_VOXEL, axis=1)
+    return plane.T.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
-    """1 where a pixel's label differs from the one right of or above it."""
-    edges = np.zeros(labels.shape)
-    edges[:, :-1] = labels[:, :-1] != labels[:, 1:]
-    edges[:-1] = np.maximum(edges[:-1], labels[:-1] != labels[1:])
-    return edges
+    """True where a pixel's label differs from the one right of or above it."""
+    is_edge = np.zeros(labels.shape, dtype=bool)
+    is_edge[:, :-1] = labels[:, :-1] != labels[:, 1:]
+    is_edge[:-1] |= labels[:-1] != labels[1:]
+    return is_edge
 
 
 def as_svg(figure: Figure) -> str:
@@ -108,8 +150,8 @@ def as_svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _as_image(figure: Figure, label: str) -> str:
+def as_png(figure: Figure, *, dpi: int) -> bytes:
+    """The figure as the bytes of a PNG file."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110, facecolor="black", metadata={"Software": None})
-    encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img alt="{label}" src="data:image/png;base64,{encoded}">'
+    figure.savefig(data, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return data.getvalue()
