@@ -7,9 +7,9 @@ Required overrides:
   out=<folder>         where the folder is written
 
 Often used:
-  num_subjects=220     any number; subject k is the same whatever the number is
-  spacing_mm=6.0       voxel size of the BOLD (t1_spacing_mm: of the T1), on the FSL grid's relatives
-  effect_size=1.0      0: the diagnosis reaches no array;  equal_prevalence=true: nor is it told by the site
+  num_subjects=220     subject k does not depend on this number
+  spacing_mm=6.0       voxel size of the BOLD (t1_spacing_mm: of the T1), on a grid with the FSL grid's corner
+  effect_size=1.0      0: no array depends on the diagnosis;  equal_prevalence=true: nor does the site
   seed=0               other people of the same population
 """
 
@@ -46,7 +46,7 @@ def plan(config: PhantomConfig) -> str:
 
 def command() -> Command:
     from cluster.config import Needs
-    from data_sharding.phantoms.study.config import PhantomConfig, problems
+    from data_sharding.phantoms.study.config import PhantomConfig, validate_phantom
 
     return Command(PhantomConfig, run, plan, problems, lambda config: Needs(results=config.out))
 

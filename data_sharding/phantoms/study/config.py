@@ -105,36 +105,38 @@ class PhantomConfig:
     marker: MarkerConfig
 
 
-def problems(config: PhantomConfig) -> list[str]:
-    """Every reason why this phantom cannot be written, each with its key and what to do; empty when it can."""
-    found = []
+def validate_phantom(config: PhantomConfig) -> list[str]:
+    """All problems of a configuration: each names its key and what to give instead."""
+    problems = []
     for key in ("num_subjects", "num_frames", "num_processes", "spacing_mm", "t1_spacing_mm"):
         if getattr(config, key) <= 0:
-            found.append(f"{key}: {getattr(config, key)} is not positive; give a number above 0")
+            problems.append(f"{key}: {getattr(config, key)} is not positive; give a number above 0")
     if config.effect_size < 0:
-        found.append(f"effect_size: {config.effect_size} is negative; 0 is no effect, 1 the calibrated one")
+        problems.append(f"effect_size: {config.effect_size} is negative; 0 is no effect, 1 the calibrated one")
     if config.marker.position_mm[0] <= 0:
-        found.append(
+        problems.append(
             f"marker.position_mm: x = {config.marker.position_mm[0]} is not in the right hemisphere; use x > 0"
         )
     signal = config.signal
     if signal.network_share + signal.homotopic_share >= 1:
-        found.append("signal: network_share + homotopic_share must stay below 1 to leave a region something of its own")
+        problems.append(
+            "signal: network_share + homotopic_share must stay below 1 to leave a region something of its own"
+        )
     for site in config.sites:
         if not 0 <= site.prevalence <= 1:
-            found.append(f"sites.{site.name}.prevalence: {site.prevalence} is no share; use 0 to 1")
+            problems.append(f"sites.{site.name}.prevalence: {site.prevalence} is no share; use 0 to 1")
         nyquist_hz = 0.5 / site.repetition_time_s
         fewest_frames = ceil(1 / (1.5 * site.repetition_time_s * signal.highest_hz))
         if config.num_frames < fewest_frames:
-            found.append(
+            problems.append(
                 f"num_frames: {config.num_frames} frames of {site.repetition_time_s} s ({site.name}) hold no wave of "
                 f"the band; give at least {fewest_frames}"
             )
         if signal.highest_hz > nyquist_hz:
-            found.append(
+            problems.append(
                 f"sites.{site.name}.repetition_time_s: {site.repetition_time_s} s samples up to {nyquist_hz:.3f} Hz, "
                 f"below signal.highest_hz {signal.highest_hz}; shorten the TR or lower signal.highest_hz"
             )
     if not config.sites:
-        found.append("sites: empty; list at least one site")
-    return found
+        problems.append("sites: empty; list at least one site")
+    return problems

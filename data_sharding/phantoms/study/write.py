@@ -13,7 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from . import files
-from .config import PhantomConfig, PhantomError, problems
+from .config import PhantomConfig, PhantomError, validate_phantom
 from .population import Population, load_population
 from .regions import COUPLED_NETWORKS, region_maps, regions
 from .scans import Tissue, bold_frames, brain_voxels, field_of_view, subject_tissue, t1_image
@@ -28,10 +28,9 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def write_phantom(config: PhantomConfig) -> None:
-    """Write the whole folder; what a finished run of the same configuration wrote is left as it is."""
-    found = problems(config)
-    if found:
-        raise PhantomError("; ".join(found))
+    """Writes the whole folder, unless a finished run of the same configuration has written it already."""
+    if problems := validate_phantom(config):
+        raise PhantomError("; ".join(problems))
     out = Path(config.out)
     if _is_complete(out, config):
         print(f"phantom: {out} already holds these {config.num_subjects} subjects")
@@ -140,12 +139,12 @@ def _populations(config: PhantomConfig) -> tuple[Population, Population]:
 
 
 def _identity(config: PhantomConfig) -> dict[str, object]:
-    """What the bytes depend on: everything but where and by how many processes."""
+    """What the bytes depend on: everything but the folder and the number of processes."""
     return asdict(replace(config, out="", num_processes=1))
 
 
 def _is_complete(out: Path, config: PhantomConfig) -> bool:
-    """True when this very phantom is there already; an error when the folder holds anything else."""
+    """True when the folder already holds this phantom; PhantomError when it holds anything else."""
     if out.exists() and not out.is_dir():
         raise PhantomError(f"{out} is a file; give another out=<folder>")
     if not out.exists() or not any(out.iterdir()):

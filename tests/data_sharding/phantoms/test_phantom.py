@@ -12,7 +12,7 @@ import yaml
 
 from configs.parse import parse
 from data_sharding.phantoms.study import PhantomConfig, PhantomError, write_phantom
-from data_sharding.phantoms.study.config import problems
+from data_sharding.phantoms.study.config import validate_phantom
 from data_sharding.phantoms.study.population import Population, load_population
 from data_sharding.phantoms.study.regions import COUPLED_NETWORKS, region_maps, regions
 from data_sharding.phantoms.study.scans import (
@@ -276,9 +276,9 @@ def test_a_folder_of_something_else_is_refused(config: PhantomConfig, tmp_path: 
 def test_every_problem_of_a_configuration_is_named_at_once(config: PhantomConfig) -> None:
     slow = replace(config.sites[0], repetition_time_s=6.0)
     broken = replace(config, num_subjects=0, marker=replace(config.marker, position_mm=[-34.0, 0.0, 0.0]), sites=[slow])
-    found = problems(broken)
+    found = validate_phantom(broken)
     assert len(found) == 3
     assert "num_subjects: 0 is not positive" in found[0]
     assert "use x > 0" in found[1]
     assert "shorten the TR" in found[2]
-    assert problems(config) == []
+    assert validate_phantom(config) == []
