@@ -123,7 +123,7 @@ def known_head(number: int, folder: Path) -> Row:
     values = sampled(head, GRID_AFFINE, GRID_SHAPE, truth) * np.linspace(0.7, 1.3, GRID_SHAPE[1])[:, None]
     path = saved(folder / f"head{number}.nii.gz", values + generator.normal(scale=15, size=values.shape), GRID_AFFINE)
     aligned, seconds = timed(path, replace(CONFIG, kind="affine"))
-    brain_mm = template.image.places_mm(template.in_brain)
+    brain_mm = template.image.points_mm(template.in_brain)
     errors_mm = distances(aligned.transform.to_scan_mm(brain_mm), apply_matrix(np.linalg.inv(truth), brain_mm))
     reached = aligned.transform.record["similarity"]
     assert isinstance(reached, float)
@@ -147,7 +147,7 @@ def known_motion(folder: Path) -> list[Row]:
     frames = [sampled(image, BOLD_AFFINE, BOLD_SHAPE, np.linalg.inv(pose)) for pose in truth]
     values = np.stack(frames, axis=-1) + generator.normal(scale=5, size=(*BOLD_SHAPE, len(truth)))
     path = saved(folder / "bold.nii.gz", values, BOLD_AFFINE)
-    brain_mm = template.image.places_mm(template.in_brain)
+    brain_mm = template.image.points_mm(template.in_brain)
 
     def row(method: str, matrices: list[np.ndarray] | np.ndarray, seconds: float) -> Row:
         errors = [
@@ -187,9 +187,9 @@ def against_derivative(found: tuple[AlignedT1, float], config: RegistrationConfi
     raw = data / "studyforrest/sub-02/anat/sub-02_T1w.nii.gz"
     for spacing_mm in (2.0, 3.0):
         whole = whole_grid(spacing_mm)
-        places_mm = whole.positions_mm.astype(np.float64)
-        ours = is_brain(aligned.brain, aligned.transform.to_scan_mm(places_mm))
-        theirs = is_brain(reference_brain, places_mm)
+        points_mm = whole.positions_mm.astype(np.float64)
+        ours = is_brain(aligned.brain, aligned.transform.to_scan_mm(points_mm))
+        theirs = is_brain(reference_brain, points_mm)
         row[f"brain overlap (Dice), mni{spacing_mm:.0f}"] = dice(ours, theirs)
         space = brain_space(spacing_mm)
         packed = pack_t1(raw, space, brain_mask=None, transform=aligned.transform)
@@ -254,12 +254,12 @@ def described(config: RegistrationConfig, aligned: AlignedT1, seconds: float) ->
 def overlap_with_template(aligned: AlignedT1, config: RegistrationConfig) -> float:
     template = template_of(config)
     everywhere = np.ones(template.image.values.shape, dtype=bool)
-    scan_mm = aligned.transform.to_scan_mm(template.image.places_mm(everywhere))
+    scan_mm = aligned.transform.to_scan_mm(template.image.points_mm(everywhere))
     return dice(is_brain(aligned.brain, scan_mm), template.in_brain.ravel())
 
 
-def is_brain(brain: Volume, places_mm: np.ndarray) -> np.ndarray:
-    return brain.with_values(solid(brain)).sample(places_mm) > 0.5
+def is_brain(brain: Volume, points_mm: np.ndarray) -> np.ndarray:
+    return brain.with_values(solid(brain)).sample(points_mm) > 0.5
 
 
 def derivative_t1(data: Path) -> Path:

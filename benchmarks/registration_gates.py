@@ -133,7 +133,7 @@ def described(name: str, similarity: Value, found: np.ndarray | None, expected: 
     row: Row = {"scan": name, "right": "no", "similarity": similarity, "off by mm": "-"}
     if found is not None and expected is not None:
         template = template_of(OPEN)
-        brain_mm = apply_matrix(np.linalg.inv(expected), template.coarse.places_mm(template.in_coarse_brain))
+        brain_mm = apply_matrix(np.linalg.inv(expected), template.coarse.points_mm(template.in_coarse_brain))
         off_mm = float(distances(apply_matrix(found, brain_mm), apply_matrix(expected, brain_mm)).mean())
         row |= {"off by mm": off_mm, "right": "yes" if off_mm < RIGHT_WITHIN_MM else "no"}
     return row

@@ -1,7 +1,7 @@
 """The few calls into ANTs (antspyx, an optional extra), on upright volumes and RAS+ matrices.
 
-Promise: one thread, seeded, temporary files only in a folder of its own that is gone afterwards. ANTs is still not
-bit-reproducible, which is why what it finds is stored. Knows no scan and no template.
+Promise: one thread, seeded, temporary files only in a folder that is deleted afterwards. ANTs is still not
+bit-reproducible, which is why its transforms are stored. Knows no scan and no template.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def deform(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns displacements [x, y, z, 3] in mm on a grid of `fixed`, and that grid's affine (SyN; Avants et al. 2008).
 
-    A place p of `fixed` lies at `start @ (p + displacement)` of `moving`.
+    A point p of `fixed` lies at `start @ (p + displacement)` of `moving`.
     """
     with tempfile.TemporaryDirectory() as folder:
         _write_matrix(start, Path(folder) / "start.mat")

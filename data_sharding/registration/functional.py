@@ -36,7 +36,7 @@ SURROUNDINGS_MM = 12.0  # air and bone are dark in BOLD: without them a shift of
 def register_bold(
     path: Path | str, *, t1: Path | str, t1_transform: Transform, config: RegistrationConfig
 ) -> Transform:
-    """Returns the transform of a raw BOLD run: motion, mean BOLD -> T1 (rigid), then what the T1 has found.
+    """Returns the transform of a raw BOLD run: motion, mean BOLD -> T1 (rigid), then the T1's transform.
 
     Susceptibility distortion is not corrected. Raises RegistrationError (a ScanError): similarity below the gate, field
     of view beside the brain, antspyx missing.
@@ -76,12 +76,12 @@ def _to_bold(
     coarse, coarse_mean = anatomy.coarser(COARSE_MM), mean.coarser(COARSE_MM)
     in_coarse_brain = anatomy.with_values(in_brain).coarser(COARSE_MM).values > 0.5
     around = widened(in_coarse_brain, coarse, SURROUNDINGS_MM)
-    around_mm, brain = coarse.places_mm(around), np.where(in_coarse_brain, coarse.values, 0)[around]
+    around_mm, brain = coarse.points_mm(around), np.where(in_coarse_brain, coarse.values, 0)[around]
 
     def similarity(matrix: Matrix) -> float:
         return correlation_ratio(brain, coarse_mean, apply_matrix(matrix, around_mm))
 
-    brain_mm = coarse.places_mm(in_coarse_brain).mean(axis=0)
+    brain_mm = coarse.points_mm(in_coarse_brain).mean(axis=0)
     turned = poses(config.num_starts, config.seed, turn_deg=STARTS_TURN_DEG, shift_mm=STARTS_SHIFT_MM)
     starts = [posed(brain_mm, target, turned[0]) for target in (brain_mm, centre_mm(mean))]
     starts += [posed(brain_mm, (brain_mm, centre_mm(mean))[number % 2], pose) for number, pose in enumerate(turned[1:])]

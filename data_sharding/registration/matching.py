@@ -1,4 +1,4 @@
-"""How well two images agree at given places, and which of several starts leads to the best agreement.
+"""How well two images agree at given points, and which of several starts leads to the best agreement.
 
 Promise: similarities are pure functions measured at 4 mm, so that a gate means the same at any spacing.
 """
@@ -20,7 +20,7 @@ from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.volumes import Volume
 
 COARSE_MM = 4.0
-MIN_SEEN = 0.3  # of the compared places must lie in the field of view
+MIN_SEEN = 0.3  # of the compared points must lie in the field of view
 NUM_BINS = 32
 
 Matrix = Float64[np.ndarray, "4 4"]
@@ -37,15 +37,15 @@ def best_start(
     seed: int,
 ) -> tuple[Matrix | None, list[float]]:
     """Returns the matrix that reached the highest similarity (None: no start overlaps), and every similarity."""
-    found: list[tuple[float, Matrix]] = []
+    aligned: list[tuple[float, Matrix]] = []
     for start in starts:
         try:
             matrix = align(fixed, moving, stages, start=start, compared=compared, seed=seed)
         except RegistrationError:  # this start left the field of view; another may not
             continue
-        found.append((similarity(matrix), matrix))
-    best = max(found, key=lambda pair: pair[0])[1] if found else None
-    return best, [reached for reached, _ in found]
+        aligned.append((similarity(matrix), matrix))
+    best = max(aligned, key=lambda pair: pair[0])[1] if aligned else None
+    return best, [reached for reached, _ in aligned]
 
 
 def poses(num_poses: int, seed: int, *, turn_deg: float, shift_mm: float) -> list[Float64[np.ndarray, "6"]]:
@@ -69,25 +69,25 @@ def widened(selected: Bool[np.ndarray, "x y z"], grid: Volume, margin_mm: float)
 
 
 def correlation(
-    values: Float64[np.ndarray, "place"], image: Volume, places_mm: Float64[np.ndarray, "place 3"]
+    values: Float64[np.ndarray, "point"], image: Volume, points_mm: Float64[np.ndarray, "point 3"]
 ) -> float:
-    """Returns the correlation of values with an image at their places; 0 outside it, so a cut brain counts as worse."""
-    sampled = image.sample(places_mm)
+    """Returns the correlation of values with an image at their points; 0 outside it, so a cut brain scores lower."""
+    sampled = image.sample(points_mm)
     return float(np.corrcoef(values, sampled)[0, 1]) if np.ptp(sampled) > 0 else 0.0
 
 
 def correlation_ratio(
-    values: Float64[np.ndarray, "place"], image: Volume, places_mm: Float64[np.ndarray, "place 3"]
+    values: Float64[np.ndarray, "point"], image: Volume, points_mm: Float64[np.ndarray, "point 3"]
 ) -> float:
     """Returns how much of an image a function of `values` explains, 0-1 (Roche et al. 1998): for other contrasts.
 
     Places outside the field of view do not count; 0 where they are more than 70 %.
     """
     upper_mm = image.origin_mm + image.spacing_mm * (np.array(image.values.shape) - 1)
-    is_seen = np.all((places_mm >= image.origin_mm) & (places_mm <= upper_mm), axis=1)
+    is_seen = np.all((points_mm >= image.origin_mm) & (points_mm <= upper_mm), axis=1)
     if is_seen.mean() < MIN_SEEN:
         return 0.0
-    values, sampled = values[is_seen], image.sample(places_mm[is_seen]).astype(np.float64)
+    values, sampled = values[is_seen], image.sample(points_mm[is_seen]).astype(np.float64)
     edges = np.unique(np.quantile(values, np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
     bins = np.searchsorted(edges, values)
     counts = np.bincount(bins)
@@ -107,7 +107,7 @@ def require_similarity(reached: float, lowest: float, *, path: Path | str, limit
 
 
 def versioned(config: RegistrationConfig) -> Record:
-    """Returns what every record of a transform says about how it was made."""
+    """Returns the part of a transform's record that states the registration's settings and version."""
     return {
         "template_file": config.template,
         "spacing_mm": config.spacing_mm,

@@ -19,9 +19,9 @@ from brain_models.nifti import ScanHeader, stream_frames
 from brain_models.resample import FWHM_PER_SIGMA
 from brain_models.transform import apply_matrix
 
-SMOOTHING_FWHM_MM = 5.0  # SPM's spm_realign, as is the distance between sampled places
+SMOOTHING_FWHM_MM = 5.0  # SPM's spm_realign, as is the distance between sampled points
 SAMPLE_SPACING_MM = 4.0
-IS_HEAD = 0.2  # of the reference's 98th percentile: places brighter than this are compared
+IS_HEAD = 0.2  # of the reference's 98th percentile: points brighter than this are compared
 CONVERGED_MM = 1e-3
 MAX_ITERATIONS = 50
 HEAD_RADIUS_MM = 50.0  # Power et al. 2012
@@ -30,12 +30,12 @@ FRAMES_IN_MEAN = 50
 
 @dataclass(frozen=True)
 class Motion:
-    """Rigid poses of a run: a place p of the middle frame lies at `matrices[t] @ p` in frame t."""
+    """Rigid poses of a run: a point p of the middle frame lies at `matrices[t] @ p` in frame t."""
 
     matrices: Float64[np.ndarray, "time 4 4"]
     framewise_displacement_mm: Float32[np.ndarray, "time"]  # NaN first
     centre_mm: Float64[np.ndarray, "3"]  # of the head: what rotations are about
-    correlation: Float32[np.ndarray, "time"]  # of each aligned frame with the reference, over the compared places
+    correlation: Float32[np.ndarray, "time"]  # of each aligned frame with the reference, over the compared points
     mean_image: Float32[np.ndarray, "x y z"]  # of up to 50 aligned frames, on the scan's grid
 
 
@@ -73,7 +73,7 @@ def framewise_displacement(
 
 
 class _Reference:
-    """The middle frame, sampled at places of the head, and how its values change with a small motion."""
+    """The middle frame, sampled at points of the head, and how its values change with a small motion."""
 
     def __init__(self, header: ScanHeader, image: np.ndarray) -> None:
         self.header = header
@@ -84,13 +84,13 @@ class _Reference:
         is_sampled = np.zeros(header.shape, dtype=bool)
         is_sampled[tuple(slice(None, None, step) for step in steps)] = True
         indices = np.argwhere(is_sampled & (smooth > IS_HEAD * np.percentile(smooth, 98)))
-        self.places_mm = apply_matrix(header.affine, indices.astype(np.float64))
+        self.points_mm = apply_matrix(header.affine, indices.astype(np.float64))
         self.values = smooth[tuple(indices.T)].astype(np.float64)
         if len(indices) < 100 or np.ptp(self.values) == 0:
             raise ScanError(
-                f"{header.path}: its middle frame shows no head ({len(indices)} places); this is no BOLD run"
+                f"{header.path}: its middle frame shows no head ({len(indices)} points); this is no BOLD run"
             )
-        self.centre_mm = self.places_mm.mean(axis=0)
+        self.centre_mm = self.points_mm.mean(axis=0)
         self.design = self._changes(smooth, indices)
         self.solve = np.linalg.pinv(self.design.T @ self.design) @ self.design.T
 
@@ -114,15 +114,15 @@ class _Reference:
         return ndimage.gaussian_filter(image, SMOOTHING_FWHM_MM / FWHM_PER_SIGMA / self.spacing_mm, mode="nearest")
 
     def _sample(self, smooth: np.ndarray, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        coordinates = apply_matrix(self.to_index @ pose, self.places_mm)
+        coordinates = apply_matrix(self.to_index @ pose, self.points_mm)
         is_inside = np.all((coordinates >= 0) & (coordinates <= np.array(smooth.shape) - 1), axis=1)
         return ndimage.map_coordinates(smooth, coordinates.T, order=3, prefilter=False, mode="nearest"), is_inside
 
-    def _changes(self, smooth: np.ndarray, indices: np.ndarray) -> Float[np.ndarray, "place parameter"]:
+    def _changes(self, smooth: np.ndarray, indices: np.ndarray) -> Float[np.ndarray, "point parameter"]:
         """Returns the change of the values by a mm along, and a radian about, each axis through the centre."""
         by_index = np.stack([slope[tuple(indices.T)] for slope in np.gradient(smooth.astype(np.float64))], axis=1)
         by_mm = by_index @ self.to_index[:3, :3]
-        return np.concatenate([by_mm, np.cross(self.places_mm - self.centre_mm, by_mm)], axis=1)
+        return np.concatenate([by_mm, np.cross(self.points_mm - self.centre_mm, by_mm)], axis=1)
 
     def _small_motion(self, parameters: np.ndarray) -> np.ndarray:
         """Returns the rotation vector about the centre, then the translation, as a matrix."""

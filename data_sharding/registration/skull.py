@@ -39,8 +39,8 @@ def is_tissue(image: Volume) -> Bool[np.ndarray, "x y z"]:
 
 def centre_mm(image: Volume) -> np.ndarray:
     """Returns the centre of the tissue, of a head without its neck."""
-    places_mm = image.places_mm(largest_piece(is_tissue(image)))
-    return places_mm[places_mm[:, 2] > places_mm[:, 2].max() - TOP_MM].mean(axis=0)
+    points_mm = image.points_mm(largest_piece(is_tissue(image)))
+    return points_mm[points_mm[:, 2] > points_mm[:, 2].max() - TOP_MM].mean(axis=0)
 
 
 def filled_litres(tissue: Bool[np.ndarray, "x y z"], image: Volume) -> float:
@@ -56,8 +56,8 @@ def bone_share(image: Volume) -> float:
     around = np.sqrt(1 - height**2)
     directions = np.stack([around * np.cos(turn), around * np.sin(turn), height], axis=1)
     reach_mm = np.arange(0, 140.0)
-    places_mm = centre_mm(image) + directions[:, None] * reach_mm[None, :, None]
-    values = image.sample(places_mm.reshape(-1, 3)).reshape(NUM_RAYS, -1)
+    points_mm = centre_mm(image) + directions[:, None] * reach_mm[None, :, None]
+    values = image.sample(points_mm.reshape(-1, 3)).reshape(NUM_RAYS, -1)
     is_bright = values > IS_TISSUE * _bright(image)
     is_dark_gap = ndimage.minimum_filter1d((~is_bright).astype(np.int8), GAP_MM, axis=1) > 0
     outermost = np.where(is_bright.any(axis=1), len(reach_mm) - 1 - is_bright[:, ::-1].argmax(axis=1), 0)

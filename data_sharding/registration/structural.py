@@ -55,7 +55,7 @@ def align_t1(path: Path | str, config: RegistrationConfig) -> AlignedT1:
         field, grid = deform(template.image, brain, start=to_scan, compared=compared, seed=config.seed)
         field = field.astype(np.float16)  # steps of 0.004 mm up to 8 mm, 0.016 mm beyond
     transform = Transform(config.kind, config.template_name, np.linalg.inv(to_scan), field, grid, None, None, {})
-    brain_mm = template.coarse.places_mm(template.in_coarse_brain)
+    brain_mm = template.coarse.points_mm(template.in_coarse_brain)
     reached = correlation(
         template.coarse.values[template.in_coarse_brain], brain.coarser(COARSE_MM), transform.to_scan_mm(brain_mm)
     )

@@ -64,10 +64,10 @@ def _template(file: str, spacing_mm: float, num_starts: int, seed: int) -> Templ
 def laid_over(template: Template, scan: Volume, *, num_starts: int, seed: int) -> tuple[Matrix | None, list[float]]:
     """Returns the best coarse affine from the template's mm to the scan's, and what every start reached.
 
-    The scan may be a whole head: only places in and around the template's brain are compared.
+    The scan may be a whole head: only points in and around the template's brain are compared.
     """
     coarse = scan.coarser(COARSE_MM)
-    brain_mm = template.coarse.places_mm(template.in_coarse_brain)
+    brain_mm = template.coarse.points_mm(template.in_coarse_brain)
     brain = template.coarse.values[template.in_coarse_brain]
     from_mm, to_mm = brain_mm.mean(axis=0), centre_mm(scan)
     turned = poses(num_starts, seed, turn_deg=STARTS_TURN_DEG, shift_mm=STARTS_SHIFT_MM)
@@ -93,13 +93,13 @@ def bias_corrected(image: Volume) -> Volume:
     coarse = image.coarser(COARSE_MM)
     field = bias_field(coarse, is_tissue(coarse))
     everywhere = np.ones(image.values.shape, dtype=bool)
-    slow = np.maximum(field.sample(image.places_mm(everywhere)), 0.1).reshape(image.values.shape)
+    slow = np.maximum(field.sample(image.points_mm(everywhere)), 0.1).reshape(image.values.shape)
     return image.with_values(image.values / slow)
 
 
 def brain_on(anatomy: Volume, transform: Transform, template: Template) -> Bool[np.ndarray, "x y z"]:
     """Returns where the template's brain lies on a grid of the scan."""
-    scan_mm = transform.to_scan_mm(template.image.places_mm(template.in_brain))
+    scan_mm = transform.to_scan_mm(template.image.points_mm(template.in_brain))
     indices = np.rint((scan_mm - anatomy.origin_mm) / anatomy.spacing_mm).astype(int)
     indices = indices[np.all((indices >= 0) & (indices < anatomy.values.shape), axis=1)]
     hit = np.zeros(anatomy.values.shape, dtype=bool)

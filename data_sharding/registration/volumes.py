@@ -40,13 +40,13 @@ class Volume:
         """Returns the image at a larger spacing."""
         return on_upright_grid(self.values, self.affine, spacing_mm=spacing_mm)
 
-    def places_mm(self, selected: Bool[np.ndarray, "x y z"]) -> Float64[np.ndarray, "place 3"]:
+    def points_mm(self, selected: Bool[np.ndarray, "x y z"]) -> Float64[np.ndarray, "point 3"]:
         """Returns where the selected voxels lie."""
         return np.argwhere(selected) * self.spacing_mm + self.origin_mm
 
-    def sample(self, places_mm: Float64[np.ndarray, "place 3"], *, order: int = 1) -> Float32[np.ndarray, "place"]:
-        """Returns the values at places, by splines of `order`; 0 outside."""
-        return ndimage.map_coordinates(self.values, ((places_mm - self.origin_mm) / self.spacing_mm).T, order=order)
+    def sample(self, points_mm: Float64[np.ndarray, "point 3"], *, order: int = 1) -> Float32[np.ndarray, "point"]:
+        """Returns the values at points, by splines of `order`; 0 outside."""
+        return ndimage.map_coordinates(self.values, ((points_mm - self.origin_mm) / self.spacing_mm).T, order=order)
 
     def through(self, matrix: Float64[np.ndarray, "4 4"], grid: Volume) -> Volume:
         """Returns the image seen on `grid`, where `matrix` maps mm of the grid to mm of this image."""

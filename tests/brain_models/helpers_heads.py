@@ -30,7 +30,7 @@ def marked_brain() -> Volume:
     packaged = load_mni152_template(resolution=1)
     image = on_upright_grid(np.asarray(packaged.dataobj), packaged.affine, spacing_mm=4.0)
     everywhere = np.ones(image.values.shape, dtype=bool)
-    distance_mm = np.linalg.norm(image.places_mm(everywhere) - MARKER_MM, axis=1).reshape(image.values.shape)
+    distance_mm = np.linalg.norm(image.points_mm(everywhere) - MARKER_MM, axis=1).reshape(image.values.shape)
     return image.with_values(image.values * (1 + np.exp(-0.5 * (distance_mm / 8) ** 2)))
 
 
@@ -44,8 +44,8 @@ def head_around(brain: Volume) -> Volume:
 
 def scanned(image: Volume, affine: np.ndarray, shape: tuple[int, int, int], to_template: np.ndarray) -> np.ndarray:
     """What a scanner with this grid sees of a head in template space."""
-    places_mm = apply_matrix(to_template, grid_positions_mm(affine, shape).reshape(-1, 3))
-    return image.sample(places_mm).reshape(shape) * 800
+    points_mm = apply_matrix(to_template, grid_positions_mm(affine, shape).reshape(-1, 3))
+    return image.sample(points_mm).reshape(shape) * 800
 
 
 def bold_frames(brain: Volume, bold_to_template: np.ndarray, motion: np.ndarray) -> np.ndarray:

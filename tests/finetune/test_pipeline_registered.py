@@ -87,13 +87,13 @@ def test_raw_scans_are_registered_by_the_command_and_stored_transforms_write_the
     first, second = tmp_path / "first", tmp_path / "second"
     written = command("data_sharding", *arguments, "cluster=inline", f"out={first}")
     assert written.returncode == 0, written.stdout + written.stderr
-    assert "registered 1/1 T1 images and the runs that go with them" in written.stdout
+    assert "registered 1/1 T1 images and their runs" in written.stdout
     shard_set = open_set(str(first))
     assert shard_set.manifest.preprocessing["alignment"] == kind
     assert (shard_set.manifest.counts["bold_runs"], shard_set.manifest.counts["t1"]) == (1, 1)
     assert verify(str(first)) == []
     brain = marked_brain()
-    places_mm = brain.places_mm(solid(brain))
+    places_mm = brain.points_mm(solid(brain))
     truth_mm = nibabel.affines.apply_affine(np.linalg.inv(SCAN_TO_TEMPLATE), places_mm)
     transform = Transform.load(first / schema.TRANSFORMS / f"{T1}.npz")
     assert (transform.displacement_mm is None) == (kind == "affine")
