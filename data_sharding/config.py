@@ -15,7 +15,7 @@ from data_sharding.splits import SplitConfig, validate_splits
 
 @dataclass
 class StorageConfig:
-    """How scans lie in shards."""
+    """How scans are stored in shards."""
 
     chunk_frames: int
     target_bytes: int  # a shard is closed before it grows beyond this
@@ -24,7 +24,7 @@ class StorageConfig:
 
 @dataclass
 class PreprocessingConfig:
-    """What is done to every BOLD run; recorded in the manifest, and done again by a served model."""
+    """What is done to every BOLD run; recorded in the manifest and repeated by a served model."""
 
     cleaning: CleaningConfig
     max_censored_fraction: float  # windows with a larger share of censored frames are not drawn
@@ -41,13 +41,13 @@ class AcceptanceConfig:
     max_mean_fd_mm: float | None  # an unknown displacement refuses nothing
     max_censored_fraction: float | None
     max_clipped_fraction: float | None
-    unknown_orientation: UnknownOrientation  # of files whose header does not say where left and right are
+    unknown_orientation: UnknownOrientation  # of files whose header does not state which side is left
     max_refused_fraction: float
 
 
 @dataclass
 class LimitsConfig:
-    """What one scan may use before it is refused."""
+    """The resources one scan may use before it is refused."""
 
     memory_mb: int
     timeout_s: float
@@ -68,14 +68,14 @@ class ShardingConfig:
     preprocessing: PreprocessingConfig
     acceptance: AcceptanceConfig
     limits: LimitsConfig
-    registration: RegistrationConfig | None  # null: scans must lie in the space's template
+    registration: RegistrationConfig | None  # null: scans must be in the space's template
     splits: SplitConfig
     seed: int  # mixes runs over shards
     cluster: ClusterConfig
 
 
 def atlas_choices(config: ShardingConfig) -> list[str]:
-    """The atlases a set is to hold, as configured."""
+    """The configured atlases as a list."""
     return [] if config.atlas is None else [config.atlas] if isinstance(config.atlas, str) else config.atlas
 
 

@@ -48,7 +48,7 @@ def command() -> Command:
     from cluster.config import Needs
     from data_sharding.phantoms.study.config import PhantomConfig, validate_phantom
 
-    return Command(PhantomConfig, run, plan, problems, lambda config: Needs(results=config.out))
+    return Command(PhantomConfig, run, plan, validate_phantom, lambda config: Needs(results=config.out))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes one HTML page about a shard set: what it holds, how good it is, what was refused, how its splits compare.
+"""Writes one HTML page about a shard set: contents, quality, refused scans, balance of the splits.
 
 Example:
   python -m data_sharding.report out/shards

@@ -1,4 +1,4 @@
-"""What a source hands to the plan: scans, subjects, refusals. Knows no file format."""
+"""What a source returns: scans, subjects, refusals. Knows no file format."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ class Scan:
     num_frames: int  # 1 for a T1
     entities: dict[str, str]
     confounds: Path | None = None  # fMRIPrep's desc-confounds_timeseries.tsv of a run
-    files: dict[str, Path] = field(default_factory=dict)  # what else the scan consists of, by role
+    files: dict[str, Path] = field(default_factory=dict)  # the other files of the scan, by role
     events: list[Event] = field(default_factory=list)
     sidecar: dict[str, object] = field(default_factory=dict)  # fields that privacy.sidecar_fields allows
     stimulus: str = ""  # of a response: the image, which is what splits keep together
-    row: int = 0  # of a response: where it lies in the files of responses
-    private: list[tuple[str, str]] = field(default_factory=list)  # (id, what stands for it in any message)
-    is_raw: bool = False  # not in the template's space yet: files["t1w"] is what a BOLD run is registered through
-    is_fmriprep: bool = False  # brought to its template by fMRIPrep, as its folder's description says
+    row: int = 0  # of a response: its row in the files of responses
+    pseudonyms: list[tuple[str, str]] = field(default_factory=list)  # (id, what replaces it in every message)
+    is_raw: bool = False  # in its own space; a BOLD run is registered through files["t1w"]
+    is_fmriprep: bool = False  # registered to its template by fMRIPrep, as its folder's description states
 
     @property
     def unit(self) -> str:
-        """What goes to one split as a whole: the stimulus of a response, the subject of anything else."""
+        """The unit that is never divided between splits: the stimulus of a response, the subject of anything else."""
         return self.stimulus or self.subject
 
 
 @dataclass
-class Found:
-    """What a source holds: `subjects` is indexed by subject_id; `notes` tell which choices were made.
+class SourceContents:
+    """What a source holds: `subjects` is indexed by subject_id; `notes` report the choices that were made.
 
-    A set of responses also has `stimuli`, indexed by stimulus_id: they are split, and not the subjects.
+    A set of responses also has `stimuli`, indexed by stimulus_id, which are split instead of the subjects.
     """
 
     scans: list[Scan]
@@ -64,7 +64,7 @@ class Found:
 
     @property
     def units(self) -> pd.DataFrame:
-        """What splits divide: stimuli where there are any, else subjects."""
+        """The table that splits divide: stimuli where there are any, else subjects."""
         return self.subjects if self.stimuli is None else self.stimuli
 
 
@@ -75,4 +75,4 @@ def scan_id_of(entities: dict[str, str], kind: str) -> str:
     safe = NEVER_IN_A_KEY.sub("", name)
     if safe == name and len(safe) <= MAX_ID_LENGTH:
         return safe
-    return f"{safe[: MAX_ID_LENGTH - 17]}-{hash_name(name):016x}"  # two names never become one
+    return f"{safe[: MAX_ID_LENGTH - 17]}-{hash_name(name):016x}"  # so that different names stay different

@@ -21,9 +21,9 @@ INDEX = "index.parquet"
 SPACE = "space.npz"
 SUBJECTS = "subjects.parquet"
 STIMULI = "stimuli.parquet"  # of a set of responses
-QUALITY = "quality.parquet"  # one row a scan
+QUALITY = "quality.parquet"  # one row per scan
 INDEX_GROUP_ROWS = 8192  # of index.parquet: the checksums of one group are read at once
-REGION_COVERAGE = "region_coverage.parquet"  # one row a scan, one column a region: the share of it that was measured
+REGION_COVERAGE = "region_coverage.parquet"  # one row per scan, one column per region: its measured share
 ATLASES = "atlases/"
 TRANSFORMS = "transforms/"  # of raw scans: <scan_id>.npz, or <scan_id>.json with the reason why there is none
 RECEIPTS = "receipts/"
@@ -122,7 +122,7 @@ class ShardEntry:
 
 @dataclass
 class Refusal:
-    """A scan that is not in the set, and why."""
+    """A scan that is not in the set, and the reason."""
 
     scan_id: str
     path: str
@@ -131,7 +131,7 @@ class Refusal:
 
 @dataclass
 class Manifest:
-    """Everything about a set but its arrays; written last, so a set without it does not exist."""
+    """Everything about a set except its arrays; written last, so a set without it does not exist."""
 
     schema: int
     fingerprint: str
@@ -155,12 +155,12 @@ class Manifest:
         """The manifest in `data`; ShardError when it is damaged or of another schema."""
         try:
             raw = json.loads(data)
-            found = raw["schema"]
+            version = raw["schema"]
         except (ValueError, KeyError, TypeError) as error:
             raise ShardError(f"{location}/{MANIFEST} is damaged ({error}); write the set again") from error
-        if found != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION:
             raise ShardError(
-                f"{location} has schema {found}, this code reads {SCHEMA_VERSION}; "
+                f"{location} has schema {version}, this code reads {SCHEMA_VERSION}; "
                 f"write it again with 'python -m data_sharding', or use the code that wrote it"
             )
         raw["shards"] = [ShardEntry(**entry) for entry in raw["shards"]]
@@ -182,6 +182,16 @@ def set_fingerprint(space_fingerprint: str, shards: list[ShardEntry], split_of_u
 def shard_name(number: int) -> str:
     """The name of a shard inside its set."""
     return f"{SHARDS}{number:06d}.tar"
+
+
+def transform_name(scan_id: str) -> str:
+    """The name of a raw scan's transform inside its set."""
+    return f"{TRANSFORMS}{scan_id}.npz"
+
+
+def no_transform_name(scan_id: str) -> str:
+    """The name of the reason why a raw scan has no transform."""
+    return f"{TRANSFORMS}{scan_id}.json"
 
 
 def frame_ranges(frames: Sequence[int]) -> str:

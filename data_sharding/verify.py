@@ -7,7 +7,7 @@ Examples:
 Required: the shard set
 
 Exits 1 when anything is wrong, 0 when every hash, count, checksum and index row holds. Given where the scans are (and
-whatever else a set does not record), it writes damaged objects again, byte for byte as they were.
+whatever else a set does not record), it deletes what is damaged and rebuilds it from the scans, to the same bytes.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,7 @@ def run(config: VerifyConfig) -> int:
     for problem in problems:
         print(f"BAD {config.set}/{problem}")
     if problems and config.repair:
-        for line in repair(config.set, problems, overrides=config.repair):
-            print(line, flush=True)
+        repair(config.set, {problem.name for problem in problems}, overrides=config.repair)
         problems = verify(config.set)
     if problems:
         print(f"to write them again: python -m data_sharding.verify {config.set} source.root=<the scans>")

@@ -16,7 +16,7 @@ from configs.parse import parse
 from data_sharding import schema, sources
 from data_sharding.config import ShardingConfig
 from data_sharding.read.shard_set import ShardSet, open_set
-from data_sharding.scans import Found
+from data_sharding.scans import SourceContents
 from data_sharding.spaces import make_space
 from data_sharding.write.build import build
 
@@ -38,7 +38,7 @@ def config_of(*overrides: str) -> ShardingConfig:
     return parse(compose("data_sharding", ["cluster=inline", *overrides]), ShardingConfig)
 
 
-def found_by(*overrides: str, accepts_raw: bool = False) -> tuple[Found, BrainSpace]:
+def found_by(*overrides: str, accepts_raw: bool = False) -> tuple[SourceContents, BrainSpace]:
     """What a command line would find, and its space."""
     config = config_of("out=unused", *overrides)
     space = make_space(config.space, atlas_images=[])

@@ -1,96 +1,65 @@
-"""Writes what is damaged in a shard set again, from the scans, to the very bytes it had; nothing else is touched."""
+"""Deletes what is damaged in a shard set, with its manifest, and lets the ordinary run of the sharder rebuild it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from cluster.config import ClusterConfig
-from cluster.storage.stores import Store
 from configs.parse import ConfigError, parse
 from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
 from data_sharding.read.shard_set import ShardSet, open_set
-from data_sharding.write.plan import ShardPlan
-from data_sharding.write.prepare import Prepared, prepare
-from data_sharding.write.tables import saved_arrays, saved_tables
-from data_sharding.write.writer import SHARD_FILE, Receipt, close_helpers, make_shard, scratch_folder
-
-if TYPE_CHECKING:
-    from data_sharding.check.verify import Problem
+from data_sharding.write.build import complete
+from data_sharding.write.prepare import prepare
 
 INLINE = ClusterConfig("inline", 1, 1, False, 0, 600.0, 600.0, None, "unused")
 
 
-def repair(location: str, problems: list[Problem], *, overrides: list[str]) -> Iterator[str]:
-    """What was done, a line an object, as it is done.
+def repair(location: str, damaged: set[str], *, overrides: list[str]) -> None:
+    """Rebuilds the damaged objects of a set; every other shard is kept. `overrides` give what the set does not record.
 
-    `overrides` are key=value of what the set does not remember. ShardError when the scans are not those of the set, or
-    no longer give its bytes: then nothing is replaced.
+    ShardError, with nothing deleted, when the scans are not those of the set or an object cannot be made again; and
+    after the rebuild, when the scans gave other bytes than before. If it is stopped, `python -m data_sharding` with the
+    set's configuration finishes it.
     """
     shard_set = open_set(location)
-    config = remembered_config(shard_set, overrides)
+    store, manifest = shard_set.store, shard_set.manifest
+    config = config_of_set(shard_set, overrides)
     prepared = prepare(config)
-    recorded = json.loads(shard_set.store.read(schema.PLAN))["digest"]
-    if prepared.plan.digest != recorded:
+    if prepared.plan.digest != json.loads(store.read(schema.PLAN))["digest"]:
         raise ShardError(
             f"{location}: {config.source.root} does not hold the scans this set was made of (names, sizes or headers "
             "differ); give the source as it was, or write a new set"
         )
-    bad = {problem.name for problem in problems}
-    yield from _put_again(shard_set, saved_arrays(prepared), bad)
-    plans = {shard.name: shard for shard in prepared.plan.shards}
-    try:
-        for entry in shard_set.manifest.shards:
-            if entry.name in bad:
-                yield _shard_again(shard_set.store, plans[entry.name], entry, config)
-    finally:
-        close_helpers()
-    if bad & {schema.INDEX, schema.SUBJECTS, schema.STIMULI, schema.QUALITY, schema.REGION_COVERAGE}:
-        yield from _put_again(shard_set, saved_tables(prepared, _receipts(shard_set.store, prepared)), bad)
+    if lost := sorted(name for name in damaged if name.startswith(schema.TRANSFORMS)):
+        raise ShardError(f"{location}/{lost[0]}: registration is not reproducible; restore this file from a copy")
+    for shard in prepared.plan.shards:
+        if shard.name in damaged:
+            store.delete(shard.receipt_name)
+    store.delete(schema.MANIFEST)
+    rebuilt = complete(store, prepared, config)
+    if rebuilt.fingerprint != manifest.fingerprint:
+        raise ShardError(
+            f"{location}: the scans now give other bytes, so this is another set (fingerprint "
+            f"{rebuilt.fingerprint[:12]}, before {manifest.fingerprint[:12]}) and no run resumes on it; it was written "
+            f"with {rebuilt.versions}, before with {manifest.versions}"
+        )
 
 
-def remembered_config(shard_set: ShardSet, overrides: list[str]) -> ShardingConfig:
+def config_of_set(shard_set: ShardSet, overrides: list[str]) -> ShardingConfig:
     """The configuration a set was written with; ConfigError names what `overrides` must still give."""
     raw: dict[str, Any] = json.loads(shard_set.store.read(schema.PLAN))["config"]
     for override in overrides:
         key, is_given, text = override.partition("=")
         *groups, name = key.split(".")
         group = raw
-        for part in groups:
-            group = group.get(part, {})
+        for key_part in groups:
+            group = group.get(key_part, {})
         if not is_given or name not in group:
             raise ConfigError(f"{override}: no key=value of this set's configuration, such as source.root=/data/bids")
         group[name] = yaml.safe_load(text)
     return parse(raw | {"out": shard_set.location, "cluster": vars(INLINE)}, ShardingConfig)
-
-
-def _put_again(shard_set: ShardSet, saved: dict[str, bytes], bad: set[str]) -> Iterator[str]:
-    for name in sorted(bad & saved.keys()):
-        found, expected = hashlib.sha256(saved[name]).hexdigest(), shard_set.manifest.tables[name]
-        if found != expected:
-            raise ShardError(f"{shard_set.location}/{name} cannot be made again as it was; restore it from a copy")
-        shard_set.store.put(name, saved[name])
-        yield f"repaired {shard_set.location}/{name}"
-
-
-def _shard_again(store: Store, plan: ShardPlan, entry: schema.ShardEntry, config: ShardingConfig) -> str:
-    with scratch_folder() as scratch:
-        receipt = make_shard(plan, store, config.limits, scratch)
-        if receipt.sha256 != entry.sha256:
-            raise ShardError(
-                f"{store.join(plan.name)}: the scans now give other bytes (SHA-256 {receipt.sha256} instead of "
-                f"{entry.sha256}), so it was not replaced; compare package versions with the manifest's"
-            )
-        store.put(plan.name, scratch / SHARD_FILE)
-        store.put(plan.receipt_name, receipt.to_json())
-    return f"repaired {store.join(plan.name)}: {entry.bytes} bytes, {len(plan.requests)} scans"
-
-
-def _receipts(store: Store, prepared: Prepared) -> list[Receipt]:
-    return [Receipt(**json.loads(store.read(plan.receipt_name))) for plan in prepared.plan.shards]

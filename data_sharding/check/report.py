@@ -1,4 +1,4 @@
-"""Writes one HTML page about a shard set: what it holds, how good it is, what was refused, how its splits compare."""
+"""Writes one HTML page about a shard set: contents, quality, refused scans, balance of the splits."""
 
 from __future__ import annotations
 
@@ -89,36 +89,39 @@ def split_rows(shard_set: ShardSet) -> list[dict[str, Any]]:
 
 
 def balance_columns(subjects: pd.DataFrame) -> list[str]:
-    """The columns that splits are compared by: known names, in a fixed order."""
+    """The columns by which splits are compared: known names, in a fixed order."""
     by_name = {str(column).lower(): str(column) for column in subjects.columns}
     return [by_name[name] for name in BALANCE if name in by_name]
 
 
 def split_balance(subjects: pd.DataFrame, column: str) -> dict[str, Any]:
-    """One table: how a column is spread in each split; numbers as mean, deviation and range, the rest as counts."""
+    """The distribution of a column in each split: numbers as mean, deviation and range, the rest as counts."""
     splits = [split for split in SPLITS if (subjects.split == split).any()]
-    parts = {split: subjects.loc[subjects.split == split, column] for split in splits}
+    columns = {split: subjects.loc[subjects.split == split, column] for split in splits}
     if pd.api.types.is_numeric_dtype(subjects[column]) and subjects[column].nunique() > MAX_CATEGORIES:
         rows = {
-            "mean": [f"{part.mean():.1f}" for part in parts.values()],
-            "standard deviation": [f"{part.std():.1f}" for part in parts.values()],
-            "range": [f"{part.min():.1f} to {part.max():.1f}" for part in parts.values()],
+            "mean": [f"{values.mean():.1f}" for values in columns.values()],
+            "standard deviation": [f"{values.std():.1f}" for values in columns.values()],
+            "range": [f"{values.min():.1f} to {values.max():.1f}" for values in columns.values()],
         }
     else:
-        named = {split: part.astype("object").where(part.notna(), "missing").map(str) for split, part in parts.items()}
-        common = [name for name, _ in Counter(value for part in named.values() for value in part).most_common()]
+        named = {
+            split: values.astype("object").where(values.notna(), "missing").map(str)
+            for split, values in columns.items()
+        }
+        common = [name for name, _ in Counter(value for values in named.values() for value in values).most_common()]
         rows = {
-            name: [f"{int((part == name).sum())} ({(part == name).mean():.0%})" for part in named.values()]
+            name: [f"{int((values == name).sum())} ({(values == name).mean():.0%})" for values in named.values()]
             for name in sorted(common[:MAX_CATEGORIES])
         }
-    missing = [int(part.isna().sum()) for part in parts.values()]
+    missing = [int(values.isna().sum()) for values in columns.values()]
     if any(missing) and "missing" not in rows:
         rows["missing"] = [str(count) for count in missing]
     return {"column": column, "splits": splits, "rows": rows}
 
 
 def worst_regions(shard_set: ShardSet) -> list[dict[str, Any]]:
-    """The atlas regions that are covered worst on average over the BOLD runs."""
+    """The atlas regions with the lowest average coverage over the BOLD runs."""
     coverage = shard_set.region_coverage
     runs = set(shard_set.quality.scan_id[shard_set.quality.kind == "bold"])
     coverage = coverage[coverage.index.isin(runs)]
@@ -184,13 +187,13 @@ def _distributions(quality: pd.DataFrame, acceptance: dict[str, float | None]) -
     for column, (label, rule) in MEASURES.items():
         known = runs[runs[column].notna()]
         if len(known):
-            groups = {site or "all": part[column].to_numpy() for site, part in known.groupby("site", sort=True)}
+            groups = {site or "all": values[column].to_numpy() for site, values in known.groupby("site", sort=True)}
             drawn.append(figures.distribution(groups, label=label, limit=acceptance[rule] if rule else None))
     return drawn
 
 
 def _unknown(quality: pd.DataFrame) -> list[str]:
-    """What is not known of some runs, in words."""
+    """The measures that are unknown for some runs, in words."""
     runs = quality[quality.kind == "bold"]
     counts = {label: int(runs[column].isna().sum()) for column, (label, _) in MEASURES.items()}
     return [f"{label}: unknown for {count} of {len(runs)} runs" for label, count in counts.items() if count]
@@ -225,7 +228,7 @@ def _images(shard_set: ShardSet) -> list[tuple[str, str]]:
 
 
 def _kind_of_reason(refusal: schema.Refusal) -> str:
-    """A reason without the file's name and numbers, so that equal reasons count together."""
+    """A reason without the file's name and numbers, so that equal reasons are counted together."""
     text = refusal.reason.replace(refusal.path, "").lstrip(" :")
     words = ["#" if any(letter.isdigit() for letter in word) else word for word in text.split()]
     return " ".join(words[:12])

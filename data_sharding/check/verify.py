@@ -22,7 +22,7 @@ BLOCK_BYTES = 1 << 23  # what is in memory of a shard
 
 @dataclass
 class Problem:
-    """Something that is not as the manifest says; bytes first..last of the object, where they are known."""
+    """Something that differs from the manifest; bytes first..last of the object, where they are known."""
 
     name: str
     first_byte: int | None
@@ -35,7 +35,7 @@ class Problem:
 
 
 def verify(location: str) -> list[Problem]:
-    """Every problem of the set: tables first, then shards in their order; empty when all is as written."""
+    """Every problem of the set: tables first, then shards in order; empty when everything is as written."""
     shard_set = open_set(location)
     problems = list(_object_problems(shard_set))
     is_index_good = schema.INDEX not in {problem.name for problem in problems}
@@ -51,12 +51,12 @@ def _object_problems(shard_set: ShardSet) -> Iterator[Problem]:
     """Space, atlases and tables against their hashes."""
     for name, sha256 in shard_set.manifest.tables.items():
         try:
-            found = hashlib.sha256(shard_set.store.read(name)).hexdigest()
+            actual = hashlib.sha256(shard_set.store.read(name)).hexdigest()
         except StorageError as error:
             yield Problem(name, None, None, str(error))
             continue
-        if found != sha256:
-            yield Problem(name, None, None, f"its SHA-256 is {found}, the manifest says {sha256}")
+        if actual != sha256:
+            yield Problem(name, None, None, f"its SHA-256 is {actual}, the manifest says {sha256}")
 
 
 def _table_problems(shard_set: ShardSet) -> Iterator[Problem]:
@@ -67,8 +67,8 @@ def _table_problems(shard_set: ShardSet) -> Iterator[Problem]:
     if fingerprint != manifest.fingerprint:
         yield Problem(schema.MANIFEST, None, None, "the set's fingerprint does not follow from its shards and splits")
     if len(shard_set.index) != manifest.counts["members"]:
-        found = len(shard_set.index)
-        yield Problem(schema.INDEX, None, None, f"{found} rows, the manifest counts {manifest.counts['members']}")
+        num_rows = len(shard_set.index)
+        yield Problem(schema.INDEX, None, None, f"{num_rows} rows, the manifest counts {manifest.counts['members']}")
     if strangers := sorted(set(shard_set.index.shard) - {shard.name for shard in manifest.shards}):
         yield Problem(schema.INDEX, None, None, f"names shards that the manifest does not: {strangers[:3]}")
     unit_of_row = shard_set.index["subject" if shard_set.stimuli is None else "stimulus"]
@@ -79,9 +79,9 @@ def _table_problems(shard_set: ShardSet) -> Iterator[Problem]:
 
 
 def shard_problems(shard_set: ShardSet, entry: schema.ShardEntry, rows: pd.DataFrame | None) -> list[Problem]:
-    """The first thing that is wrong with a shard: its size, its members against the index, its checksums, its hash.
+    """The first problem of a shard: its size, its members against the index, its checksums, its hash.
 
-    Without `rows` (the index is damaged itself) only size and hash are compared.
+    Without `rows` (where the index itself is damaged) only size and hash are compared.
     """
     try:
         size = shard_set.store.size(entry.name)
@@ -99,7 +99,7 @@ def shard_problems(shard_set: ShardSet, entry: schema.ShardEntry, rows: pd.DataF
 
 
 class _Sequential:
-    """A shard read front to back in large blocks, hashed as it goes by."""
+    """A shard that is read from front to back in large blocks and hashed on the way."""
 
     def __init__(self, reader: RangeReader, num_bytes: int) -> None:
         self.reader = reader
@@ -133,10 +133,10 @@ def _content_problems(content: _Sequential, entry: schema.ShardEntry, rows: pd.D
     for row in () if rows is None else rows.itertuples():
         problem = _header_problem(content, entry, row)
         if problem is None:
-            found = 0
+            checksum = 0
             for piece in content.pieces(row.size):
-                found = isal_zlib.crc32(piece, found)
-            problem = None if found == row.crc32 else _damage(content.reader, entry.name, row)
+                checksum = isal_zlib.crc32(piece, checksum)
+            problem = None if checksum == row.crc32 else _damage(content.reader, entry.name, row)
         if problem is not None:
             yield problem
             return
@@ -153,18 +153,18 @@ def _header_problem(content: _Sequential, entry: schema.ShardEntry, row: Any) ->
     block = content.read(min(schema.TAR_BLOCK_BYTES, entry.bytes - first))
     try:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-        found = f"{member.name} of {member.size} bytes at {first + schema.TAR_BLOCK_BYTES}"
+        actual = f"{member.name} of {member.size} bytes at {first + schema.TAR_BLOCK_BYTES}"
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        found = f"no tar header ({error})"
+        actual = f"no tar header ({error})"
     expected = f"{row.member} of {row.size} bytes at {row.offset}"
-    if found == expected:
+    if actual == expected:
         return None
-    reason = f"the index expects member {expected}, the tar has {found}"
+    reason = f"the index expects member {expected}, the tar has {actual}"
     return Problem(entry.name, first, first + schema.TAR_BLOCK_BYTES - 1, reason)
 
 
 def _damage(reader: RangeReader, name: str, row: Any) -> Problem:
-    """The bad bytes of a member whose checksum fails: down to the frame where frames have checksums."""
+    """The damaged bytes of a member whose checksum fails: a single frame where frames have checksums."""
     reason = f"{row.member} (scan {row.scan_id}) does not match its checksum"
     expected = np.frombuffer(bytes.fromhex(row.frame_crc32), dtype="<u4")
     for frame in range(len(expected)):

@@ -1,6 +1,6 @@
-"""Where scans come from: one module a data set, found by its name; adding one touches nothing else.
+"""Where scans come from: one module per data set, imported by its name, so that adding one changes no other file.
 
-A module has `find(config, space, *, accepts_raw) -> Found` and the dataclass `Options`, which `source.options` fills.
+A module has `find(config, space, *, accepts_raw) -> SourceContents` and a dataclass `Options` for `source.options`.
 With `accepts_raw` scans may lie in their own space: they will be registered.
 """
 
@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 from brain_models.space import BrainSpace
 from configs.parse import ConfigError, parse
 from data_sharding.errors import SourceError
-from data_sharding.scans import Found
+from data_sharding.scans import SourceContents
 from data_sharding.sources.privacy import PrivacyConfig, kept_private
 
 Options = TypeVar("Options")
@@ -26,25 +26,25 @@ REFUSALS_SHOWN = 5
 
 @dataclass
 class SourceConfig:
-    """Where scans come from and which of them are taken."""
+    """Where scans come from and which of them to use."""
 
     kind: str  # a module of data_sharding/sources
     root: str
     kinds: list[Literal["bold", "t1", "parcels", "response"]]
-    subjects: list[str] | None  # labels without sub-; null takes all
-    tasks: list[str] | None  # task entities; null takes all
-    allow_template_mix: bool  # take scans of another template than the space's
+    subjects: list[str] | None  # labels without sub-; null uses all
+    tasks: list[str] | None  # task entities; null uses all
+    allow_template_mix: bool  # also use scans in another template than the space's
     options: dict[str, str | int | float | bool | list[str] | None]  # of this kind of source: its class Options
 
 
-def find(source: SourceConfig, privacy: PrivacyConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
-    """Every scan of the source that suits the space, with what was refused, and no more about people than allowed."""
-    found = kept_private(source_module(source.kind).find(source, space, accepts_raw=accepts_raw), privacy)
-    if found.scans:
-        return found
-    shown = "\n".join(f"  {refusal.scan_id}: {refusal.reason}" for refusal in found.refused[:REFUSALS_SHOWN])
-    more = f"\n  and {len(found.refused) - REFUSALS_SHOWN} more" if len(found.refused) > REFUSALS_SHOWN else ""
-    raise SourceError(f"{source.root}: all {len(found.refused)} scans were refused:\n{shown}{more}")
+def find(source: SourceConfig, privacy: PrivacyConfig, space: BrainSpace, *, accepts_raw: bool) -> SourceContents:
+    """The scans of the source that suit the space, the refused ones, and what privacy allows about the subjects."""
+    contents = kept_private(source_module(source.kind).find(source, space, accepts_raw=accepts_raw), privacy)
+    if contents.scans:
+        return contents
+    shown = "\n".join(f"  {refusal.scan_id}: {refusal.reason}" for refusal in contents.refused[:REFUSALS_SHOWN])
+    more = f"\n  and {len(contents.refused) - REFUSALS_SHOWN} more" if len(contents.refused) > REFUSALS_SHOWN else ""
+    raise SourceError(f"{source.root}: all {len(contents.refused)} scans were refused:\n{shown}{more}")
 
 
 def kinds_of_source() -> list[str]:
@@ -54,7 +54,7 @@ def kinds_of_source() -> list[str]:
 
 
 def source_module(kind: str) -> ModuleType:
-    """The module of a kind of source; SourceError when there is none."""
+    """The module of a kind of source; SourceError for an unknown kind."""
     if not kind.isidentifier() or kind not in {module.name for module in pkgutil.iter_modules(__path__)}:
         raise SourceError(f"source.kind: {kind!r} is not one of {', '.join(kinds_of_source())}")
     return _imported(kind)

@@ -17,7 +17,7 @@ from brain_models.errors import ScanError
 from brain_models.nifti import read_header
 from brain_models.space import BrainSpace
 from data_sharding.errors import SourceError
-from data_sharding.scans import Found, Scan, scan_id_of
+from data_sharding.scans import Scan, SourceContents, scan_id_of
 from data_sharding.schema import Refusal
 from data_sharding.sources import SourceConfig, bids, parse_options
 
@@ -44,7 +44,7 @@ class Options:
     sessions: list[str] | None
 
 
-def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
+def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> SourceContents:
     """Every rest run and T1w that suits the space; a subject without a diagnosis stays, with a missing one."""
     options = parse_options(config, Options)
     root = Path(config.root)
@@ -56,18 +56,18 @@ def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found
         raise SourceError(f"source.options.form: {options.form!r}; give raw or athena")
     table = read_phenotypes(_phenotype_files(root, options))
     if options.form == "athena":
-        found = _athena(root, config, options, space)
+        contents = _athena(root, config, options, space)
     else:
-        found = _raw(root, config, options, space, accepts_raw=accepts_raw)
+        contents = _raw(root, config, options, space, accepts_raw=accepts_raw)
     if options.refuse_failed_quality:
-        _refuse_failed(found, table)
-    subjects = sorted({scan.subject for scan in found.scans})
-    found.notes += _notes_on(table, subjects)
-    found.subjects = table.reindex(subjects).rename_axis("subject_id")
-    for scan in found.scans:
-        site = found.subjects.at[scan.subject, "site"]
+        _refuse_failed(contents, table)
+    subjects = sorted({scan.subject for scan in contents.scans})
+    contents.notes += _notes_on(table, subjects)
+    contents.subjects = table.reindex(subjects).rename_axis("subject_id")
+    for scan in contents.scans:
+        site = contents.subjects.at[scan.subject, "site"]
         scan.site = scan.site if pd.isna(site) else str(site)
-    return found
+    return contents
 
 
 def read_phenotypes(paths: list[Path]) -> pd.DataFrame:
@@ -93,7 +93,7 @@ def _typed(path: Path) -> pd.DataFrame:
     if missing := [column for column in REQUIRED_COLUMNS if column not in text.columns]:
         raise SourceError(f"{path} lacks the columns {', '.join(missing)}; give the ADHD-200 phenotype CSV")
     if bad := sorted({name for name in text["ScanDir ID"] if not name.isdigit()}):
-        raise SourceError(f"{path}: ScanDir ID {bad[0]!r} is no number; correct the row")
+        raise SourceError(f"{path}: ScanDir ID {bad[0]!r} is not a number; correct the row")
     present = text.where(~text.isin(MISSING))
 
     def number(column: str) -> pd.Series:
@@ -102,7 +102,9 @@ def _typed(path: Path) -> pd.DataFrame:
         values = pd.to_numeric(present[column], errors="coerce").astype("float64")
         wrong = present[column][present[column].notna() & values.isna()]
         if len(wrong):
-            raise SourceError(f"{path}: {column} holds {wrong.iloc[0]!r}, no number and no sign of missing; correct it")
+            raise SourceError(
+                f"{path}: {column} holds {wrong.iloc[0]!r}, neither a number nor a mark for missing; correct it"
+            )
         return values
 
     handedness = present["Handedness"].replace(HANDEDNESS) if "Handedness" in present else None
@@ -142,41 +144,41 @@ def _phenotype_files(root: Path, options: Options) -> list[Path]:
     return paths
 
 
-def _raw(root: Path, config: SourceConfig, options: Options, space: BrainSpace, *, accepts_raw: bool) -> Found:
-    """All sites' trees together; a site whose every scan is refused does not hide the others."""
+def _raw(root: Path, config: SourceConfig, options: Options, space: BrainSpace, *, accepts_raw: bool) -> SourceContents:
+    """The trees of all sites together; a site whose scans are all refused does not hide the others."""
     top = root / RAW_FOLDER if (root / RAW_FOLDER).is_dir() else root
     sites = [folder for folder in sorted(top.iterdir()) if folder.is_dir() and any(folder.glob("sub-*"))]
     if not sites:
         raise SourceError(f"{top}: no site folder with sub-* in it; give the folder that holds {RAW_FOLDER}")
     tree_options = bids.Options(echo=options.echo, sessions=options.sessions)
-    found = Found(scans=[], subjects=pd.DataFrame())
+    contents = SourceContents(scans=[], subjects=pd.DataFrame())
     for site in sites:
-        part = bids.find_in_tree(site, config, tree_options, space=space, accepts_raw=accepts_raw)
-        for scan in part.scans:
+        of_site = bids.find_in_tree(site, config, tree_options, space=space, accepts_raw=accepts_raw)
+        for scan in of_site.scans:
             scan.site = site.name
-        found.scans += part.scans
-        found.refused += part.refused
-        found.notes += [f"{site.name}: {note}" for note in part.notes]
-    _refuse_twice_found(found)
-    return found
+        contents.scans += of_site.scans
+        contents.refused += of_site.refused
+        contents.notes += [f"{site.name}: {note}" for note in of_site.notes]
+    _refuse_duplicates(contents)
+    return contents
 
 
-def _refuse_twice_found(found: Found) -> None:
-    counts = Counter(scan.scan_id for scan in found.scans)
-    for scan in found.scans:
+def _refuse_duplicates(contents: SourceContents) -> None:
+    counts = Counter(scan.scan_id for scan in contents.scans)
+    for scan in contents.scans:
         if counts[scan.scan_id] > 1:
             reason = f"{scan.path}: {counts[scan.scan_id]} sites have a scan of this name; keep one of them"
-            found.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
-    found.scans = [scan for scan in found.scans if counts[scan.scan_id] == 1]
+            contents.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
+    contents.scans = [scan for scan in contents.scans if counts[scan.scan_id] == 1]
 
 
-def _athena(root: Path, config: SourceConfig, options: Options, space: BrainSpace) -> Found:
+def _athena(root: Path, config: SourceConfig, options: Options, space: BrainSpace) -> SourceContents:
     if space.kind != "volume" or (space.template != options.athena_template and not config.allow_template_mix):
         raise SourceError(
-            f"the Athena runs lie in {options.athena_template}, the space {space.name} is {space.template}; take a "
+            f"the Athena runs lie in {options.athena_template}, the space {space.name} is {space.template}; choose a "
             "volume space= of that template, or set source.allow_template_mix=true (recorded in the manifest)"
         )
-    found = Found(scans=[], subjects=pd.DataFrame())
+    contents = SourceContents(scans=[], subjects=pd.DataFrame())
     paths = sorted(path for path in root.glob("**/sfnwmrda*.nii*") if ATHENA_NAME.fullmatch(path.name))
     if not paths:
         raise SourceError(f"{root}: no sfnwmrda<ID>_session_<s>_rest_<r>.nii.gz; check source.root, or form=raw")
@@ -193,13 +195,13 @@ def _athena(root: Path, config: SourceConfig, options: Options, space: BrainSpac
                 if kind in ("bold", "parcels"):
                     scan = _athena_scan(path, entities, kind)
                     if scan.scan_id in seen:
-                        raise SourceError(f"{path}: a second file of this run; keep one of them")
+                        raise SourceError(f"{path}: a second file of the same run; keep one of them")
                     seen.add(scan.scan_id)
-                    found.scans.append(scan)
+                    contents.scans.append(scan)
         except (ScanError, SourceError) as error:
-            found.refused.append(Refusal(scan_id_of(entities, "bold"), str(path), str(error)))
-    found.notes = [f"{len(found.scans)} scans: Athena runs, filtered and smoothed by its pipeline"]
-    return found
+            contents.refused.append(Refusal(scan_id_of(entities, "bold"), str(path), str(error)))
+    contents.notes = [f"{len(contents.scans)} scans: Athena runs, filtered and smoothed by its pipeline"]
+    return contents
 
 
 def _athena_entities(path: Path) -> tuple[str, str, str]:
@@ -226,21 +228,21 @@ def _athena_scan(path: Path, entities: dict[str, str], kind: str) -> Scan:
     )
 
 
-def _refuse_failed(found: Found, table: pd.DataFrame) -> None:
-    """Takes out the scans whose QC_Rest_<run> (T1: QC_Anatomical_<run>) is 0; a scan without a run is the first."""
+def _refuse_failed(contents: SourceContents, table: pd.DataFrame) -> None:
+    """Refuses scans whose QC_Rest_<run> (T1: QC_Anatomical_<run>) is 0; a scan without a run entity counts as run 1."""
     passed = []
-    for scan in found.scans:
+    for scan in contents.scans:
         column = f"qc_{'anatomical' if scan.kind == 't1' else 'rest'}_{int(scan.run or 1)}"
         is_known = scan.subject in table.index and column in table.columns
         if is_known and table.at[scan.subject, column] == 0:
             reason = (
                 f"{scan.path}: {column} of the phenotype table is 0, its quality control failed; set "
-                "source.options.refuse_failed_quality=false to take it all the same"
+                "source.options.refuse_failed_quality=false to use it anyway"
             )
-            found.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
+            contents.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
         else:
             passed.append(scan)
-    found.scans = passed
+    contents.scans = passed
 
 
 def _notes_on(table: pd.DataFrame, subjects: list[str]) -> list[str]:

@@ -6,6 +6,8 @@ has its own vertices; it is split by image, and an image has one name in all of 
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,15 @@ import pandas as pd
 from brain_models.atlas import Atlas
 from brain_models.space import BrainSpace
 from data_sharding.errors import SourceError
-from data_sharding.scans import Found, Scan, scan_id_of
+from data_sharding.scans import Scan, SourceContents, scan_id_of
 from data_sharding.sources import SourceConfig, parse_options
-from data_sharding.sources.npy_mapping import read_mapping
 
 IMAGE_NAME = re.compile(r"train-(\d{4,})_nsd-(\d{5})\.png")
 SIDES = {"left": "lh", "right": "rh"}
 CLASSES = ("prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words", "streams")
+MAX_MAPPING_BYTES = 1 << 20
+NAMES_IN_PICKLE = {"_reconstruct", "ndarray", "dtype"}  # all that a pickled array of objects names
+NUMPY_MODULES = {"numpy", "numpy.core.multiarray", "numpy._core.multiarray"}
 
 
 @dataclass
@@ -30,10 +34,10 @@ class Options:
     """What only this data set asks."""
 
     subject: str  # subj01 ... subj08
-    rois: list[str]  # classes of regions that become atlases: prf-visualrois, floc-bodies, ...; [] takes none
+    rois: list[str]  # classes of regions that become atlases: prf-visualrois, floc-bodies, ...; [] uses none
 
 
-def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
+def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> SourceContents:
     """Every training image with its response; SourceError where images and responses do not belong together."""
     options = parse_options(config, Options)
     folder = _subject_folder(Path(config.root), options.subject)
@@ -56,8 +60,8 @@ def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found
         index=pd.Index([scan.stimulus for scan in scans], name="stimulus_id", dtype="str"),
     )
     if not stimuli.index.is_unique:
-        raise SourceError(f"{split}: image {stimuli.index[stimuli.index.duplicated()][0]} is there twice; keep one")
-    return Found(
+        raise SourceError(f"{split}: image {stimuli.index[stimuli.index.duplicated()][0]} occurs twice; keep one")
+    return SourceContents(
         scans=scans,
         subjects=pd.DataFrame(index=pd.Index([folder.name], name="subject_id", dtype="str")),
         notes=[f"{len(scans)} images of {folder.name}; responses as released: z-scored in each session"],
@@ -84,7 +88,9 @@ def _images(folder: Path) -> list[Path]:
         raise SourceError(f"{folder}: no train-<row>_nsd-<image>.png; unpack the subject's training_split")
     if numbers != list(range(1, len(images) + 1)):
         missing = sorted(set(range(1, max(numbers) + 1)) - set(numbers))
-        raise SourceError(f"{folder}: image train-{(missing or numbers)[0]:04d} is missing or twice; fetch it again")
+        raise SourceError(
+            f"{folder}: image train-{(missing or numbers)[0]:04d} is missing or duplicated; fetch it again"
+        )
     return images
 
 
@@ -145,7 +151,7 @@ def _atlas(folder: Path, roi_class: str, space: BrainSpace) -> Atlas:
         except (OSError, ValueError, EOFError) as error:
             raise SourceError(f"{path}: not a readable .npy of numbers ({error}); fetch it again") from error
         if values.shape != (_num_vertices(space, side),) or not np.array_equal(values, np.rint(values)):
-            raise SourceError(f"{path}: {values.dtype} of shape {values.shape}, expected one whole number a vertex")
+            raise SourceError(f"{path}: {values.dtype} of shape {values.shape}, expected one whole number per vertex")
         labels.append(values.astype(np.int32))
     mapping = read_mapping(folder / f"mapping_{roi_class}.npy")
     names = {label: name for label, name in mapping.items() if label != 0}
@@ -153,3 +159,55 @@ def _atlas(folder: Path, roi_class: str, space: BrainSpace) -> Atlas:
     if unnamed:
         raise SourceError(f"{folder}: {roi_class} has label {unnamed[0]}, which mapping_{roi_class}.npy does not name")
     return Atlas(roi_class, np.concatenate(labels), names, {})
+
+
+class _StandIn:
+    """Replaces an array or a type, and keeps the state it is given."""
+
+    state: object = None
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if module in NUMPY_MODULES and name in NAMES_IN_PICKLE:
+            return _StandIn
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_mapping(path: Path) -> dict[int, str]:
+    """The {number: name} dictionary pickled in a .npy file; SourceError when the file holds anything else.
+
+    No class or function named in the file is imported or called, numpy's own included: stand-ins take their place.
+    """
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MAX_MAPPING_BYTES else b""
+        file = io.BytesIO(data)
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if shape != () or dtype != np.dtype(object):
+            raise ValueError(f"an array of {dtype} of shape {shape}")
+        array = _PlainUnpickler(file).load()
+        (mapping,) = array.state[4]
+        plain = {int(label): name for label, name in mapping.items()}
+        if not all(isinstance(name, str) for name in plain.values()):
+            raise ValueError("names that are no text")
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise SourceError(
+            f"{path}: not a dictionary of numbers and names ({error}); fetch the data set's own file again"
+        ) from error
+    return plain

@@ -1,7 +1,7 @@
 """BIDS: BOLD runs and T1w images of derivatives in a template space, or raw ones that will be registered.
 
-Volumes, CIFTI series and GIFTI pairs, whichever the space needs. Where a scan lies there in several spaces, resolutions
-or echoes, one is chosen by the rules of bids_files.py and the choice is said; what cannot be used is refused.
+Volumes, CIFTI series and GIFTI pairs, whichever the space needs. Where a scan exists in several spaces, resolutions or
+echoes, the rules of bids_files.py choose one and the notes report the choice; what cannot be used is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from brain_models.nifti import ScanHeader, read_header
 from brain_models.space import BrainSpace
 from brain_models.surface_scans import is_surface_run, read_surface_header
 from data_sharding.errors import SourceError
-from data_sharding.scans import Found, Scan, scan_id_of
+from data_sharding.scans import Scan, SourceContents, scan_id_of
 from data_sharding.schema import Refusal
 from data_sharding.sources import SourceConfig, parse_options
 from data_sharding.sources.bids_files import (
@@ -39,16 +39,18 @@ class Options:
     """What only BIDS trees have."""
 
     echo: str | None  # of runs whose echoes were not combined; null refuses those
-    sessions: list[str] | None  # labels without ses-; null takes all
+    sessions: list[str] | None  # labels without ses-; null uses all
 
 
-def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
-    """Every scan of the folder that suits the space, with what was refused; SourceError when nothing is there."""
+def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> SourceContents:
+    """Every scan of the folder that suits the space, and the refused ones; SourceError when there is no scan."""
     options = parse_options(config, Options)
     return find_in_tree(Path(config.root), config, options, space=space, accepts_raw=accepts_raw)
 
 
-def find_in_tree(root: Path, config: SourceConfig, options: Options, *, space: BrainSpace, accepts_raw: bool) -> Found:
+def find_in_tree(
+    root: Path, config: SourceConfig, options: Options, *, space: BrainSpace, accepts_raw: bool
+) -> SourceContents:
     """Every scan of one BIDS tree that suits the space; there may be none."""
     suffixes = sorted({SUFFIX_OF_KIND[kind] for kind in config.kinds if kind in SUFFIX_OF_KIND})
     also = ["T1w"] if accepts_raw else []  # raw runs are registered through them
@@ -60,24 +62,24 @@ def find_in_tree(root: Path, config: SourceConfig, options: Options, *, space: B
     }
     if not wanted and not listing.refused:
         raise SourceError(_nothing_found(root, config, suffixes))
-    found = Found(scans=[], subjects=read_participants(root), refused=listing.refused)
+    contents = SourceContents(scans=[], subjects=read_participants(root), refused=listing.refused)
     choices: Counter[str] = Counter()
     for (suffix, scan_id), files in wanted.items():
         try:
             chosen, choice = _choose(files, space, config=config, options=options, accepts_raw=accepts_raw)
-            scan = _scan(chosen, root=root, found=found, listing=listing, space=space)
+            scan = _scan(chosen, root=root, contents=contents, listing=listing, space=space)
         except (ScanError, SourceError) as error:
-            found.refused.append(Refusal(scan_id, str(files[0].path), str(error)))
+            contents.refused.append(Refusal(scan_id, str(files[0].path), str(error)))
             continue
         choices[choice] += 1
         for kind in config.kinds:
             if SUFFIX_OF_KIND.get(kind) == suffix:
                 events = [] if kind == "parcels" else scan.events  # they lie beside the voxels
-                found.scans.append(replace(scan, kind=kind, scan_id=scan_id_of(scan.entities, kind), events=events))
-    found.scans.sort(key=lambda scan: (scan.kind, scan.scan_id))
-    found.notes = [f"{count} scans: {choice}" for choice, count in sorted(choices.items())]
-    found.subjects = found.subjects.reindex(sorted({scan.subject for scan in found.scans}))
-    return found
+                contents.scans.append(replace(scan, kind=kind, scan_id=scan_id_of(scan.entities, kind), events=events))
+    contents.scans.sort(key=lambda scan: (scan.kind, scan.scan_id))
+    contents.notes = [f"{count} scans: {choice}" for choice, count in sorted(choices.items())]
+    contents.subjects = contents.subjects.reindex(sorted({scan.subject for scan in contents.scans}))
+    return contents
 
 
 def _is_wanted(entities: dict[str, str], config: SourceConfig, options: Options) -> bool:
@@ -91,7 +93,7 @@ def _is_wanted(entities: dict[str, str], config: SourceConfig, options: Options)
 def _choose(
     files: list[ScanFile], space: BrainSpace, *, config: SourceConfig, options: Options, accepts_raw: bool
 ) -> tuple[list[ScanFile], str]:
-    """The file to take (two for a GIFTI run) and the choice in words."""
+    """The file to use (two for a GIFTI run) and the choice in words."""
     if space.template == NO_TEMPLATE and files[0].entities["suffix"] == "bold":
         raise SourceError(f"{files[0].path}: space {space.name} has no template, BOLD needs one; set source.kinds=[t1]")
     suitable = in_space(files, space, allow_mix=config.allow_template_mix, accepts_raw=accepts_raw)
@@ -103,13 +105,13 @@ def _choose(
     return chosen, f"{kind} {chosen[0].described}{over}{echo_choice}"
 
 
-def _scan(chosen: list[ScanFile], *, root: Path, found: Found, listing: Listing, space: BrainSpace) -> Scan:
+def _scan(chosen: list[ScanFile], *, root: Path, contents: SourceContents, listing: Listing, space: BrainSpace) -> Scan:
     path, entities = chosen[0].path, chosen[0].entities
     kind = KIND_OF_SUFFIX[entities["suffix"]]
     header = read_surface_header(path) if is_surface_run(path) else read_header(path, "t1w" if kind == "t1" else "bold")
     subject = entities["sub"]
-    has_site = subject in found.subjects.index and "site" in found.subjects.columns
-    site = found.subjects.at[subject, "site"] if has_site else None
+    has_site = subject in contents.subjects.index and "site" in contents.subjects.columns
+    site = contents.subjects.at[subject, "site"] if has_site else None
     sidecar = bids.inherited_sidecar(path, root=root)
     is_raw = chosen[0].space in RAW_SPACES and space.template != NO_TEMPLATE
     files = {"right": chosen[1].path} if len(chosen) == 2 else {}
@@ -168,5 +170,5 @@ def _nothing_found(root: Path, config: SourceConfig, suffixes: list[str]) -> str
     narrowed = " (source.subjects and source.tasks narrow it)" if config.subjects or config.tasks else ""
     endings = " or ".join(f"_[res-*_]desc-preproc_{suffix}.nii[.gz]" for suffix in suffixes)
     return (
-        f"{root}: nothing found. Looked for sub-*/**/*_space-*{endings}{narrowed}; check source.root and source.kinds"
+        f"{root}: no scan found. Looked for sub-*/**/*_space-*{endings}{narrowed}; check source.root and source.kinds"
     )

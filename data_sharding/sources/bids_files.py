@@ -1,4 +1,4 @@
-"""Which files of a BIDS tree are scans, and which of several files of one scan is taken: by stated rules.
+"""Which files of a BIDS tree are scans, and which of several files of one scan is used.
 
 Listed by bids2table. Entities stay text, as they are written in the file's name.
 """
@@ -52,14 +52,14 @@ class ScanFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of each scan by (suffix, name of the scan), and what can be no scan at all."""
+    """The files of each scan by (suffix, name of the scan), and the files that cannot be used at all."""
 
     files: dict[tuple[str, str], list[ScanFile]]
     refused: list[Refusal]
 
 
 def listed(root: Path, *, suffixes: Sequence[str], on_surface: bool) -> Listing:
-    """Every BOLD or T1w file of the tree on volumes, or on surfaces; SourceError when the folder is none of BIDS."""
+    """Every BOLD or T1w file of the tree on volumes, or on surfaces; SourceError when there is no such folder."""
     if not root.is_dir():
         raise SourceError(f"source.root: {root} is not a folder; give the top of a BIDS tree (holding sub-*)")
     endings = SURFACE_ENDINGS if on_surface else VOLUME_ENDINGS
@@ -89,14 +89,12 @@ _NO_LABEL = "{}: not a BIDS subject folder (sub- and letters or digits only); re
 def _not_magnitude(file: ScanFile) -> Refusal:
     part = file.entities["part"]
     name = scan_id_of(file.entities, f"part-{part}_{file.entities['suffix']}")
-    reason = (
-        f"{file.path}: part-{part} holds no magnitude; only magnitude images are packed: nothing to do, or export it"
-    )
+    reason = f"{file.path}: part-{part} is not a magnitude image; only those are packed, export it if it is missing"
     return Refusal(name, str(file.path), reason)
 
 
 def of_one_echo(files: list[ScanFile], echo: str | None) -> tuple[list[ScanFile], str]:
-    """The files of the combination of all echoes, else of the echo asked for, and the choice in words."""
+    """The files that combine all echoes, or else those of the requested echo, and the choice in words."""
     combined = [file for file in files if "echo" not in file.entities]
     echoes = sorted({file.entities["echo"] for file in files if "echo" in file.entities})
     if combined:
@@ -104,7 +102,7 @@ def of_one_echo(files: list[ScanFile], echo: str | None) -> tuple[list[ScanFile]
     if echo is None:
         raise SourceError(
             f"{files[0].path}: has echoes {', '.join(echoes)} and no combination of them; combine them (tedana, or "
-            f"fMRIPrep), or take one of them: source.options.echo={echoes[0]}"
+            f"fMRIPrep), or choose one: source.options.echo={echoes[0]}"
         )
     if echo not in echoes:
         raise SourceError(f"{files[0].path}: has echoes {', '.join(echoes)}, not source.options.echo={echo}")
@@ -112,7 +110,7 @@ def of_one_echo(files: list[ScanFile], echo: str | None) -> tuple[list[ScanFile]
 
 
 def in_space(files: list[ScanFile], space: BrainSpace, *, allow_mix: bool, accepts_raw: bool) -> list[ScanFile]:
-    """The files in the space's template; raw ones where the space has none, or where they will be registered."""
+    """The files in the space's template, or raw ones where the space has no template or registration is configured."""
     by_space: dict[str, list[ScanFile]] = defaultdict(list)
     for file in files:
         by_space[file.space].append(file)
@@ -131,7 +129,7 @@ def in_space(files: list[ScanFile], space: BrainSpace, *, allow_mix: bool, accep
     if by_space:
         mix = ", or set source.allow_template_mix=true (recorded in the manifest)" if space.kind == "volume" else ""
         raise SourceError(
-            f"{files[0].path} lies in {', '.join(sorted(by_space))}, the space needs {wanted}; take a space= of that "
+            f"{files[0].path} lies in {', '.join(sorted(by_space))}, the space needs {wanted}; choose a space= of that "
             f"template{mix}"
         )
     raise SourceError(
@@ -176,10 +174,10 @@ def _on_mesh(files: list[ScanFile], space: BrainSpace) -> list[ScanFile]:
         sizes = {file.path: read_surface_header(file.path).shape[0] for file in hemisphere}
         matching = [file for file in hemisphere if sizes[file.path] == num_vertices]
         if not matching:
-            found = f"meshes of {sorted(set(sizes.values()))} vertices" if sizes else f"no hemi-{side} file"
+            present = f"meshes of {sorted(set(sizes.values()))} vertices" if sizes else f"no hemi-{side} file"
             raise SourceError(
-                f"{files[0].path}: {found}, the space {space.name} has {num_vertices} on that side; fetch the missing "
-                "file, or take the space of that mesh"
+                f"{files[0].path}: {present}, the space {space.name} has {num_vertices} on that side; fetch the "
+                "missing file, or choose the space of that mesh"
             )
         pair.append(matching[0])
     return pair

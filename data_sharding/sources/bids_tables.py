@@ -26,14 +26,14 @@ def read_participants(root: Path) -> pd.DataFrame:
     table.index = pd.Index(text["participant_id"].str.removeprefix("sub-").astype(str), name="subject_id")
     if not table.index.is_unique:
         twice = sorted(table.index[table.index.duplicated()].unique())
-        raise SourceError(f"{path} has several rows for {', '.join(twice[:5])}; keep one row a subject")
+        raise SourceError(f"{path} has several rows for {', '.join(twice[:5])}; keep one row per subject")
     return table
 
 
 def with_levels(table: pd.DataFrame, dictionary: Path) -> pd.DataFrame:
     """The table with coded values replaced by the names of their Levels in the data dictionary beside it.
 
-    A column keeps its codes when one of them has no level, or a level is no plain text.
+    A column keeps its codes when one of them has no level, or the name of a level is not plain text.
     """
     described = _read_json(dictionary) if dictionary.is_file() else {}
     named = {}

@@ -1,6 +1,6 @@
-"""HCP motor task: surface runs and the EV files that say when which movement was made.
+"""HCP motor task: surface runs and the EV files with the times of the movements.
 
-`<subject>/MNINonLinear/Results/tfMRI_MOTOR_<LR|RL>/` with a CIFTI series, or a GIFTI file a hemisphere, and `EVs/`.
+`<subject>/MNINonLinear/Results/tfMRI_MOTOR_<LR|RL>/` with a CIFTI series or one GIFTI file per hemisphere, and `EVs/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from brain_models.errors import ScanError
 from brain_models.space import BrainSpace
 from brain_models.surface_scans import read_surface_header
 from data_sharding.errors import SourceError
-from data_sharding.scans import Found, Scan, scan_id_of
+from data_sharding.scans import Scan, SourceContents, scan_id_of
 from data_sharding.schema import Event, Refusal
 from data_sharding.sources import SourceConfig, bids, parse_options
 
@@ -32,13 +32,13 @@ MOVEMENTS = {
 
 @dataclass
 class Options:
-    """Which of a run's files, and who is who."""
+    """Which files of a run to use, and the table of subjects."""
 
     files: str  # msmall, msmsulc (CIFTI series) or gifti (one file a hemisphere)
     subjects_table: str | None  # a CSV with the column Subject: Gender, Age, Family_ID ...
 
 
-def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
+def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> SourceContents:
     """Every motor run on the surface, with its events; a run without all EV files is refused."""
     options = parse_options(config, Options)
     root = Path(config.root)
@@ -52,19 +52,19 @@ def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found
     folders = [folder for folder in sorted(root.glob(RUNS)) if folder.is_dir()]
     if not folders:
         raise SourceError(f"{root}: no {RUNS}; give the folder that holds the subjects' folders as source.root")
-    found = Found(scans=[], subjects=_subjects_table(options))
+    contents = SourceContents(scans=[], subjects=_subjects_table(options))
     for folder in folders:
         subject, direction = folder.parents[2].name, folder.name.rpartition("_")[2]
         if config.subjects is not None and subject not in config.subjects:
             continue
         entities = {"sub": subject, "task": "motor", "dir": direction, "suffix": "bold"}
         try:
-            found.scans.append(_scan(folder, entities, options))
+            contents.scans.append(_scan(folder, entities, options))
         except (ScanError, SourceError) as error:
-            found.refused.append(Refusal(scan_id_of(entities, "bold"), str(folder), str(error)))
-    found.subjects = found.subjects.reindex(sorted({scan.subject for scan in found.scans}))
-    found.notes = [f"{len(found.scans)} scans: HCP motor runs, {options.files}"]
-    return found
+            contents.refused.append(Refusal(scan_id_of(entities, "bold"), str(folder), str(error)))
+    contents.subjects = contents.subjects.reindex(sorted({scan.subject for scan in contents.scans}))
+    contents.notes = [f"{len(contents.scans)} scans: HCP motor runs, {options.files}"]
+    return contents
 
 
 def read_ev(path: Path, name: str) -> list[Event]:
@@ -114,7 +114,7 @@ def _files(folder: Path, options: Options) -> tuple[Path, dict[str, Path]]:
     sides = [sorted(folder.glob(f"{folder.name}.{side}.*func.gii*")) for side in "LR"]
     if any(len(paths) != 1 for paths in sides):
         raise SourceError(
-            f"{folder}: {len(sides[0])} files {folder.name}.L.*func.gii and {len(sides[1])} of R, expected one each"
+            f"{folder}: {len(sides[0])} files {folder.name}.L.*func.gii and {len(sides[1])} of R, expected one of each"
         )
     return sides[0][0], {"right": sides[1][0]}
 
@@ -127,5 +127,5 @@ def _subjects_table(options: Options) -> pd.DataFrame:
         raise SourceError(f"source.options.subjects_table: {path} does not exist; give a CSV with the column Subject")
     table = pd.read_csv(path, dtype={"Subject": str})
     if "Subject" not in table.columns or not table["Subject"].is_unique:
-        raise SourceError(f"{path}: needs a column Subject with one row a subject (found {list(table.columns)[:8]})")
+        raise SourceError(f"{path}: needs a column Subject with one row per subject (found {list(table.columns)[:8]})")
     return table.set_index("Subject").rename_axis("subject_id")

@@ -1,4 +1,4 @@
-"""MICA-MICs: T1w and rest of its BIDS tree, one T1w a session; region series come by source.kinds=[bold,parcels].
+"""MICA-MICs: T1w and rest runs of its BIDS tree, one T1w per session; source.kinds=[bold,parcels] adds region series.
 
 T1w suit the space t1_cube128 as they are; rest needs derivatives in the space's template, or registration.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brain_models.space import BrainSpace
-from data_sharding.scans import Found, Scan
+from data_sharding.scans import Scan, SourceContents
 from data_sharding.schema import Refusal
 from data_sharding.sources import SourceConfig, bids, parse_options
 
@@ -20,27 +20,27 @@ TASKS = ["rest"]
 
 @dataclass
 class Options:
-    """What only this data set asks."""
+    """The options of this data set only."""
 
-    sessions: list[str] | None  # labels without ses-; null takes all
+    sessions: list[str] | None  # labels without ses-; null uses all
 
 
-def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Found:
-    """Rest runs and one T1w a session: the one without a run, or of the first; the others are refused."""
+def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> SourceContents:
+    """Rest runs and one T1w per session: the one without a run entity, or else of the first run; others are refused."""
     options = parse_options(config, Options)
     root = Path(config.root)
     top = root / RAW_FOLDER if (root / RAW_FOLDER).is_dir() else root
     rest_only = replace(config, tasks=config.tasks or TASKS)
     tree_options = bids.Options(echo=None, sessions=options.sessions)
-    found = bids.find_in_tree(top, rest_only, tree_options, space=space, accepts_raw=accepts_raw)
+    contents = bids.find_in_tree(top, rest_only, tree_options, space=space, accepts_raw=accepts_raw)
     by_session: dict[tuple[str, str], list[Scan]] = defaultdict(list)
-    for scan in found.scans:
+    for scan in contents.scans:
         if scan.kind == "t1":
             by_session[scan.subject, scan.session].append(scan)
     for scans in by_session.values():
         scans.sort(key=lambda scan: (scan.run, scan.scan_id))
         for scan in scans[1:]:
-            reason = f"{scan.path}: this session's T1w is {scans[0].path.name}; remove that one to take this"
-            found.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
-            found.scans.remove(scan)
-    return found
+            reason = f"{scan.path}: the T1w used of this session is {scans[0].path.name}; remove it to use this one"
+            contents.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
+            contents.scans.remove(scan)
+    return contents

@@ -1,4 +1,4 @@
-"""What a set tells about people: keyed hashes instead of subject ids, and only what the allow-lists name.
+"""What a set reveals about people: keyed hashes instead of subject ids, and only what the allow-lists name.
 
 Promise: with a key file, no subject id and nothing of the key reaches shards, tables, manifest, receipts or messages.
 """
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_sharding.errors import SourceError
-from data_sharding.scans import Found, Scan, scan_id_of
+from data_sharding.scans import Scan, SourceContents, scan_id_of
 from data_sharding.schema import Refusal
 
 MIN_KEY_BYTES = 16
 PSEUDONYM_LENGTH = 16  # hex digits: 64 bits
-SHORT_ID = 4  # an id below this length is replaced only where it stands as an id: "01" is in many numbers
+SHORT_ID = 4  # a shorter id is replaced only where it is used as an id: "01" occurs in many numbers
 
 
 @dataclass
 class PrivacyConfig:
-    """What a set tells about people."""
+    """What a set reveals about people."""
 
-    key_file: str | None  # secret bytes: subject ids become keyed hashes; null keeps them
+    key_file: str | None  # secret bytes that turn subject ids into keyed hashes; null keeps the ids
     sidecar_fields: list[str]  # the only fields of JSON sidecars that reach the set
     participant_columns: list[str] | None  # the only columns of the participants table that do; null keeps all
 
@@ -40,43 +40,43 @@ def validate_privacy(config: PrivacyConfig) -> list[str]:
     ]
 
 
-def kept_private(found: Found, config: PrivacyConfig) -> Found:
-    """What was found, with sidecar fields and participant columns by allow-list; ids hashed where there is a key."""
-    for scan in found.scans:
+def kept_private(contents: SourceContents, config: PrivacyConfig) -> SourceContents:
+    """The contents with the allowed sidecar fields and participant columns only; a key turns ids into hashes."""
+    for scan in contents.scans:
         scan.sidecar = {name: scan.sidecar[name] for name in config.sidecar_fields if name in scan.sidecar}
-    found.subjects = found.subjects.drop(columns="participant_id", errors="ignore")
+    contents.subjects = contents.subjects.drop(columns="participant_id", errors="ignore")
     if config.participant_columns is not None:
-        unknown = sorted(set(config.participant_columns) - set(found.subjects.columns))
+        unknown = sorted(set(config.participant_columns) - set(contents.subjects.columns))
         if unknown:
             raise SourceError(
-                f"privacy.participant_columns: {', '.join(unknown)} not among {', '.join(found.subjects.columns)}"
+                f"privacy.participant_columns: {', '.join(unknown)} not among {', '.join(contents.subjects.columns)}"
             )
-        found.subjects = found.subjects[config.participant_columns]
-    return found if config.key_file is None else _with_pseudonyms(found, read_key(Path(config.key_file)))
+        contents.subjects = contents.subjects[config.participant_columns]
+    return contents if config.key_file is None else _with_pseudonyms(contents, read_key(Path(config.key_file)))
 
 
 def read_key(path: Path) -> bytes:
-    """The secret in a file, without blanks around it; SourceError when it is too short to be one."""
+    """The secret in a file, stripped of surrounding white space; SourceError when it is too short."""
     try:
         key = path.read_bytes().strip()
     except OSError as error:
         raise SourceError(f"privacy.key_file: {path} cannot be read ({error.strerror})") from error
     if len(key) < MIN_KEY_BYTES:
         raise SourceError(
-            f"privacy.key_file: {path} holds {len(key)} bytes, fewer than {MIN_KEY_BYTES}: guessing ids would undo it; "
-            f"make one with 'head -c 32 /dev/urandom | base64 > {path}'"
+            f"privacy.key_file: {path} holds {len(key)} bytes, fewer than {MIN_KEY_BYTES}, so hashes could be traced "
+            f"back to ids; make one with 'head -c 32 /dev/urandom | base64 > {path}'"
         )
     return key
 
 
 def pseudonym(subject: str, key: bytes) -> str:
-    """What stands for a subject: the start of HMAC-SHA256 in hex, the same in every set that has this key."""
+    """The name that replaces a subject id: the start of HMAC-SHA256 in hex, the same in every set with this key."""
     return hmac.new(key, subject.encode(), hashlib.sha256).hexdigest()[:PSEUDONYM_LENGTH]
 
 
-def redacted(text: str, private: list[tuple[str, str]]) -> str:
-    """The text with every (id, pseudonym) applied."""
-    for subject, other in private:
+def redacted(text: str, pseudonyms: list[tuple[str, str]]) -> str:
+    """The text with every id replaced by its pseudonym."""
+    for subject, other in pseudonyms:
         if len(subject) >= SHORT_ID:
             text = text.replace(subject, other)
             unpadded = subject.lstrip("0")  # as some files of one data set are named
@@ -87,19 +87,19 @@ def redacted(text: str, private: list[tuple[str, str]]) -> str:
     return text
 
 
-def _with_pseudonyms(found: Found, key: bytes) -> Found:
-    scans = [_hidden(scan, key) for scan in found.scans]
+def _with_pseudonyms(contents: SourceContents, key: bytes) -> SourceContents:
+    scans = [_with_pseudonym(scan, key) for scan in contents.scans]
     refused = []
-    for refusal in found.refused:
-        private = [(name, pseudonym(name, key)) for name in re.findall(r"^sub-([^_]+)", refusal.scan_id)]
-        refused.append(Refusal(*(redacted(text, private) for text in dataclasses.astuple(refusal))))
-    names = [pseudonym(str(subject), key) for subject in found.subjects.index]
-    subjects = found.subjects.set_axis(names, axis="index").rename_axis(found.subjects.index.name).sort_index()
+    for refusal in contents.refused:
+        replaced = [(name, pseudonym(name, key)) for name in re.findall(r"^sub-([^_]+)", refusal.scan_id)]
+        refused.append(Refusal(*(redacted(text, replaced) for text in dataclasses.astuple(refusal))))
+    names = [pseudonym(str(subject), key) for subject in contents.subjects.index]
+    subjects = contents.subjects.set_axis(names, axis="index").rename_axis(contents.subjects.index.name).sort_index()
     scans.sort(key=lambda scan: (scan.kind, scan.scan_id))
-    return dataclasses.replace(found, scans=scans, refused=refused, subjects=subjects)
+    return dataclasses.replace(contents, scans=scans, refused=refused, subjects=subjects)
 
 
-def _hidden(scan: Scan, key: bytes) -> Scan:
+def _with_pseudonym(scan: Scan, key: bytes) -> Scan:
     subject = pseudonym(scan.subject, key)
     entities = scan.entities | {"sub": subject}
     return dataclasses.replace(
@@ -107,5 +107,5 @@ def _hidden(scan: Scan, key: bytes) -> Scan:
         scan_id=scan_id_of(entities, scan.kind),
         subject=subject,
         entities=entities,
-        private=[(scan.subject, subject)],
+        pseudonyms=[(scan.subject, subject)],
     )

@@ -1,7 +1,7 @@
 """Sources on object storage: a local view of the tree that headers and tables can be read from, and files on demand.
 
-Promise: no source knows where its scans lie. The view holds every name; small files are whole, of large ones only the
-beginning is there, extended without taking space to the true size. Packing fetches the scan it works on, and no more.
+Promise: no source knows where its scans lie. The view holds every name; small files are complete, large ones hold only
+their beginning and are extended as sparse files to their true size. Packing fetches the files of one scan at a time.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ MAX_FILES = 2_000_000
 
 
 class UnreachableError(Exception):
-    """The store did not give the file: says nothing about the scan."""
+    """The store did not return the file, which says nothing about the scan."""
 
 
 @dataclass(frozen=True)
 class SourceView:
-    """A folder to find scans in, and where its files really lie."""
+    """A folder in which to look for scans, and the location its files really have."""
 
     root: str
     location: str
 
     def original(self, path: Path) -> str:
-        """Where a file of the view is to be read from; other paths stay what they are."""
+        """The location to read a file of the view from; other paths are unchanged."""
         text = str(path.absolute())
         return text if self.root == self.location else text.replace(f"{self.root}/", f"{self.location}/", 1)
 
     def reworded(self, message: str) -> str:
-        """A message of the source with the places the user knows."""
+        """A message of the source with the locations the user knows."""
         return message.replace(self.root, self.location)
 
 
 @contextlib.contextmanager
 def source_view(location: str) -> Iterator[SourceView]:
-    """The source itself where it is a folder; for s3:// a local view of it, gone at the end of the block."""
+    """The source itself where it is a folder; for s3:// a local view of it, deleted at the end of the block."""
     if not location.startswith(REMOTE):
         yield SourceView(location, location)
         return
@@ -65,11 +65,11 @@ def source_view(location: str) -> Iterator[SourceView]:
     with tempfile.TemporaryDirectory(prefix="callosum-source-") as folder:
         root = Path(folder).resolve()
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            list(pool.map(lambda name: _put_head(store, name, root), names))
+            list(pool.map(lambda name: _write_head(store, name, root), names))
         yield SourceView(str(root), store.location)
 
 
-def _put_head(store: Store, name: str, root: Path) -> None:
+def _write_head(store: Store, name: str, root: Path) -> None:
     path = (root / name).resolve()
     if not path.is_relative_to(root):
         raise SourceError(f"source.root: {store.location} holds the name {name!r}, which leaves the folder; rename it")
@@ -95,7 +95,7 @@ def _head(store: Store, name: str, size: int) -> bytes:
 def fetched(value: Any, folder: Path, *, max_bytes: int) -> Any:
     """The value (a path, None, or a mapping of them) with every s3:// file copied to `folder` and named there.
 
-    ScanError for a file beyond `max_bytes`, UnreachableError when the store does not give it.
+    ScanError for a file larger than `max_bytes`, UnreachableError when the store does not return it.
     """
     if isinstance(value, dict):
         return {name: fetched(item, folder, max_bytes=max_bytes) for name, item in value.items()}

@@ -18,27 +18,36 @@ from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
 from data_sharding.write.alignment import find_transforms
 from data_sharding.write.dispatch import write_shards
+from data_sharding.write.isolation import close_helpers
 from data_sharding.write.plan import SetPlan
-from data_sharding.write.prepare import prepare, refusal_lines
+from data_sharding.write.prepare import Prepared, prepare, refusal_lines
 from data_sharding.write.tables import all_refused, make_manifest, saved_arrays, saved_tables
 
 
 def build(config: ShardingConfig) -> schema.Manifest:
-    """The manifest of the set, complete at config.out: written now, or found there from an earlier run."""
+    """The manifest of the set, complete at config.out: written now, or read there from an earlier run."""
     store = store_for(config.out)
     prepared = prepare(config)
     _claim(store, prepared.plan, config)
-    if store.exists(schema.MANIFEST):
-        _remove_partial_files(config.out)
-        print(f"{config.out} is complete already; nothing to do")
-        return schema.Manifest.from_json(store.read(schema.MANIFEST), config.out)
+    if not store.exists(schema.MANIFEST):
+        return complete(store, prepared, config)
+    _remove_partial_files(config.out)
+    print(f"{config.out} is complete already; nothing to do")
+    return schema.Manifest.from_json(store.read(schema.MANIFEST), config.out)
+
+
+def complete(store: Store, prepared: Prepared, config: ShardingConfig) -> schema.Manifest:
+    """The manifest of a claimed set, which is written last; shards that are there as planned are kept."""
     saved = saved_arrays(prepared)
     for name, data in saved.items():
         store.put(name, data)
-    find_transforms(store, prepared.plan, config)
-    receipts = write_shards(store, prepared.plan, config)
-    refused = all_refused(receipts, prepared.found)
-    _check_refusals(refused, num_scans=len(prepared.found.scans) + len(prepared.found.refused), config=config)
+    try:
+        find_transforms(store, prepared.plan, config)
+        receipts = write_shards(store, prepared.plan, config)
+    finally:
+        close_helpers()
+    refused = all_refused(receipts, prepared.source)
+    _check_refusals(refused, num_scans=len(prepared.source.scans) + len(prepared.source.refused), config=config)
     tables = saved_tables(prepared, receipts)
     transforms = {name: store.read(name) for name in store.list(schema.TRANSFORMS)}
     for name, data in tables.items():
@@ -46,12 +55,12 @@ def build(config: ShardingConfig) -> schema.Manifest:
     manifest = make_manifest(receipts, prepared, saved | tables | transforms, config=config)
     store.put_if_absent(schema.MANIFEST, manifest.to_json())
     _remove_partial_files(config.out)
-    print("\n".join([f"{config.out} is complete: {_counted(manifest.counts)}", *refusal_lines(refused)]), flush=True)
+    print("\n".join([f"{config.out} is complete: {_in_words(manifest.counts)}", *refusal_lines(refused)]), flush=True)
     return manifest
 
 
-def recorded_config(config: ShardingConfig) -> dict[str, Any]:
-    """What a set keeps of its configuration: all that decides about its bytes; places are to be given again."""
+def config_to_record(config: ShardingConfig) -> dict[str, Any]:
+    """The part of a configuration that a set records: what decides its bytes. Locations and ids must be given again."""
     raw = dataclasses.asdict(config)
     raw["source"]["root"] = MISSING
     if config.privacy.key_file is not None:
@@ -61,12 +70,12 @@ def recorded_config(config: ShardingConfig) -> dict[str, Any]:
 
 
 def _claim(store: Store, plan: SetPlan, config: ShardingConfig) -> None:
-    """Marks the folder as this plan's; ShardError when it is another's."""
-    record = {"digest": plan.digest, "name": config.name, "config": recorded_config(config)}
-    found = [] if store.exists(schema.PLAN) else store.list()
-    if found and not store.exists(schema.PLAN):  # the same command started twice may just have claimed it
+    """Records the plan in the folder; ShardError when the folder belongs to another plan."""
+    record = {"digest": plan.digest, "name": config.name, "config": config_to_record(config)}
+    names = [] if store.exists(schema.PLAN) else store.list()
+    if names and not store.exists(schema.PLAN):  # the same command started twice may just have claimed it
         raise ShardError(
-            f"{config.out} is not empty and holds no set of this kind (first: {found[0]}); give an empty out="
+            f"{config.out} is not empty and holds no set of this kind (first: {names[0]}); give an empty out="
         )
     if store.put_if_absent(schema.PLAN, (json.dumps(record, sort_keys=True, indent=1) + "\n").encode()):
         return
@@ -79,7 +88,7 @@ def _claim(store: Store, plan: SetPlan, config: ShardingConfig) -> None:
 
 
 def _remove_partial_files(out: str) -> None:
-    """What writers that were killed left in a folder, beside a set that is complete; S3 shows no such objects."""
+    """Deletes what killed writers left in a folder beside a complete set; S3 shows no such objects."""
     for left in [] if "://" in out else Path(out).rglob(f"{PARTIAL_PREFIX}*"):
         left.unlink(missing_ok=True)
 
@@ -90,9 +99,9 @@ def _check_refusals(refused: list[schema.Refusal], *, num_scans: int, config: Sh
         lines = "\n".join(refusal_lines(refused))
         raise ShardError(
             f"{config.out}: {len(refused)} of {num_scans} scans were refused, acceptance.max_refused_fraction is "
-            f"{limit}; mend them, or raise the limit and run again (finished shards are kept).\n{lines}"
+            f"{limit}; correct them, or raise the limit and run again (finished shards are kept).\n{lines}"
         )
 
 
-def _counted(counts: dict[str, int]) -> str:
+def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)

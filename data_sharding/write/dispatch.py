@@ -1,4 +1,4 @@
-"""Writes the shards of a plan that are missing: here, or as Ray tasks, a bounded number at a time.
+"""Writes the missing shards of a plan: in this process, or as Ray tasks, a bounded number at a time.
 
 Promise: a task that dies is started again, whatever killed it; a shard that keeps killing its tasks ends the run.
 """
@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +23,12 @@ from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
 from data_sharding.write.plan import SetPlan, ShardPlan, absolute
-from data_sharding.write.writer import Receipt, close_helpers, finished_receipt, write_shard
+from data_sharding.write.writer import Receipt, finished_receipt, write_shard
 
 MAX_DEATHS = 5  # of one shard's tasks, before the shard itself is to blame
 RECEIPTS_AT_ONCE = 16
 
-Step = Callable[[ShardPlan, Receipt], None]
+Advance = Callable[[ShardPlan, Receipt], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -42,34 +41,31 @@ def write_shards(store: Store, plan: SetPlan, config: ShardingConfig) -> list[Re
         print(f"{len(receipts)} of {len(plan.shards)} shards are written already", flush=True)
     write = partial(write_shard, out=anywhere(config.out), limits=config.limits)
     written = each_result(write, missing, config.cluster, label=_label)
-    try:
-        with _progress(missing, num_shards=len(plan.shards), num_written=len(receipts)) as advance:
-            for shard, receipt in written:
-                receipts[shard.number] = receipt
-                advance(shard, receipt)
-    finally:
-        close_helpers()
+    with _progress(missing, num_shards=len(plan.shards), num_written=len(receipts)) as advance:
+        for shard, receipt in written:
+            receipts[shard.number] = receipt
+            advance(shard, receipt)
     return [receipts[shard.number] for shard in plan.shards]
 
 
 def _finished(store: Store, plan: SetPlan) -> dict[int, Receipt]:
-    """What an earlier run left: a listing, then only receipts that are there, some at once."""
-    there = set(store.list(schema.RECEIPTS))
-    candidates = [shard for shard in plan.shards if shard.receipt_name in there]
+    """The receipts of an earlier run: only those that a listing shows are read, several at once."""
+    present = set(store.list(schema.RECEIPTS))
+    candidates = [shard for shard in plan.shards if shard.receipt_name in present]
     with ThreadPoolExecutor(RECEIPTS_AT_ONCE) as pool:
-        found = list(pool.map(lambda shard: finished_receipt(store, shard), candidates))
-    return {shard.number: receipt for shard, receipt in zip(candidates, found, strict=True) if receipt is not None}
+        receipts = list(pool.map(lambda shard: finished_receipt(store, shard), candidates))
+    return {shard.number: receipt for shard, receipt in zip(candidates, receipts, strict=True) if receipt is not None}
 
 
 def anywhere(location: str) -> str:
-    """The location as a process in another folder knows it."""
+    """The location in a form that is valid in a process with another working folder."""
     return location if "://" in location else absolute(Path(location))
 
 
 def each_result(
     function: Callable[[Item], Result], items: list[Item], cluster: ClusterConfig, *, label: Callable[[Item], str]
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item)) of every item, as they are done: here, or as Ray tasks."""
+    """(item, function(item)) of every item in order of completion, computed here or as Ray tasks."""
     if cluster.kind == "inline":
         for item in items:
             yield item, function(item)
@@ -104,7 +100,7 @@ def _by_ray(
             deaths[label(item)] += 1
             if deaths[label(item)] > MAX_DEATHS:
                 raise _kept_dying(label(item), error) from error
-            print(f"the worker of {label(item)} died ({type(error).__name__}); it is done again", flush=True)
+            print(f"the worker of {label(item)} died ({type(error).__name__}); it is started again", flush=True)
             waiting.append(item)
             continue
         if isinstance(result, UserError):
@@ -133,54 +129,29 @@ def _call_quietly(function: Callable[[Item], Result], item: Item) -> Result | Us
 
 
 @contextmanager
-def _progress(missing: list[ShardPlan], *, num_shards: int, num_written: int) -> Iterator[Step]:
-    """What to call after every shard: moves a bar on a terminal, prints a line elsewhere."""
-    num_scans = sum(len(shard.requests) for shard in missing)
-    if not sys.stdout.isatty():
-        yield _lines(num_scans, num_shards=num_shards, num_written=num_written)
-        return
+def _progress(missing: list[ShardPlan], *, num_shards: int, num_written: int) -> Iterator[Advance]:
+    """The function to call after every shard: it moves a bar on a terminal and prints a line elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    is_terminal = sys.stdout.isatty()
+    num_scans = sum(len(shard.requests) for shard in missing)
+    num_done, num_refused, started = 0, 0, time.monotonic()
     columns = (TextColumn("scans"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("left")) as bar:
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), disable=not is_terminal) as bar:
         task = bar.add_task("scans", total=num_scans, note="")
-        done = _Done(num_written)
 
         def advance(shard: ShardPlan, receipt: Receipt) -> None:
-            done.add(shard, receipt)
-            bar.update(task, completed=done.scans, note=f"{done.rate:.1f}/s, {done.refused} refused")
+            nonlocal num_written, num_done, num_refused
+            num_written += 1
+            num_done += len(shard.requests)
+            num_refused += len(receipt.refused)
+            rate = num_done / (time.monotonic() - started)
+            bar.update(task, completed=num_done, note=f"{rate:.1f}/s, {num_refused} refused")
+            if not is_terminal:
+                print(
+                    f"shards {num_written}/{num_shards}  scans {num_done}/{num_scans}  refused {num_refused}  "
+                    f"{rate:.1f} scans/s  {(num_scans - num_done) / rate:.0f} s left",
+                    flush=True,
+                )
 
         yield advance
-
-
-def _lines(num_scans: int, *, num_shards: int, num_written: int) -> Step:
-    done = _Done(num_written)
-
-    def advance(shard: ShardPlan, receipt: Receipt) -> None:
-        done.add(shard, receipt)
-        print(
-            f"shards {done.shards}/{num_shards}  scans {done.scans}/{num_scans}  refused {done.refused}  "
-            f"{done.rate:.1f} scans/s  {(num_scans - done.scans) / done.rate:.0f} s left",
-            flush=True,
-        )
-
-    return advance
-
-
-@dataclass
-class _Done:
-    """What is done so far; scans and their rate are those of this run."""
-
-    shards: int  # with those written earlier
-    scans: int = 0
-    refused: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def add(self, shard: ShardPlan, receipt: Receipt) -> None:
-        self.shards += 1
-        self.scans += len(shard.requests)
-        self.refused += len(receipt.refused)
-
-    @property
-    def rate(self) -> float:
-        return self.scans / (time.monotonic() - self.started)

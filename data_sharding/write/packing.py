@@ -38,14 +38,14 @@ from data_sharding.scans import NEVER_IN_A_KEY
 from data_sharding.write.quality import ScanQuality, region_coverage, run_quality, scan_quality, why_refused
 
 WRITE_BYTES = 1 << 20
-MAX_PIXELS = 1 << 26  # an image that claims more is no stimulus
+MAX_PIXELS = 1 << 26  # a header that states more is not that of a stimulus
 SIDES = ("left", "right")
 STANDARDISED = (0.05, 20.0)  # deviations over vertices of responses that were z-scored
 
 
 @dataclass
 class PackRequest:
-    """What packing one scan needs, in plain values: it travels to a child process as JSON."""
+    """What packing one scan needs, in plain values that go to a child process as JSON."""
 
     scan_id: str
     kind: str
@@ -55,14 +55,14 @@ class PackRequest:
     repetition_time_s: float
     num_frames: int  # of the file
     entities: dict[str, str]
-    files: dict[str, str] = field(default_factory=dict)  # what else the scan consists of, by role
+    files: dict[str, str] = field(default_factory=dict)  # the other files of the scan, by role
     events: list[dict[str, Any]] = field(default_factory=list)
     sidecar: dict[str, object] = field(default_factory=dict)
     stimulus: str = ""
     row: int = 0
-    is_raw: bool = False  # in its own space: it is sampled through its transform
+    is_raw: bool = False  # in its own space, so it is sampled through its transform
     transform: str | None = None
-    private: list[list[str]] = field(default_factory=list)  # [text, what stands for it in any message]
+    pseudonyms: list[tuple[str, str]] = field(default_factory=list)  # (id, what replaces it in every message)
 
 
 @dataclass
@@ -77,7 +77,7 @@ class PackSettings:
 
 @dataclass(frozen=True)
 class PackContext:
-    """What all scans of a set share."""
+    """What all scans of a set have in common."""
 
     space: BrainSpace
     atlases: dict[str, Atlas]
@@ -207,9 +207,9 @@ def _pack_t1(request: PackRequest, context: PackContext) -> AcceptedScan:
 
 
 def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
-    """The series of every region of the set's first atlas: means over what was measured of it, cleaned like the run."""
+    """The series of every region of the set's first atlas: means over its measured voxels, cleaned like the run."""
     if not context.atlases:
-        raise ScanError(f"{request.path}: region series need an atlas; set atlas=, or take parcels out of source.kinds")
+        raise ScanError(f"{request.path}: region series need an atlas; set atlas=, or remove parcels from source.kinds")
     atlas = next(iter(context.atlases.values()))
     run = _cleaned_run(request, context)
     stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
@@ -222,7 +222,7 @@ def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
             f"{request.path}: {run.is_kept.sum()} of its frames are not censored, too few for region series"
         )
     series, mean, scale = _region_series(run, atlas)
-    about = {
+    described = {
         "repetition_time_s": request.repetition_time_s,
         "atlas": atlas.name,
         "region_ids": atlas.region_ids,
@@ -235,7 +235,7 @@ def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
         schema.REGION_MEAN: npy_bytes(mean),
         schema.REGION_SCALE: npy_bytes(scale),
         schema.FRAMES: npy_bytes(frames),
-        schema.META: _json_bytes(request, context.space, about),
+        schema.META: _json_bytes(request, context.space, described),
     }
     return AcceptedScan(iter([(entry, 0, len(series))]), quality, regions)
 
@@ -243,7 +243,7 @@ def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
 def _region_series(run: CleanedRun, atlas: Atlas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Z-scored float16 [time, region] with float32 mean and deviation [region]; NaN where nothing was measured.
 
-    Censored frames are there, as they are among the voxels, but mean and deviation are those of the others.
+    Censored frames are kept, as in voxel data, but do not enter mean and deviation.
     """
     means = atlas.region_means(run.packed.values, run.packed.is_measured).astype(np.float64)
     mean, scale = means[run.is_kept].mean(axis=0), means[run.is_kept].std(axis=0)
@@ -253,9 +253,9 @@ def _region_series(run: CleanedRun, atlas: Atlas) -> tuple[np.ndarray, np.ndarra
 
 
 def _pack_response(request: PackRequest, context: PackContext) -> AcceptedScan:
-    """An image as it is, and the response to it at every vertex of the space as released; NaN where there is none.
+    """An unchanged image and the released response to it at every vertex of the space; NaN where there is none.
 
-    Nothing is fitted to the responses here, so no split can leak: they have to be standardised already.
+    Responses must be standardised already: nothing is fitted to them here, so no split can leak.
     """
     image = Path(request.path).read_bytes()
     _require_png(image, request.path)
@@ -263,7 +263,7 @@ def _pack_response(request: PackRequest, context: PackContext) -> AcceptedScan:
     if len(betas) != context.space.num_voxels:
         raise ScanError(
             f"{request.files['left']}: {len(betas)} vertices in both hemispheres, space {context.space.name} has "
-            f"{context.space.num_voxels}; take the space of this subject"
+            f"{context.space.num_voxels}; choose the space of this subject"
         )
     is_measured = np.isfinite(betas)
     deviation = float(betas[is_measured].std()) if is_measured.any() else 0.0
@@ -307,7 +307,7 @@ def _row(path: Path, row: int) -> np.ndarray:
 
 
 def _frame_table(run: CleanedRun, stored: StandardisedRun) -> np.ndarray:
-    """float32 [time, column of schema.FRAME_COLUMNS]: what is known of every frame of a run."""
+    """float32 [time, column of schema.FRAME_COLUMNS]: the quality of every frame of a run."""
     frames = np.empty((len(stored.quantised), len(schema.FRAME_COLUMNS)), dtype=np.float32)
     columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
     for number, column in enumerate(columns):
@@ -358,7 +358,7 @@ def _surface_run(request: PackRequest, space: BrainSpace) -> PackedScan:
 
 
 def _quality_fields(quality: ScanQuality) -> dict[str, Any]:
-    """The quality for the json member; which frames are censored says frames.npy."""
+    """The quality for the json member; censored frames are marked in frames.npy."""
     return {name: value for name, value in asdict(quality).items() if name != "censored"}
 
 
@@ -367,7 +367,7 @@ def _transform(request: PackRequest) -> Transform | None:
 
 
 def _json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any]) -> bytes:
-    """The json member of a scan: what it is, and what packing found."""
+    """The json member of a scan: its identity, and `described`."""
     document = {
         "scan_id": request.scan_id,
         "kind": request.kind,
@@ -382,7 +382,7 @@ def _json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, An
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The array as a .npy file, whose header has the length the schema promises."""
+    """The array as a .npy file with a header of schema.NPY_HEADER_BYTES."""
     array = np.ascontiguousarray(array)
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))

@@ -1,4 +1,4 @@
-"""What a set will hold, before any scan is read: scans x config -> shard contents. Same input, same plan."""
+"""What a set will hold, before any voxel is read: scans x config -> shards. Same input, same plan."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from brain_models.space import BrainSpace
 from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.hashing import hash_name
-from data_sharding.scans import Found, Scan
+from data_sharding.scans import Scan, SourceContents
 from data_sharding.write.packing import PackRequest, PackSettings
 
 
 @dataclass
 class ShardPlan:
-    """One shard to write; `digest` changes with anything that changes its bytes."""
+    """One shard to write; `digest` changes with everything that changes its bytes."""
 
     number: int
     requests: list[PackRequest]
@@ -40,7 +40,7 @@ class ShardPlan:
 
 @dataclass
 class SetPlan:
-    """All shards of a set; `digest` tells whether a folder holds this very set."""
+    """All shards of a set; `digest` identifies the set that a folder holds or will hold."""
 
     shards: list[ShardPlan]
     digest: str
@@ -55,12 +55,12 @@ class SetPlan:
 
 
 def absolute(path: Path) -> str:
-    """Where a file lies, for a process in another folder."""
+    """The path in a form that is valid in a process with another working folder."""
     return str(path.absolute())
 
 
 def make_plan(
-    found: Found,
+    contents: SourceContents,
     space: BrainSpace,
     config: ShardingConfig,
     split_of_unit: dict[str, str],
@@ -70,10 +70,10 @@ def make_plan(
 ) -> SetPlan:
     """The plan: scans in hashed order fill one shard after the other; inside a shard they are sorted.
 
-    `original` tells where the file that stands at a path is to be read from.
+    `original` returns the location from which to read the file at a path.
     """
     settings = pack_settings(config)
-    mixed = sorted(found.scans, key=lambda scan: hash_name("mix", config.seed, scan.scan_id))
+    mixed = sorted(contents.scans, key=lambda scan: hash_name("mix", config.seed, scan.scan_id))
     sizes = {scan.scan_id: _scan_bytes(scan, space, config, atlases) for scan in mixed}
     groups: list[list[Scan]] = []
     filled = 0
@@ -102,7 +102,7 @@ def make_plan(
 
 
 def pack_settings(config: ShardingConfig) -> PackSettings:
-    """What packing needs of a configuration."""
+    """The part of a configuration that packing needs."""
     return PackSettings(
         chunk_frames=config.storage.chunk_frames,
         bold_type=config.storage.bold_type,
@@ -129,9 +129,17 @@ def _sizes(scan: Scan) -> list[int]:
 
 
 def _request_identity(scan: Scan) -> list[object]:
-    """What a scan is, apart from where its folder lies: a moved source is the same source."""
-    beside = [None if path is None else path.name for path in (scan.brain_mask, scan.confounds)]
-    plain = [scan.scan_id, scan.kind, scan.path.name, *beside, scan.repetition_time_s, scan.num_frames, scan.entities]
+    """What identifies a scan; its folder does not, so a source may be moved."""
+    companions = [None if path is None else path.name for path in (scan.brain_mask, scan.confounds)]
+    plain = [
+        scan.scan_id,
+        scan.kind,
+        scan.path.name,
+        *companions,
+        scan.repetition_time_s,
+        scan.num_frames,
+        scan.entities,
+    ]
     return [
         *plain,
         {role: path.name for role, path in scan.files.items()},
@@ -159,15 +167,15 @@ def _request(scan: Scan, original: Callable[[Path], str]) -> PackRequest:
         stimulus=scan.stimulus,
         row=scan.row,
         is_raw=scan.is_raw,
-        private=[list(pair) for pair in scan.private],
+        pseudonyms=scan.pseudonyms,
     )
 
 
 def _scan_bytes(scan: Scan, space: BrainSpace, config: ShardingConfig, atlases: list[Atlas]) -> int:
     events = [asdict(event) for event in scan.events]
-    as_it_is = len(schema.padded_json(events)) if events else 0
+    num_file_bytes = len(schema.padded_json(events)) if events else 0
     if scan.kind == "response":
-        as_it_is = scan.path.stat().st_size
+        num_file_bytes = scan.path.stat().st_size
     return schema.scan_bytes(
         scan.kind,
         num_frames=scan.num_frames - num_dropped(scan, config),
@@ -175,7 +183,7 @@ def _scan_bytes(scan: Scan, space: BrainSpace, config: ShardingConfig, atlases: 
         chunk_frames=config.storage.chunk_frames,
         voxel_bytes=2 if config.storage.bold_type == "float16" else 1,
         num_regions=len(atlases[0].region_ids) if atlases else 0,
-        num_file_bytes=as_it_is,
+        num_file_bytes=num_file_bytes,
     )
 
 
@@ -190,7 +198,7 @@ def num_dropped(scan: Scan, config: ShardingConfig) -> int:
     try:
         return num_non_steady(read_columns(scan.confounds))
     except ScanError:
-        return 0  # packing refuses the scan, with the reason
+        return 0  # packing refuses the scan and gives the reason
 
 
 def _digest(content: object) -> str:

@@ -1,4 +1,4 @@
-"""Everything about a set but its voxels: what the source holds, the space, the atlases, the splits and the plan."""
+"""Everything about a set except its voxels: the source's scans, the space, the atlases, the splits and the plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from brain_models.space import BrainSpace
 from data_sharding import schema, sources
 from data_sharding.config import ShardingConfig, atlas_choices
 from data_sharding.errors import ShardError, SourceError
-from data_sharding.scans import Found
+from data_sharding.scans import SourceContents
 from data_sharding.sources.remote import source_view
 from data_sharding.spaces import make_space
 from data_sharding.splits import SPLITS, assign_splits
@@ -22,9 +22,9 @@ REFUSALS_SHOWN = 20
 
 @dataclass
 class Prepared:
-    """A run that knows everything but the voxels."""
+    """What is known of a set before a voxel is read."""
 
-    found: Found
+    source: SourceContents
     space: BrainSpace
     atlases: list[Atlas]
     split_of_unit: dict[str, str]
@@ -32,47 +32,47 @@ class Prepared:
 
 
 def prepare(config: ShardingConfig) -> Prepared:
-    """What will be written: reads headers and tables only."""
+    """What is known of the set to write; reads headers and tables only."""
     images = [Path(choice) for choice in atlas_choices(config) if choice not in ("template", "aal3")]
     space = make_space(config.space, atlas_images=images)
     with source_view(config.source.root) as view:
         try:
             source = replace(config.source, root=view.root)
-            found = sources.find(source, config.privacy, space, accepts_raw=config.registration is not None)
+            contents = sources.find(source, config.privacy, space, accepts_raw=config.registration is not None)
         except SourceError as error:
             raise SourceError(view.reworded(str(error))) from error
-        atlases = _atlases(config, space) + found.atlases
-        split_of_unit = assign_splits(found.units, config.splits)
-        plan = make_plan(found, space, config, split_of_unit, atlases=atlases, original=view.original)
-        for refusal in found.refused:
+        atlases = _atlases(config, space) + contents.atlases
+        split_of_unit = assign_splits(contents.units, config.splits)
+        plan = make_plan(contents, space, config, split_of_unit, atlases=atlases, original=view.original)
+        for refusal in contents.refused:
             refusal.path, refusal.reason = view.reworded(refusal.path), view.reworded(refusal.reason)
-    return Prepared(found, space, atlases, split_of_unit, plan)
+    return Prepared(contents, space, atlases, split_of_unit, plan)
 
 
 def describe(config: ShardingConfig) -> str:
     """What `--plan` prints."""
     prepared = prepare(config)
-    plan, found = prepared.plan, prepared.found
-    kinds = [scan.kind for scan in found.scans]
-    num_frames = sum(scan.num_frames for scan in found.scans if scan.kind == "bold")
+    plan, contents = prepared.plan, prepared.source
+    kinds = [scan.kind for scan in contents.scans]
+    num_frames = sum(scan.num_frames for scan in contents.scans if scan.kind == "bold")
     others = ", ".join(f"{kinds.count(kind)} {words}" for kind, words in KINDS_IN_WORDS.items() if kind in kinds)
     splits = list(prepared.split_of_unit.values())
     lines = [
         f"set {config.name} -> {config.out}",
         f"space {prepared.space.name}: {prepared.space.num_voxels} voxels",
         f"scans: {kinds.count('bold')} BOLD runs ({num_frames} frames)" + (f", {others}" if others else ""),
-        f"refused from their headers: {len(found.refused)}",
-        *found.notes,
-        ("subjects: " if found.stimuli is None else "stimuli: ")
+        f"refused from their headers: {len(contents.refused)}",
+        *contents.notes,
+        ("subjects: " if contents.stimuli is None else "stimuli: ")
         + ", ".join(f"{splits.count(split)} {split}" for split in SPLITS),
         f"shards: {len(plan.shards)}, {plan.num_bytes} bytes",
-        *refusal_lines(found.refused),
+        *refusal_lines(contents.refused),
     ]
     return "\n".join(lines)
 
 
 def refusal_lines(refused: list[schema.Refusal]) -> list[str]:
-    """The first refused scans and why, as a table, and how many more there are; nothing where there are none."""
+    """The first refused scans with their reasons as a table, and the number of others; empty when none was refused."""
     rows = [("refused scan", "reason")] * bool(refused)
     rows += [(refusal.scan_id, refusal.reason) for refusal in refused[:REFUSALS_SHOWN]]
     width = max((len(name) for name, _ in rows), default=0)
@@ -84,11 +84,11 @@ def refusal_lines(refused: list[schema.Refusal]) -> list[str]:
 
 def _atlases(config: ShardingConfig, space: BrainSpace) -> list[Atlas]:
     makers = {"template": template_parcellation, "aal3": aal3}
-    made = [
+    atlases = [
         makers[choice](space) if choice in makers else atlas_from_image(Path(choice), space)
         for choice in atlas_choices(config)
     ]
-    names = [atlas.name for atlas in made]
+    names = [atlas.name for atlas in atlases]
     if len(set(names)) < len(names):
-        raise ShardError(f"atlas: the names {', '.join(names)} are not all different; rename the files")
-    return made
+        raise ShardError(f"atlas: the names {', '.join(names)} are not unique; rename the files")
+    return atlases

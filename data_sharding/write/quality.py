@@ -1,6 +1,6 @@
-"""How good a scan is, in numbers, and whether that is good enough. Knows no file format.
+"""The quality of a scan in numbers, and the acceptance rules. Knows no file format.
 
-A number that is not known is None, never 0.
+An unknown number is None, never 0.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def region_coverage(atlases: dict[str, Atlas], is_measured: Bool[np.ndarray, "vo
 def scan_quality(
     is_measured: Bool[np.ndarray, "voxel"], regions: dict[str, float], *, num_frames: int = 1, conflict_mm: float = 0.0
 ) -> ScanQuality:
-    """What every scan has: its coverage, of the space and of the worst covered region."""
+    """The quality numbers of every kind of scan: coverage of the space and of the worst covered region."""
     lowest = min(regions, key=lambda region: regions[region], default=None)
     return ScanQuality(
         coverage=float(is_measured.mean()),
@@ -61,7 +61,7 @@ def scan_quality(
 
 
 def run_quality(run: CleanedRun, stored: StandardisedRun, dvars: np.ndarray, regions: dict[str, float]) -> ScanQuality:
-    """What a BOLD run has beside: motion, DVARS, signal to noise, what was censored and clipped."""
+    """The quality of a BOLD run: coverage, motion, DVARS, signal to noise, censored frames and clipped values."""
     moved_mm = run.framewise_displacement_mm[np.isfinite(run.framewise_displacement_mm)].astype(np.float64)
     is_measured = stored.is_measured
     tsnr = np.median(stored.mean[is_measured].astype(np.float64) / stored.scale[is_measured])
@@ -80,7 +80,7 @@ def run_quality(run: CleanedRun, stored: StandardisedRun, dvars: np.ndarray, reg
 
 
 def why_refused(quality: ScanQuality, rules: AcceptanceConfig, *, is_run: bool) -> str | None:
-    """The first acceptance rule that a scan breaks, in words, or None. What is unknown breaks none."""
+    """The first acceptance rule that a scan breaks, in words, or None. An unknown number breaks no rule."""
     region = quality.lowest_region_coverage
     checks = [
         ("min_coverage", quality.coverage, rules.min_coverage, "covers {:.1%} of the space"),

@@ -1,4 +1,4 @@
-"""The tables of a set and its manifest, from what the shards' receipts say: same receipts, same bytes."""
+"""The tables of a set and its manifest, from the receipts of its shards: same receipts, same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from brain_models.atlas import Atlas
 from brain_models.space import BrainSpace
 from data_sharding import schema
 from data_sharding.config import ShardingConfig
-from data_sharding.scans import Found
+from data_sharding.scans import SourceContents
 from data_sharding.write.prepare import Prepared
 from data_sharding.write.writer import Receipt
 
@@ -24,9 +24,9 @@ VERSIONED_PACKAGES = ("callosum", "numpy", "scipy", "nibabel", "webdataset", "py
 
 def saved_tables(prepared: Prepared, receipts: list[Receipt]) -> dict[str, bytes]:
     """Every table of the set by its name, as bytes: index, subjects, stimuli, quality and region coverage."""
-    found = prepared.found
+    contents = prepared.source
     tables = {schema.INDEX: _parquet(index_table(receipts, prepared))}
-    for name, table in ((schema.SUBJECTS, found.subjects), (schema.STIMULI, found.stimuli)):
+    for name, table in ((schema.SUBJECTS, contents.subjects), (schema.STIMULI, contents.stimuli)):
         if table is not None:
             split = pd.Series({unit: prepared.split_of_unit.get(unit) for unit in table.index}, dtype="str")
             tables[name] = _parquet(table.assign(split=split).reset_index())
@@ -42,8 +42,8 @@ def saved_arrays(prepared: Prepared) -> dict[str, bytes]:
 
 
 def index_table(receipts: list[Receipt], prepared: Prepared) -> pd.DataFrame:
-    """One row a tar member, in the order of the tars."""
-    scans = {scan.scan_id: scan for scan in prepared.found.scans}
+    """One row per tar member, in the order of the tars."""
+    scans = {scan.scan_id: scan for scan in prepared.source.scans}
     rows = []
     for receipt in receipts:
         for member in receipt.members:
@@ -58,20 +58,20 @@ def index_table(receipts: list[Receipt], prepared: Prepared) -> pd.DataFrame:
 
 
 def quality_table(receipts: list[Receipt], prepared: Prepared) -> pd.DataFrame:
-    """One row a scan, sorted by scan_id: whose it is, and how good."""
-    scans = {scan.scan_id: scan for scan in prepared.found.scans}
+    """One row per scan, sorted by scan_id: its subject and its quality."""
+    scans = {scan.scan_id: scan for scan in prepared.source.scans}
     rows = []
     for row in (row for receipt in receipts for row in receipt.quality):
         scan = scans[row["scan_id"]]
-        whose = {"kind": scan.kind, "subject": scan.subject, "session": scan.session, "site": scan.site}
-        about = {"split": prepared.split_of_unit[scan.unit], "repetition_time_s": scan.repetition_time_s or None}
-        rows.append({"scan_id": scan.scan_id} | whose | about | row)
+        identity = {"kind": scan.kind, "subject": scan.subject, "session": scan.session, "site": scan.site}
+        split = {"split": prepared.split_of_unit[scan.unit], "repetition_time_s": scan.repetition_time_s or None}
+        rows.append({"scan_id": scan.scan_id} | identity | split | row)
     columns = [*schema.QUALITY_COLUMNS]
     return pd.DataFrame(rows, columns=columns).astype(schema.QUALITY_COLUMNS).sort_values("scan_id", ignore_index=True)
 
 
 def coverage_table(receipts: list[Receipt], prepared: Prepared) -> pd.DataFrame:
-    """One row a scan, sorted by scan_id: the measured share of every region, in the order of the atlases."""
+    """One row per scan, sorted by scan_id: the measured share of every region, in the order of the atlases."""
     regions = {f"{atlas.name}/{label}": "float64" for atlas in prepared.atlases for label in atlas.region_ids}
     rows = [row for receipt in receipts for row in receipt.regions]
     table = pd.DataFrame(rows, columns=["scan_id", *regions]).astype({"scan_id": "string"} | regions)
@@ -83,7 +83,7 @@ def make_manifest(
 ) -> schema.Manifest:
     """The manifest of the set whose other objects are `saved`, by name."""
     shards = [
-        schema.ShardEntry(receipt.name, receipt.bytes, receipt.sha256, receipt.num_samples)
+        schema.ShardEntry(receipt.name, receipt.bytes, receipt.sha256, len(receipt.quality))
         for receipt in receipts
         if receipt.bytes
     ]
@@ -98,17 +98,17 @@ def make_manifest(
         tables={name: hashlib.sha256(data).hexdigest() for name, data in sorted(saved.items())},
         shards=shards,
         counts=_counts(receipts, prepared),
-        refused=all_refused(receipts, prepared.found),
+        refused=all_refused(receipts, prepared.source),
         splits=dataclasses.asdict(config.splits),
-        preprocessing=_preprocessing(receipts, prepared.found, config),
-        notes=prepared.found.notes,
+        preprocessing=_preprocessing(receipts, prepared.source, config),
+        notes=prepared.source.notes,
         versions={name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES},
     )
 
 
-def all_refused(receipts: list[Receipt], found: Found) -> list[schema.Refusal]:
-    """Every scan that is not in the set: refused from its header, or when it was packed."""
-    return found.refused + [schema.Refusal(**entry) for receipt in receipts for entry in receipt.refused]
+def all_refused(receipts: list[Receipt], contents: SourceContents) -> list[schema.Refusal]:
+    """Every scan that is not in the set: refused because of its header, or when it was packed."""
+    return contents.refused + [schema.Refusal(**entry) for receipt in receipts for entry in receipt.refused]
 
 
 def _counts(receipts: list[Receipt], prepared: Prepared) -> dict[str, int]:
@@ -121,22 +121,22 @@ def _counts(receipts: list[Receipt], prepared: Prepared) -> dict[str, int]:
         "t1": int((index.kind == schema.T1).sum()),
         "parcels": int((index.kind == schema.PARCELS).sum()),
         "responses": int((index.kind == schema.BETAS).sum()),
-        "refused": len(all_refused(receipts, prepared.found)),
+        "refused": len(all_refused(receipts, prepared.source)),
         "members": len(index),
         "bytes": sum(receipt.bytes for receipt in receipts),
     }
 
 
-def _preprocessing(receipts: list[Receipt], found: Found, config: ShardingConfig) -> dict[str, object]:
+def _preprocessing(receipts: list[Receipt], contents: SourceContents, config: ShardingConfig) -> dict[str, object]:
     quality = [row for receipt in receipts for row in receipt.quality]
-    kinds = [scan.kind for scan in found.scans if scan.brain_mask is not None]
+    kinds = [scan.kind for scan in contents.scans if scan.brain_mask is not None]
     return {
         "space": dataclasses.asdict(config.space),
         "storage": dataclasses.asdict(config.storage),
         "cleaning": dataclasses.asdict(config.preprocessing.cleaning),
         "max_censored_fraction": config.preprocessing.max_censored_fraction,
         "acceptance": dataclasses.asdict(config.acceptance),
-        "alignment": alignment_of(found, config),
+        "alignment": alignment_of(contents, config),
         "registration": None if config.registration is None else dataclasses.asdict(config.registration),
         "allow_template_mix": config.source.allow_template_mix,
         "source": {"kind": config.source.kind, "kinds": config.source.kinds},
@@ -146,18 +146,18 @@ def _preprocessing(receipts: list[Receipt], found: Found, config: ShardingConfig
             "participant_columns": config.privacy.participant_columns,
         },
         "scans_with_brain_mask": {kind: kinds.count(kind) for kind in schema.KIND_OF_SCAN},
-        "scans_with_confounds": sum(scan.confounds is not None for scan in found.scans),
+        "scans_with_confounds": sum(scan.confounds is not None for scan in contents.scans),
         "frames_dropped": sum(row["num_dropped"] for row in quality),
         "frames_censored": sum(row["num_censored"] for row in quality),
         "seed": config.seed,
     }
 
 
-def alignment_of(found: Found, config: ShardingConfig) -> schema.Alignment:
-    """How scans came to lie in the space: as was done here to raw ones, else by fMRIPrep all of them, else as given."""
-    if config.registration is not None and any(scan.is_raw for scan in found.scans):
+def alignment_of(contents: SourceContents, config: ShardingConfig) -> schema.Alignment:
+    """How scans were brought to the space: registered here, or all by fMRIPrep, or as given."""
+    if config.registration is not None and any(scan.is_raw for scan in contents.scans):
         return config.registration.kind
-    return "fmriprep" if all(scan.is_fmriprep for scan in found.scans) else "given"
+    return "fmriprep" if all(scan.is_fmriprep for scan in contents.scans) else "given"
 
 
 def _parquet(table: pd.DataFrame) -> bytes:

@@ -20,75 +20,53 @@ from cluster.storage.stores import Store, store_for
 from data_sharding import schema
 from data_sharding.config import LimitsConfig
 from data_sharding.sources.privacy import redacted
+from data_sharding.write.isolation import Helper, Outcome, helper_for
 from data_sharding.write.packing import PackRequest
 from data_sharding.write.plan import ShardPlan
-from data_sharding.write.scan_process import SETTINGS, ScanProcess
 
-SHARD_FILE = "shard.tar"
 SCRATCH_PREFIX = "callosum-shard-"
-
-_HELPERS: dict[str, ScanProcess] = {}  # a worker process writes many shards of one space with one helper
 
 
 @dataclass
 class Receipt:
-    """What became of one planned shard; `name` is empty-handed (0 bytes, no file) when every scan was refused."""
+    """What one planned shard holds, in JSON values; 0 bytes and no file where every scan was refused."""
 
     name: str
     digest: str
-    bytes: int
-    sha256: str
-    num_samples: int
-    members: list[dict[str, Any]]
-    refused: list[dict[str, str]]
-    quality: list[dict[str, Any]]  # a row a scan
-    regions: list[dict[str, Any]]  # scan_id and the measured share of every region
-
-    def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
+    bytes: int = 0
+    sha256: str = ""
+    members: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, str]] = field(default_factory=list)
+    quality: list[dict[str, Any]] = field(default_factory=list)  # one row per scan
+    regions: list[dict[str, Any]] = field(default_factory=list)  # scan_id and the measured share of every region
 
 
 def finished_receipt(store: Store, plan: ShardPlan) -> Receipt | None:
-    """The receipt of a shard that is already written as planned, or None; its receipt is there."""
-    raw = json.loads(store.read(plan.receipt_name))
-    if raw["digest"] != plan.digest:
-        return None
-    receipt = Receipt(**raw)
-    is_there = receipt.bytes == 0 or (store.exists(plan.name) and store.size(plan.name) == receipt.bytes)
-    return receipt if is_there else None
+    """The stored receipt of a shard, or None where the shard is not there as planned."""
+    receipt = Receipt(**json.loads(store.read(plan.receipt_name)))
+    is_complete = receipt.bytes == 0 or (store.exists(plan.name) and store.size(plan.name) == receipt.bytes)
+    return receipt if receipt.digest == plan.digest and is_complete else None
 
 
 def write_shard(plan: ShardPlan, out: str, limits: LimitsConfig) -> Receipt:
-    """The receipt of the shard, which is then in the set; a scan that cannot be packed leaves a hole and its reason."""
+    """The receipt of the shard, which is then in the set; a scan that cannot be packed leaves a gap and its reason."""
     store = store_for(out)
+    receipt = Receipt(plan.name, plan.digest)
+    helper = helper_for(store, plan.settings, limits)
     with scratch_folder() as scratch:
-        receipt = make_shard(plan, store, limits, scratch)
+        shard = scratch / "shard.tar"
+        with shard.open("wb+") as file:
+            for request in plan.requests:
+                _append_scan(request, helper, store, receipt, file, scratch / "segment.tar")
+            if receipt.members:
+                file.write(_end_of_tar())
+            file.flush()
+            os.fsync(file.fileno())
+        receipt.bytes, receipt.sha256 = shard.stat().st_size, _file_sha256(shard)
         if receipt.bytes:
-            store.put(plan.name, scratch / SHARD_FILE)
-    store.put(plan.receipt_name, receipt.to_json())
+            store.put(plan.name, shard)
+    store.put(plan.receipt_name, (json.dumps(asdict(receipt), sort_keys=True) + "\n").encode())
     return receipt
-
-
-def make_shard(plan: ShardPlan, store: Store, limits: LimitsConfig, scratch: Path) -> Receipt:
-    """The receipt of the shard, which is then in the scratch folder; nothing of the set is touched."""
-    helper = _helper(plan, store, limits)
-    with (scratch / SHARD_FILE).open("wb+") as file:
-        made = _append_scans(plan, helper, store, scratch, file)
-        if made.members:
-            file.write(_end_of_tar())
-        file.flush()
-        os.fsync(file.fileno())
-    return Receipt(
-        name=plan.name,
-        digest=plan.digest,
-        bytes=(scratch / SHARD_FILE).stat().st_size,
-        sha256=file_sha256(scratch / SHARD_FILE),
-        num_samples=len(made.quality),
-        members=made.members,
-        refused=made.refused,
-        quality=made.quality,
-        regions=made.regions,
-    )
 
 
 @contextlib.contextmanager
@@ -113,48 +91,38 @@ def _is_running(process: int) -> bool:
     return True
 
 
-@dataclass
-class _Made:
-    members: list[dict[str, Any]] = field(default_factory=list)
-    refused: list[dict[str, str]] = field(default_factory=list)
-    quality: list[dict[str, Any]] = field(default_factory=list)
-    regions: list[dict[str, Any]] = field(default_factory=list)
+def _append_scan(
+    request: PackRequest, helper: Helper, store: Store, receipt: Receipt, shard: BinaryIO, segment: Path
+) -> None:
+    """Adds the scan's segment to the shard and its rows to the receipt, or its refusal."""
+    outcome = _packed(request, helper, store, segment)
+    scan_id = {"scan_id": request.scan_id}
+    if "reason" in outcome:
+        path, reason = (redacted(text, request.pseudonyms) for text in (request.path, outcome["reason"]))
+        receipt.refused.append(asdict(schema.Refusal(request.scan_id, path, reason)))
+        return
+    start = shard.tell()
+    receipt.members += [member | scan_id | {"offset": start + member["offset"]} for member in outcome["members"]]
+    receipt.quality.append(scan_id | outcome["quality"])
+    receipt.regions.append(scan_id | {name: round(share, 4) for name, share in outcome["regions"].items()})
+    with segment.open("rb") as file:
+        _copy(file, shard, outcome["num_bytes"])
 
 
-def _append_scans(plan: ShardPlan, helper: ScanProcess, store: Store, scratch: Path, file: BinaryIO) -> _Made:
-    made = _Made()
-    part = scratch / "part.tar"
-    for request in plan.requests:
-        outcome = _packed(request, helper, store, part)
-        whose = {"scan_id": request.scan_id}
-        if "reason" in outcome:
-            private = [(name, other) for name, other in request.private]
-            texts = (redacted(text, private) for text in (request.path, outcome["reason"]))
-            made.refused.append(asdict(schema.Refusal(request.scan_id, *texts)))
-            continue
-        start = file.tell()
-        made.members += [member | whose | {"offset": start + member["offset"]} for member in outcome["members"]]
-        made.quality.append(whose | outcome["quality"])
-        made.regions.append(whose | {name: round(share, 4) for name, share in outcome["regions"].items()})
-        with part.open("rb") as packed:
-            _copy(packed, file, outcome["num_bytes"])
-    return made
-
-
-def _packed(request: PackRequest, helper: ScanProcess, store: Store, part: Path) -> dict[str, Any]:
-    """What became of a scan; a raw one is packed through its stored transform, or refused for the stored reason."""
+def _packed(request: PackRequest, helper: Helper, store: Store, segment: Path) -> Outcome:
+    """The outcome of packing; a raw scan is packed through its stored transform, or refused for the stored reason."""
     if not request.is_raw:
-        return helper.pack(request, part)
-    name = f"{schema.TRANSFORMS}{request.scan_id}"
-    if store.exists(f"{name}.json") and not store.exists(f"{name}.npz"):
-        return json.loads(store.read(f"{name}.json"))
-    local = Path(f"{part}.transform.npz")
-    store.get_file(f"{name}.npz", local)
-    return helper.pack(replace(request, transform=str(local)), part)
+        return helper.pack(request, segment)
+    transform = schema.transform_name(request.scan_id)
+    if not store.exists(transform):
+        return json.loads(store.read(schema.no_transform_name(request.scan_id)))
+    local = segment.with_name("transform.npz")
+    store.get_file(transform, local)
+    return helper.pack(replace(request, transform=str(local)), segment)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
-    """Exactly the first `num_bytes`: a part's own end mark would end the shard early."""
+    """Copies the first `num_bytes`: the end mark behind them would end the shard early."""
     while num_bytes:
         block = source.read(min(num_bytes, 1 << 20))
         target.write(block)
@@ -168,30 +136,7 @@ def _end_of_tar() -> bytes:
     return buffer.getvalue()
 
 
-def file_sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _helper(plan: ShardPlan, store: Store, limits: LimitsConfig) -> ScanProcess:
-    """The helper of this process for the set's space, atlases and settings, started at its first shard."""
-    saved = {name: store.read(name) for name in (schema.SPACE, *store.list(schema.ATLASES))}
-    saved[SETTINGS] = json.dumps(asdict(plan.settings), sort_keys=True).encode()
-    key = hashlib.sha256(b"".join(name.encode() + data for name, data in sorted(saved.items()))).hexdigest()
-    helper = _HELPERS.get(key)
-    if helper is None or helper.limits != limits or helper.process.poll() is not None:
-        close_helpers()
-        with tempfile.TemporaryDirectory(prefix="callosum-helper-") as folder:
-            for name, data in saved.items():
-                (Path(folder) / name).parent.mkdir(exist_ok=True)
-                (Path(folder) / name).write_bytes(data)
-            helper = _HELPERS[key] = ScanProcess(Path(folder), limits)
-            helper.wait_until_ready()
-    return helper
-
-
-def close_helpers() -> None:
-    """Ends the helpers of this process."""
-    while _HELPERS:
-        _HELPERS.popitem()[1].close()

@@ -24,10 +24,10 @@ from data_sharding.read.shard_set import ShardSet, open_set
 from data_sharding.verify import VerifyConfig
 from data_sharding.verify import run as run_verify
 from data_sharding.write.build import build
+from data_sharding.write.isolation import SETTINGS, Helper
 from data_sharding.write.packing import PackRequest
 from data_sharding.write.plan import pack_settings
 from data_sharding.write.prepare import describe, prepare
-from data_sharding.write.scan_process import SETTINGS, ScanProcess
 from tests.helpers_scans import sharding_config, write_bold, write_study
 
 FAULT_SECTION = "Writing a shard set"
@@ -279,10 +279,10 @@ def test_a_scan_that_takes_too_long_or_too_much_memory_is_refused(written: Shard
     enough = LimitsConfig(memory_mb=2048, timeout_s=60.0, download_mb=64)
     (tmp_path / schema.SPACE).write_bytes((Path(written.out) / schema.SPACE).read_bytes())
     (tmp_path / SETTINGS).write_text(json.dumps(asdict(pack_settings(written))))
-    with ScanProcess(tmp_path, enough) as helper:
+    with Helper(tmp_path, enough) as helper:
         helper.wait_until_ready()
         for limits, scan, reason in (
-            (replace(enough, timeout_s=0.001), request, "took longer than limits.timeout_s=0.001"),
+            (replace(enough, timeout_s=0.001), request, "took longer than limits.timeout_s allows (0.001 s)"),
             (replace(enough, memory_mb=50), liar, "needs more memory than limits.memory_mb allows"),
             (enough, liar, "the data end at frame 400 of the 30000 the header states"),
         ):

@@ -85,8 +85,8 @@ def test_all_sessions_and_kinds_of_a_subject_are_in_one_split(rule: str, seed: i
     config = sharding_config(tmp_path, tmp_path / "set")
     splits = replace(THRESHOLD if rule == "threshold" else replace(RANKED, num_validation=1, num_test=1), seed=seed)
     prepared = prepare(replace(config, splits=splits))
-    assert len(prepared.found.scans) == 16
-    split_of_scan = {scan.scan_id: prepared.split_of_unit[scan.unit] for scan in prepared.found.scans}
+    assert len(prepared.source.scans) == 16
+    split_of_scan = {scan.scan_id: prepared.split_of_unit[scan.unit] for scan in prepared.source.scans}
     for subject in ("01", "02", "03", "04"):
         own = [split for scan_id, split in split_of_scan.items() if scan_id.startswith(f"sub-{subject}_")]
         assert len(own) == 4

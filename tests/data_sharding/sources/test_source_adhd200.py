@@ -48,10 +48,10 @@ def test_the_phenotype_table_is_typed_and_what_is_missing_is_missing(root: Path)
     ("change", "message"),
     [
         (("Gender,Age", "Gender,Years"), r"lacks the columns Age; give the ADHD-200 phenotype CSV"),
-        (("11.34", "eleven"), r"Age holds 'eleven', no number and no sign of missing"),
+        (("11.34", "eleven"), r"Age holds 'eleven', neither a number nor a mark for missing"),
         (("10000,1,0", "10000,11,0"), r"Site holds 11, not one of \[1, 2"),
         (("9000137,", "10000,"), r"several rows for subject 0010000; keep one row a subject"),
-        (("9000137,", "9000137b,"), r"ScanDir ID '9000137b' is no number"),
+        (("9000137,", "9000137b,"), r"ScanDir ID '9000137b' is not a number"),
     ],
 )
 def test_a_broken_phenotype_table_says_where(root: Path, tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -15,7 +15,7 @@ from data_sharding.errors import ShardError, SourceError
 from data_sharding.phantoms import algonauts2023 as phantom
 from data_sharding.read import samples
 from data_sharding.read.shard_set import ShardSet
-from data_sharding.sources.npy_mapping import read_mapping
+from data_sharding.sources.algonauts2023 import read_mapping
 from data_sharding.write.prepare import prepare
 from tests.helpers_sources import config_of, found_by, set_of, write_phantom
 
@@ -111,7 +111,7 @@ def test_images_and_responses_that_do_not_belong_together_are_refused(root: Path
     with pytest.raises(SourceError, match=r"lh_training_fmri\.npy: 12 responses, .* has 11 images"):
         found_by(*algonauts(broken, "subj01"))
     (images / "train-0005_nsd-00104.png").unlink()
-    with pytest.raises(SourceError, match=r"image train-0005 is missing or twice"):
+    with pytest.raises(SourceError, match=r"image train-0005 is missing or duplicated"):
         found_by(*algonauts(broken, "subj01"))
     other = f"{root}/subj02/roi_masks"
     masks = f"space.vertices=[{other}/lh.all-vertices_fsaverage_space.npy,{other}/rh.all-vertices_fsaverage_space.npy]"

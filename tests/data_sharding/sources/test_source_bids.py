@@ -15,7 +15,7 @@ from data_sharding.errors import SourceError
 from data_sharding.phantoms import bids as phantom
 from data_sharding.phantoms.fields import bold_values, vertex_values
 from data_sharding.read import samples
-from data_sharding.scans import Found, scan_id_of
+from data_sharding.scans import SourceContents, scan_id_of
 from data_sharding.schema import Event
 from data_sharding.sources.bids_tables import is_by_fmriprep
 from data_sharding.write.prepare import prepare
@@ -32,11 +32,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantom("bids", tmp_path_factory.mktemp("bids"))
 
 
-def volumes(root: Path, *overrides: str) -> Found:
+def volumes(root: Path, *overrides: str) -> SourceContents:
     return found_by("dataset=bids", f"source.root={root}", "space=mni12", *overrides)[0]
 
 
-def reasons(found: Found) -> dict[str, str]:
+def reasons(found: SourceContents) -> dict[str, str]:
     return {refusal.scan_id: refusal.reason for refusal in found.refused}
 
 
@@ -67,7 +67,7 @@ def test_echoes_parts_and_raw_scans_follow_their_rules(root: Path) -> None:
         "sub-02_task-raw_bold",
     }
     assert "has echoes 1, 2 and no combination" in reasons(found)["sub-02_task-echoes_bold"]
-    assert "part-phase holds no magnitude" in reasons(found)["sub-02_task-parts_part-phase_bold"]
+    assert "part-phase is not a magnitude image" in reasons(found)["sub-02_task-parts_part-phase_bold"]
     assert "register it first" in reasons(found)["sub-02_task-raw_bold"]
     with_echo = volumes(root, "source.options.echo='2'")
     scan = next(scan for scan in with_echo.scans if scan.task == "echoes")
@@ -178,7 +178,7 @@ def test_a_mask_beside_the_scan_is_used(tmp_path: Path) -> None:
 
 
 def test_nothing_found_says_what_was_looked_for_and_where(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"nothing found\. Looked for sub-\*/.*desc-preproc_T1w\.nii.*_bold\.nii"):
+    with pytest.raises(SourceError, match=r"no scan found\. Looked for sub-\*/.*desc-preproc_T1w\.nii.*_bold\.nii"):
         volumes(tmp_path)
     with pytest.raises(SourceError, match=r"nowhere is not a folder; give the top of a BIDS tree"):
         volumes(tmp_path / "nowhere")
@@ -207,7 +207,7 @@ def test_bad_scans_are_refused_one_by_one_with_their_reason(tmp_path: Path) -> N
     write_t1(tmp_path, "01")
     write_bold(tmp_path, "02", sidecar=False)
     broken = write_bold(tmp_path, "03")
-    broken.write_bytes(b"<html>404 Not Found</html>")
+    broken.write_bytes(b"<html>404 Not SourceContents</html>")
     save_nifti(write_bold(tmp_path, "04"), scan_values(0, 1)[..., 0])
     (write_bold(tmp_path, "05").with_name("sub-05_bold.json")).write_text('{"RepetitionTime": "two"}')
     named = write_bold(tmp_path, "05").name.removesuffix(".nii.gz")

@@ -27,8 +27,8 @@ from brain_models.preprocess import (
     standardise_t1,
 )
 from brain_models.space import BrainSpace, SpaceConfig, space_from_mask, volume_space
+from data_sharding.write.isolation import grid_of, keep_weights
 from data_sharding.write.packing import PackRequest
-from data_sharding.write.scan_process import grid_of, keep_weights
 from tests.scans import GRID_AFFINE, GRID_SHAPE, MARKER_MM, bold_values, grid_positions_mm, reoriented, save_scan
 
 OBLIQUE = nibabel.affines.from_matvec(

@@ -5,7 +5,7 @@ The registration itself is replaced here by known transforms; test_registration.
 
 from __future__ import annotations
 
-import subprocess
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from data_sharding import schema
 from data_sharding.check.verify import verify
 from data_sharding.config import ShardingConfig, validate_config
 from data_sharding.read.shard_set import open_set
-from data_sharding.registration import RegistrationConfig, RegistrationError
-from data_sharding.write import alignment
+from data_sharding.registration import RegistrationConfig, RegistrationError, ScanGroup, groups
+from data_sharding.write import isolation
 from data_sharding.write.build import build
+from data_sharding.write.isolation import Helper, answer_to
 from tests.data_sharding.test_shards import contents, npy
 from tests.helpers_scans import TEMPLATE, sharding_config, write_study
 
@@ -51,10 +52,12 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ShardingConfig
         assert Path(t1).name[:6] == Path(path).name[:6]
         return transform_of(MOVED_MM)
 
-    monkeypatch.setattr(alignment, "register_t1", t1)
-    monkeypatch.setattr(alignment, "register_bold", bold)
-    monkeypatch.setattr(alignment.resource, "setrlimit", lambda *_: None)  # of this process
-    monkeypatch.setattr(alignment, "_run", lambda scratch, timeout_s: alignment.serve(scratch) or "ended")
+    def here(_: Helper, group: ScanGroup, config: RegistrationConfig, folder: Path) -> dict[str, dict[str, str]]:
+        return {"reasons": groups.register_group(group, config, folder)}
+
+    monkeypatch.setattr(groups, "register_t1", t1)
+    monkeypatch.setattr(groups, "register_bold", bold)
+    monkeypatch.setattr(Helper, "register", here)
     config = sharding_config(root, tmp_path / "set")
     source = replace(config.source, allow_template_mix=True)
     splits = replace(config.splits, rule="none")
@@ -100,20 +103,30 @@ def test_registered_scans_in_place_equal_scans_given_there(
         np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=1e-3, atol=1e-3)
 
 
-def test_a_registration_that_somebody_killed_is_done_again_and_only_the_second_death_is_a_reason(
+def test_a_child_that_somebody_killed_works_again_and_only_the_second_death_is_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "task.json").write_text("{}")
-    codes: list[int] = []
+    statuses: list[int] = []
+    task = {"work": "registration", "path": "sub-01_T1w.nii", "output": str(tmp_path / "out"), "timeout_s": 1.0}
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, codes.pop(0), "", "")
+    def child(*_: object) -> int:
+        (tmp_path / "out.json").write_text('{"reasons": {}}')
+        (tmp_path / "out.err").write_text("Traceback\nValueError: no such level\n")
+        return statuses.pop(0)
 
-    monkeypatch.setattr(alignment.subprocess, "run", run)
-    for given, said, left in (([-9, 0, 7], "exit code 0", [7]), ([-9, -9, 7], "exit code -9", [7]), ([3, 7], "3", [7])):
-        codes[:] = given
-        assert alignment._run(tmp_path, timeout_s=1.0).endswith(said)
-        assert codes == left
+    monkeypatch.setattr(isolation, "_status_of_child", child)
+    for given, outcome, unused in (
+        ([9, 0, 7], {"reasons": {}}, [7]),
+        (
+            [9, 9, 7],
+            {"reason": "sub-01_T1w.nii: registration died of SIGKILL; the file is likely damaged, check it"},
+            [7],
+        ),
+        ([3 << 8, 7], {"reason": "sub-01_T1w.nii: registration failed: ValueError: no such level"}, [7]),
+    ):
+        statuses[:] = given
+        assert json.loads(answer_to(task, None)) == outcome  # type: ignore[arg-type]
+        assert statuses == unused
 
 
 def test_a_template_that_is_not_the_spaces_must_be_allowed(raw: tuple[ShardingConfig, list[str]]) -> None:

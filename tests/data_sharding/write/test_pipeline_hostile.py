@@ -19,9 +19,9 @@ from brain_models.space import volume_space
 from data_sharding import schema
 from data_sharding.config import LimitsConfig
 from data_sharding.write.build import build
+from data_sharding.write.isolation import SETTINGS, Helper
 from data_sharding.write.packing import PackRequest
 from data_sharding.write.plan import pack_settings
-from data_sharding.write.scan_process import SETTINGS, ScanProcess
 from tests.helpers_scans import ACCEPTANCE, SPACE, bold_values, grid, save_nifti, sharding_config, write_bold, write_t1
 
 NUM_FRAMES, TR_S = 6, 1.5
@@ -34,13 +34,13 @@ def policy(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def helper(policy: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScanProcess]:
+def helper(policy: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Helper]:
     folder = tmp_path_factory.mktemp("helper")
     volume_space(SPACE).save(folder / schema.SPACE)
     loose = replace(ACCEPTANCE, min_coverage=0.1, unknown_orientation=policy)  # type: ignore[arg-type]
     settings = pack_settings(replace(sharding_config(folder, folder / "out"), acceptance=loose))
     (folder / SETTINGS).write_text(json.dumps(asdict(settings)))
-    with ScanProcess(folder, LimitsConfig(memory_mb=300, timeout_s=20.0, download_mb=1)) as process:
+    with Helper(folder, LimitsConfig(memory_mb=300, timeout_s=20.0, download_mb=1)) as process:
         process.wait_until_ready()
         yield process
 
@@ -99,7 +99,7 @@ def awkward_files(folder: Path) -> dict[str, tuple[bytes, str | None]]:
     return files
 
 
-def test_every_awkward_file_gets_what_its_table_says(helper: ScanProcess, policy: str, tmp_path: Path) -> None:
+def test_every_awkward_file_gets_what_its_table_says(helper: Helper, policy: str, tmp_path: Path) -> None:
     outcomes = {}
     for name, (data, cause) in awkward_files(tmp_path).items():
         path = tmp_path / f"{name}.nii.gz"
@@ -123,7 +123,7 @@ def test_every_awkward_file_gets_what_its_table_says(helper: ScanProcess, policy
         assert len(outcomes) == 7
 
 
-def test_bombs_and_lying_headers_cost_neither_memory_nor_time(helper: ScanProcess, tmp_path: Path) -> None:
+def test_bombs_and_lying_headers_cost_neither_memory_nor_time(helper: Helper, tmp_path: Path) -> None:
     header = nibabel.Nifti1Header()
     header.set_data_shape((16, 19, 16, 20))
     header.set_sform(grid()[0], 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import random
 import shutil
@@ -32,7 +33,7 @@ from tests.s3_servers import BUCKET, Server, running_rclone, use  # noqa: F401  
 
 FAULT_SECTION = "Writing a shard set"
 ROOT = Path(__file__).parents[3]
-VICTIMS = {"driver": "the driver", "_call_quietly": "a Ray worker", "scan_process": "a packing process"}
+VICTIMS = {"driver": "the driver", "_call_quietly": "a Ray worker", "isolation": "a packing process"}
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_a_driver_killed_between_shards_is_finished_by_the_next_and_leaves_no_pr
     assert contents(out) == contents(Path(written.out))
 
 
-def test_repair_rewrites_only_what_is_bad_to_the_bytes_it_had(
+def test_repair_rebuilds_only_damaged_shards_to_the_bytes_they_had(
     written: ShardingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = copy_set(Path(written.out), tmp_path / "copy")
@@ -133,7 +134,7 @@ def test_repair_rewrites_only_what_is_bad_to_the_bytes_it_had(
         run_verify(VerifyConfig(str(copied), repair=["limits.timeout_s=500.0"]))
     assert contents(copied)[shards[1]] == whole[shards[1]]
     assert run_verify(VerifyConfig(str(copied), repair=[f"source.root={written.source.root}"])) == 0
-    assert f"repaired {copied}/{shards[2]}: {len(whole[shards[2]])} bytes" in capsys.readouterr().out
+    assert f"{len(shards) - 2} of {len(shards)} shards are written already" in capsys.readouterr().out
     assert contents(copied) == whole
     assert (copied / shards[1]).stat().st_mtime_ns == kept
 
@@ -150,6 +151,20 @@ def test_repair_from_other_scans_replaces_nothing(
     with pytest.raises(ShardError, match="does not hold the scans this set was made of"):
         run_verify(VerifyConfig(str(copied), repair=[f"source.root={other}"]))
     assert contents(copied) == damaged
+
+
+def test_repair_says_when_the_scans_now_give_another_set(written: ShardingConfig, tmp_path: Path) -> None:
+    copied = copy_set(Path(written.out), tmp_path / "copy")
+    study = copy_set(Path(written.source.root), tmp_path / "study")
+    flip(copied / "shards/000000.tar", 5000)
+    scan = next(study.rglob("*_T1w.nii.gz"))
+    values = bytearray(gzip.decompress(scan.read_bytes()))
+    values[-len(values) // 4 :] = bytes(len(values) // 4 + (len(values) % 4 > 0))
+    size = scan.stat().st_size
+    scan.write_bytes(gzip.compress(values, 9).ljust(size, b"\0"))  # the plan knows a scan by its name and size
+    assert scan.stat().st_size == size
+    with pytest.raises(ShardError, match=r"so this is another set \(fingerprint"):
+        run_verify(VerifyConfig(str(copied), repair=[f"source.root={study}"]))
 
 
 def test_verify_holds_a_block_and_not_a_shard_in_memory(
@@ -202,7 +217,9 @@ def test_a_scan_that_cannot_be_fetched_stops_the_run_and_is_no_refusal(
             source.delete(name)
 
     monkeypatch.setattr("data_sharding.write.build._claim", lose)  # between finding the scans and packing them
-    with pytest.raises(ShardError, match=r"s3://.*sub-03.* could not be fetched: .*; run again, it goes on"):
+    with pytest.raises(
+        ShardError, match=r"s3://.*sub-03.* could not be fetched: .*; run the same command again, it resumes"
+    ):
         build(remote)
     assert not (Path(remote.out) / schema.MANIFEST).exists()
 
@@ -220,7 +237,7 @@ def test_a_kill_at_any_moment_of_any_process_loses_and_duplicates_nothing(
     chance = random.Random(trial)
     out = tmp_path / "set"
     cluster, num_workers = ("local", 2) if trial % 2 else ("inline", 1)
-    victims = ("driver", "_call_quietly", "scan_process") if trial % 2 else ("driver", "scan_process")
+    victims = ("driver", "_call_quietly", "isolation") if trial % 2 else ("driver", "isolation")
     victim = victims[trial // 2 % len(victims)]
     wanted, pause_s = chance.randrange(0, 4), chance.uniform(0, 0.6)
     while True:
