@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image, UnidentifiedImageError
 
 from brain_models.atlas import Atlas
@@ -151,12 +152,9 @@ def write_segment(request: PackRequest, context: PackContext, path: Path) -> Seg
 
 
 def _pack_run(request: PackRequest, context: PackContext) -> AcceptedScan:
-    run = _cleaned_run(request, context)
-    stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
-    frames = _frame_table(run, stored)
+    run, stored, frames = _cleaned_run(request, context)
     regions = region_coverage(context.atlases, stored.is_measured)
-    quality = run_quality(run, stored, frames[:, 1], regions)
-    _require_accepted(quality, request, context)
+    quality = _accepted(run_quality(run, stored, frames[:, 1], regions), request, context)
     described = {
         "repetition_time_s": request.repetition_time_s,
         "num_regressors": len(run.regressors),
@@ -168,13 +166,8 @@ def _pack_run(request: PackRequest, context: PackContext) -> AcceptedScan:
 def _run_entries(
     request: PackRequest, context: PackContext, run: StandardisedRun, frames: np.ndarray, described: dict[str, Any]
 ) -> Iterator[Entry]:
-    stats = {
-        "__key__": schema.stats_key(request.scan_id),
-        schema.MEAN: npy_bytes(run.mean),
-        schema.SCALE: npy_bytes(run.scale),
-        schema.FRAMES: npy_bytes(frames),
-        schema.META: _json_bytes(request, context.space, described),
-    }
+    arrays = {schema.MEAN: run.mean, schema.SCALE: run.scale, schema.FRAMES: frames}
+    stats = _first_entry(request, context, described, arrays)
     if request.events:
         dropped_s = described["num_dropped"] * request.repetition_time_s
         events = [event | {"onset_s": event["onset_s"] - dropped_s} for event in request.events]
@@ -194,16 +187,11 @@ def _pack_t1(request: PackRequest, context: PackContext) -> AcceptedScan:
     packed = _on_volume(pack_t1, request, context)
     regions = region_coverage(context.atlases, packed.is_measured)
     quality = scan_quality(packed.is_measured, regions, conflict_mm=packed.header.conflict_mm)
-    _require_accepted(quality, request, context)
+    quality = _accepted(quality, request, context)
     stored = standardise_t1(packed)
     described = {"mean": stored.mean, "std": stored.std, **_quality_fields(quality)}
-    entry = {
-        "__key__": schema.stats_key(request.scan_id),
-        schema.T1: npy_bytes(stored.values),
-        schema.CRC: npy_bytes(crc32_of_frames(stored.values[None])),
-        schema.META: _json_bytes(request, context.space, described),
-    }
-    return AcceptedScan(iter([(entry, 0, 1)]), quality, regions)
+    arrays = {schema.T1: stored.values, schema.CRC: crc32_of_frames(stored.values[None])}
+    return AcceptedScan(iter([(_first_entry(request, context, described, arrays), 0, 1)]), quality, regions)
 
 
 def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
@@ -211,12 +199,9 @@ def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
     if not context.atlases:
         raise ScanError(f"{request.path}: region series need an atlas; set atlas=, or remove parcels from source.kinds")
     atlas = next(iter(context.atlases.values()))
-    run = _cleaned_run(request, context)
-    stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
-    frames = _frame_table(run, stored)
+    run, stored, frames = _cleaned_run(request, context)
     regions = region_coverage({atlas.name: atlas}, run.packed.is_measured)
-    quality = run_quality(run, stored, frames[:, 1], regions)
-    _require_accepted(quality, request, context)
+    quality = _accepted(run_quality(run, stored, frames[:, 1], regions), request, context)
     if run.is_kept.sum() < 2:
         raise ScanError(
             f"{request.path}: {run.is_kept.sum()} of its frames are not censored, too few for region series"
@@ -228,15 +213,9 @@ def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
         "region_ids": atlas.region_ids,
         **_quality_fields(quality),
     }
-    entry = {
-        "__key__": schema.stats_key(request.scan_id),
-        schema.PARCELS: npy_bytes(series),
-        schema.CRC: npy_bytes(crc32_of_frames(series)),
-        schema.REGION_MEAN: npy_bytes(mean),
-        schema.REGION_SCALE: npy_bytes(scale),
-        schema.FRAMES: npy_bytes(frames),
-        schema.META: _json_bytes(request, context.space, described),
-    }
+    arrays = {schema.PARCELS: series, schema.CRC: crc32_of_frames(series), schema.FRAMES: frames}
+    arrays |= {schema.REGION_MEAN: mean, schema.REGION_SCALE: scale}
+    entry = _first_entry(request, context, described, arrays)
     return AcceptedScan(iter([(entry, 0, len(series))]), quality, regions)
 
 
@@ -273,16 +252,11 @@ def _pack_response(request: PackRequest, context: PackContext) -> AcceptedScan:
             "are stored as float16 and must be standardised: z-score every vertex within its session first"
         )
     regions = region_coverage(context.atlases, is_measured)
-    quality = scan_quality(is_measured, regions)
-    _require_accepted(quality, request, context)
+    quality = _accepted(scan_quality(is_measured, regions), request, context)
     stored = betas.astype(np.float16)[None]
-    entry = {
-        "__key__": schema.stats_key(request.scan_id),
-        schema.IMAGE: image,
-        schema.BETAS: npy_bytes(stored),
-        schema.CRC: npy_bytes(crc32_of_frames(stored)),
-        schema.META: _json_bytes(request, context.space, {"stimulus": request.stimulus, **_quality_fields(quality)}),
-    }
+    described = {"stimulus": request.stimulus, **_quality_fields(quality)}
+    arrays = {schema.BETAS: stored, schema.CRC: crc32_of_frames(stored)}
+    entry = _first_entry(request, context, described, arrays) | {schema.IMAGE: image}
     return AcceptedScan(iter([(entry, 0, 1)]), quality, regions)
 
 
@@ -306,31 +280,28 @@ def _row(path: Path, row: int) -> np.ndarray:
         raise ScanError(f"{path}: row {row} cannot be read ({error}); fetch the file again") from error
 
 
-def _frame_table(run: CleanedRun, stored: StandardisedRun) -> np.ndarray:
-    """float32 [time, column of schema.FRAME_COLUMNS]: the quality of every frame of a run."""
-    frames = np.empty((len(stored.quantised), len(schema.FRAME_COLUMNS)), dtype=np.float32)
-    columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
-    for number, column in enumerate(columns):
-        frames[:, number] = column
-    return frames
-
-
-def _cleaned_run(request: PackRequest, context: PackContext) -> CleanedRun:
-    """The run on the set's space, cleaned as the set asks."""
-    transform = _transform(request)
-    return clean_bold(
-        _packed_run(request, context),
+def _cleaned_run(
+    request: PackRequest, context: PackContext
+) -> tuple[CleanedRun, StandardisedRun, Float32[np.ndarray, "time column"]]:
+    """The run on the set's space, cleaned as the set asks; the run standardised; its frames by FRAME_COLUMNS."""
+    transform, space = _transform(request), context.space
+    run = clean_bold(
+        _surface_run(request, space) if space.kind == "surface" else _on_volume(pack_bold, request, context),
         context.settings.cleaning,
         repetition_time_s=request.repetition_time_s,
         confounds=request.confounds,
         framewise_displacement_mm=None if transform is None else transform.framewise_displacement_mm,
     )
+    stored = standardise_bold(run.packed, stored_as=context.settings.bold_type)
+    columns = (run.framewise_displacement_mm, dvars(stored), stored.clipped_fraction, run.is_kept)
+    return run, stored, np.stack(columns, axis=1).astype(np.float32)
 
 
-def _packed_run(request: PackRequest, context: PackContext) -> PackedScan:
-    if context.space.kind == "surface":
-        return _surface_run(request, context.space)
-    return _on_volume(pack_bold, request, context)
+def _surface_run(request: PackRequest, space: BrainSpace) -> PackedScan:
+    """A BOLD run on a surface space, from a CIFTI series or a pair of GIFTI files."""
+    if "right" in request.files:
+        return pack_gifti(request.path, request.files["right"], space)
+    return pack_cifti(request.path, space)
 
 
 def _on_volume(pack: Callable[..., PackedScan], request: PackRequest, context: PackContext) -> PackedScan:
@@ -343,18 +314,16 @@ def _on_volume(pack: Callable[..., PackedScan], request: PackRequest, context: P
     )
 
 
-def _require_accepted(quality: ScanQuality, request: PackRequest, context: PackContext) -> None:
-    """ScanError where the scan breaks an acceptance rule."""
+def _transform(request: PackRequest) -> Transform | None:
+    return None if request.transform is None else Transform.load(request.transform)
+
+
+def _accepted(quality: ScanQuality, request: PackRequest, context: PackContext) -> ScanQuality:
+    """The quality itself; ScanError where the scan breaks an acceptance rule."""
     reason = why_refused(quality, context.settings.acceptance, is_run=request.kind in ("bold", "parcels"))
     if reason is not None:
         raise ScanError(f"{request.path} {reason}; check the scan and its registration, or change that rule")
-
-
-def _surface_run(request: PackRequest, space: BrainSpace) -> PackedScan:
-    """A BOLD run on a surface space, from a CIFTI series or a pair of GIFTI files."""
-    if "right" in request.files:
-        return pack_gifti(request.path, request.files["right"], space)
-    return pack_cifti(request.path, space)
+    return quality
 
 
 def _quality_fields(quality: ScanQuality) -> dict[str, Any]:
@@ -362,23 +331,22 @@ def _quality_fields(quality: ScanQuality) -> dict[str, Any]:
     return {name: value for name, value in asdict(quality).items() if name != "censored"}
 
 
-def _transform(request: PackRequest) -> Transform | None:
-    return None if request.transform is None else Transform.load(request.transform)
-
-
-def _json_bytes(request: PackRequest, space: BrainSpace, described: dict[str, Any]) -> bytes:
-    """The json member of a scan: its identity, and `described`."""
+def _first_entry(
+    request: PackRequest, context: PackContext, described: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The first tar entry of a scan: its arrays by kind, and a json member with its identity and `described`."""
     document = {
         "scan_id": request.scan_id,
         "kind": request.kind,
         "entities": request.entities,
-        "space": space.name,
-        "space_fingerprint": space.fingerprint,
+        "space": context.space.name,
+        "space_fingerprint": context.space.fingerprint,
         **described,
     }
     if request.sidecar:
         document["sidecar"] = request.sidecar
-    return schema.padded_json(document)
+    members = {kind: npy_bytes(array) for kind, array in arrays.items()}
+    return {"__key__": schema.stats_key(request.scan_id), schema.META: schema.padded_json(document), **members}
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
