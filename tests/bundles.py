@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from brain_models.atlas import cluster_labels
 from brain_models.bundle import Bundle
 from brain_models.embedding import make_encoder
 from brain_models.encoder import EncoderConfig
@@ -19,3 +20,9 @@ def cubes(space: BrainSpace, patch_voxels: int, *, tubelet_frames: int = 4, wind
 def encoder_bundle(config: EncoderConfig, stems: dict[str, StemSpec], **made_by: str) -> Bundle:
     """A fresh encoder as a bundle; its weights come from torch's own seed."""
     return Bundle("encoder", config, make_encoder(config, stems).eval(), stems, made_by)
+
+
+def clusters(space: BrainSpace, num_voxels: int, *, tubelet_frames: int = 4, window_frames: int = 4) -> StemSpec:
+    """A stem that reads whole scans of a space, cut into clusters of at most so many voxels."""
+    layout = PatchLayout.from_labels(space, cluster_labels(space, num_voxels))
+    return StemSpec(space, layout, tubelet_frames, window_frames, needs_brain_mask=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brain_models import bundle as bundles
 from brain_models import models
-from brain_models.atlas import Atlas, cluster_labels
+from brain_models.atlas import Atlas
 from brain_models.bundle import Bundle
 from brain_models.encoder import EncoderConfig
 from brain_models.errors import BundleError, ScanError
@@ -24,10 +24,16 @@ from brain_models.models import ModelKind
 from brain_models.patches import PatchLayout
 from brain_models.preprocess import dequantise, pack_bold, standardise_bold
 from brain_models.recipe import BoldPreprocessing, CleaningConfig
-from brain_models.run_predictor import RunClassifierConfig, RunPredictor, RunRegressorConfig, run_predictor
+from brain_models.run_predictor import (
+    RunClassifierConfig,
+    RunPredictor,
+    RunRegressorConfig,
+    answer_class,
+    run_predictor,
+)
 from brain_models.served import ServedModel
 from brain_models.space import BrainSpace, space_from_mask
-from tests.bundles import cubes, encoder_bundle
+from tests.bundles import clusters, cubes, encoder_bundle
 from tests.scans import GRID_AFFINE, GRID_SHAPE, save_scan
 
 CONFIG = EncoderConfig(width=32, depth=2, num_heads=4, mlp_ratio=2.0, num_frequencies=4, time_in="seconds")
@@ -96,9 +102,8 @@ def test_a_bundle_gives_back_the_same_encoder_and_what_its_stems_read(
 
 
 def test_patches_cut_by_labels_travel_with_the_bundle(space: BrainSpace, tmp_path: Path) -> None:
-    layout = PatchLayout.from_labels(space, cluster_labels(space, 7))
-    stem = StemSpec(space, layout, 2, 4, needs_brain_mask=False)
-    saved = encoder_bundle(CONFIG, {"bold": stem})
+    stem = clusters(space, 7, tubelet_frames=2)
+    saved, layout = encoder_bundle(CONFIG, {"bold": stem}), stem.layout
     loaded = bundles.load(bundles.save(tmp_path / "b", saved))
     np.testing.assert_array_equal(loaded.stems["bold"].layout.gather, layout.gather)
     assert loaded.encoder.stem("bold").num_features == layout.gather.shape[1] * 2
@@ -286,6 +291,43 @@ def test_a_bundle_that_computes_something_else_is_refused_and_names_the_commit(
         bundles.load(tmp_path)
 
 
+def test_weights_of_another_model_and_a_damaged_golden_output_are_refused(
+    encoder_alone: Bundle, tmp_path: Path
+) -> None:
+    folder = bundles.save(tmp_path / "b", encoder_alone)
+    deeper = encoder_bundle(dataclasses.replace(CONFIG, depth=3), encoder_alone.stems)
+    weights = bundles.save(tmp_path / "deeper", deeper) / "weights.safetensors"
+    (folder / "golden.npy").write_bytes(b"no numbers")
+    with pytest.raises(BundleError, match=r"golden\.npy cannot be read .* fetch the bundle again"):
+        bundles.load(folder)
+    (folder / "weights.safetensors").write_bytes(weights.read_bytes())
+    with pytest.raises(BundleError, match=r"(?s)weights do not fit model\.yaml .*blocks\.2"):
+        bundles.load(folder)
+
+
+def test_a_run_predictor_reads_windows_in_order_of_time(encoder_alone: Bundle, space: BrainSpace) -> None:
+    model = predictor(encoder_alone)
+    values = torch.from_numpy(dequantise(run_of(space, 10, seed=0)))[None].repeat(2, 1, 1)
+    values[1] = values[1].flip(0)
+    arguments = (torch.ones(2, space.num_voxels, dtype=torch.bool), torch.tensor([2.0, 0.8]))
+    with torch.inference_mode():
+        tokens = model.tokens(values, *arguments)
+        windows = [model.encoder.encode_windows(values[:, first : first + 4], *arguments, "bold") for first in (0, 4)]
+    num_patches = encoder_alone.stems["bold"].layout.num_patches
+    for number, window in enumerate(windows):
+        for tubelet in range(2):
+            expected = window[:, tubelet * num_patches : (tubelet + 1) * num_patches]
+            torch.testing.assert_close(tokens[:, 2 * number + tubelet], expected, rtol=0, atol=1e-5)
+
+
+def test_a_run_is_called_positive_from_its_threshold_on() -> None:
+    config = RunClassifierConfig(CONFIG, HEAD, segment_frames=8, positive="ADHD", negative="control", threshold=0.25)
+    logits = torch.tensor([[-2.0], [float(np.log(0.25 / 0.75))], [-0.5], [3.0]], dtype=torch.float64)
+    answers = answer_class(config, logits)
+    assert answers["prediction"].tolist() == ["control", "ADHD", "ADHD", "ADHD"]
+    np.testing.assert_allclose(answers["probability"], 1 / (1 + np.exp(-logits[:, 0].numpy())))
+
+
 def test_a_bundle_of_an_older_schema_is_refused_with_what_to_do(encoder_alone: Bundle, tmp_path: Path) -> None:
     path = bundles.save(tmp_path / "b", encoder_alone) / "model.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"schema": 2}))
@@ -296,7 +338,8 @@ def test_a_bundle_of_an_older_schema_is_refused_with_what_to_do(encoder_alone: B
 @pytest.mark.parametrize("file", ["space", "layout"])
 def test_a_bundle_with_another_space_or_layout_is_refused(file: str, encoder_alone: Bundle, tmp_path: Path) -> None:
     folder = bundles.save(tmp_path / "b", encoder_alone)
-    other = space_from_mask(np.ones((4, 4, 4), dtype=bool), GRID_AFFINE, name="other", template="NLin6Asym")
+    space = encoder_alone.stems["bold"].space
+    other = dataclasses.replace(space, positions_mm=space.positions_mm + np.float32([0, 0, 3]))
     saved = {"space": other, "layout": PatchLayout.from_grid(other, 2)}[file]
     saved.save(folder / f"{file}_bold.npz")
     with pytest.raises(BundleError, match=rf"{file}_bold\.npz is not the {file} this model was trained on; fetch"):

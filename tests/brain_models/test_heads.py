@@ -58,6 +58,16 @@ def test_a_head_starts_at_zero_and_every_parameter_gets_a_gradient(pooling: str)
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in head.parameters())
 
 
+def test_a_head_standardises_what_it_pools_before_its_linear_layer() -> None:
+    head = RunHead(HeadConfig(pooling="attention", num_channels=1, dropout=0.0), 8)
+    for tensor in (head.centre, head.spread.uniform_(0.5, 2), head.linear.weight.data, head.linear.bias.data):
+        tensor.add_(torch.randn(tensor.shape).abs())
+    tokens = torch.randn(3, 2, 4, 8)
+    features = (head.pool(tokens) - head.centre) / head.spread
+    expected = [float(row @ head.linear.weight[0] + head.linear.bias) for row in features]
+    np.testing.assert_allclose(head(tokens).detach().numpy(), expected, rtol=1e-5)
+
+
 def test_covariance_pooling_without_an_atlas_says_what_to_pass() -> None:
     with pytest.raises(ValueError, match=r"needs an atlas: pass membership \[patch, node\]"):
         RunHead(HeadConfig(pooling="covariance", num_channels=1, dropout=0.0), 8)

@@ -1,6 +1,8 @@
 """Patches, atlases and the encoder: known answers on small spaces."""
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -16,7 +18,7 @@ from brain_models.encoder import BrainEncoder, EncoderConfig, PatchDecoder, Posi
 from brain_models.errors import SpaceError
 from brain_models.inputs import StemSpec
 from brain_models.patches import PatchLayout
-from brain_models.space import BrainSpace, SpaceConfig, space_from_mask, volume_space
+from brain_models.space import BrainSpace, SpaceConfig, require_mesh, space_from_mask, volume_space
 from tests.bundles import cubes
 from tests.scans import GRID_AFFINE
 
@@ -74,6 +76,13 @@ def test_tokens_hold_the_voxels_of_their_patch_and_frames(space: BrainSpace, enc
                 else:
                     expected = float(values[batch, tubelet * 2 + frame, voxel])
                 assert float(token[frame * num_elements + element]) == expected
+    stem.voxel_offset.normal_()
+    stem.voxel_scale.uniform_(0.5, 2)
+    standardised = (values - stem.voxel_offset) / stem.voxel_scale * is_measured[:, None]
+    assert torch.equal(stem.features(values, is_measured), stem.by_token(standardised))
+    counted = stem.measured(is_measured)
+    assert counted.shape == (2, layout.num_patches, 2 * num_elements)
+    assert counted.sum(dim=(1, 2)).tolist() == [2 * space.num_voxels, 2 * (space.num_voxels - 1)]
 
 
 def test_an_encoded_token_depends_on_visible_tokens_only_and_not_on_their_order(
@@ -233,6 +242,35 @@ def test_labels_beyond_127_survive_an_image_and_a_file(space: BrainSpace, tmp_pa
     assert loaded.region_ids == [170]
     with pytest.raises(SpaceError, match=r"labels\.nii\.gz: no label falls into space"):
         atlas_from_image(tmp_path / "labels.nii.gz", _moved(space))
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (lambda space, _: Atlas("a", np.ones(3, np.int32), {}, {}).membership(PatchLayout.from_grid(space, 2), space),
+         r"atlas a labels 3 voxels, the data have 71"),
+        (lambda space, _: PatchLayout.from_grid(space, 9), r"patch_voxels 9 does not fit the \(4, 5, 4\) grid"),
+        (lambda space, _: PatchLayout.from_grid(replace(space, affine=None), 2), r"without a voxel grid; use a volume"),
+        (lambda space, _: require_mesh(space), r"is a volume without a mesh; use a surface space here"),
+        (lambda space, path: BrainSpace.load(path / "text"), r"text is not a space\.npz .* write the shard set"),
+        (lambda space, path: atlas_from_image(path / "shares.nii.gz", space), r"holds whole numbers >= 0; give"),
+        (lambda space, path: atlas_from_image(path / "text", space), r"text: not a readable NIfTI volume"),
+        (lambda space, path: atlas_from_image(path / "labels.nii.gz", space, path / "text"),
+         r"expected columns label and name, got \['no', 'numbers'\]"),
+        (lambda space, path: volume_space(SpaceConfig("x", "t", 0.0, "mni152", 0.0)), r"spacing_mm is 0\.0; give"),
+        (lambda space, path: volume_space(SpaceConfig("x", "t", 12.0, str(path / "empty.nii.gz"), 0.0)),
+         r"mask .*empty\.nii\.gz has no voxel on the 12\.0 mm grid"),
+    ],
+)  # fmt: skip
+def test_a_space_an_atlas_or_a_layout_that_cannot_be_made_is_refused_with_what_to_do(
+    refused: Callable[[BrainSpace, Path], object], words: str, space: BrainSpace, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("no,numbers\n1,2\n")
+    shares = np.full(space.grid_shape, 0.5, dtype=np.float32)
+    for name, values in {"shares": shares, "labels": shares > 0, "empty": shares * 0}.items():
+        nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), GRID_AFFINE), tmp_path / f"{name}.nii.gz")
+    with pytest.raises(SpaceError, match=words):
+        refused(space, tmp_path)
 
 
 def test_the_template_parcellation_knows_left_from_right_and_has_every_group() -> None:

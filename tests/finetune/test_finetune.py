@@ -299,10 +299,11 @@ def test_a_backbone_of_another_space_is_refused_with_both_spaces_and_of_several_
 
 
 def test_scans_are_found_in_folders_and_patterns_and_nothing_found_is_an_error(place: Place) -> None:
-    one = find_scans([str(place.scans / "sub-0001")])
+    anatomy, *one = find_scans([str(place.scans / "sub-0001")])
+    assert anatomy.name == "sub-0001_space-MNI152NLin6Asym_res-12_desc-preproc_T1w.nii.gz"
     assert [path.name for path in one] == ["sub-0001_task-rest_space-MNI152NLin6Asym_res-12_desc-preproc_bold.nii.gz"]
     assert find_scans([f"{place.scans}/sub-*/func/*_bold.nii.gz", str(one[0])])[0] == one[0]
-    assert len(find_scans([f"{place.scans}/sub-*"])) == NUM_SUBJECTS
+    assert len(find_scans([f"{place.scans}/sub-*/func"])) == NUM_SUBJECTS
     table = scan_table(one, ["bold"], brain_masks=True)
     assert table["repetition_time_s"][0] == 2.0
     assert table["brain_mask"][0].endswith("_desc-brain_mask.nii.gz")
