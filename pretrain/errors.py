@@ -1,4 +1,4 @@
-"""What pretraining refuses, as errors a user can act on."""
+"""Errors of pretraining that a user can fix."""
 
 from brain_models.errors import UserError
 
@@ -8,4 +8,4 @@ class PretrainError(UserError):
 
 
 class MaskingError(PretrainError):
-    """A masking arm that cannot hide what it is asked to hide."""
+    """A masking configuration that cannot hide as many tokens as it asks for."""

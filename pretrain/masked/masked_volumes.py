@@ -258,7 +258,7 @@ class MaskedVolumes(Task):
 
     def load_registered(self, folder: Path) -> None:
         """Take over a registered encoder's trunk, and its stems where the token shape is known; a new shape's stem is
-        one of theirs resampled, of the same kind if there is one. The decoder starts anew."""
+        one of theirs resampled, of the same kind if there is one. The decoder starts from scratch."""
         from brain_models import bundle  # needs PyYAML, which a machine that only trains may lack
 
         theirs = bundle.load(folder).encoder

@@ -100,7 +100,7 @@ def reachable(
 def eligible_patches(
     membership: Float[Tensor, "patch region"], config: MaskingConfig, columns: Columns
 ) -> Bool[Tensor, "patch"]:
-    """True for the patches that an arm may hide.
+    """True for the patches that a masking configuration may hide.
 
     A patch is of a group when the rule gives it one of the group's regions: under `any` a patch that touches an
     excluded region is never hidden, under `majority` one that is mostly of it.
@@ -134,7 +134,7 @@ def columns_of_groups(
 def masking_problems(
     config: MaskingConfig, membership: Float[Tensor, "patch region"], *, columns: Columns, num_tubelets: int
 ) -> list[str]:
-    """Why this arm cannot hide its budget on this layout, each with the number; empty when it can."""
+    """The reasons why this masking cannot hide its budget on this layout, with numbers; empty when it can."""
     num_patches = membership.shape[0]
     budget = num_hidden_patches(config.hidden_share, num_patches)
     problems = []

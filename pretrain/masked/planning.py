@@ -1,4 +1,4 @@
-"""What a configuration would do, without doing it: samples, steps, bytes, parameters, memory."""
+"""What a run would read, compute and hold: samples, steps, bytes, parameters, memory. Starts nothing."""
 
 import math
 from collections.abc import Mapping
@@ -147,14 +147,14 @@ def state_bytes(num_parameters: int, *, stage: int, num_ranks: int) -> float:
 def activation_bytes(
     config: PretrainConfig, task: MaskedVolumes, sets: Mapping[str, OpenedSet], *, recomputes: bool
 ) -> int:
-    """Bytes that a forward pass keeps on the set where that is most."""
+    """Bytes that a forward pass keeps, on the set where it keeps most."""
     precision = config.train.engine.precision
     shapes = [task.pass_shape(task.set_named(name), rows=config.data.micro_batch_size) for name in sets]
     return max(bytes_kept(config.model, shape, precision=precision, recomputes=recomputes) for shape in shapes)
 
 
 def ridge_line(config: PretrainConfig, geometry: Geometry) -> str:
-    """What the ridge baseline takes, or that it is left out."""
+    """The memory of the ridge baseline, or why it is left out."""
     needed = ridge_bytes(geometry.layout.num_patches, geometry.space.num_voxels)
     if needed > config.baselines.ridge_max_gib * 2**30:
         return f"left out: {needed / MIB:,.1f} MiB, more than baselines.ridge_max_gib={config.baselines.ridge_max_gib}"

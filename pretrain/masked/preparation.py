@@ -76,7 +76,7 @@ def prepare(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, Open
 
 
 def compute(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> Preparation:
-    """Everything anew, from this rank's shares of the samples; the same on every rank."""
+    """The preparation, from this rank's shares of the samples; the same on every rank."""
     fit_voxel_statistics(task, config, sets)
     stems = {name: task.encoder.stem(name) for name in task.encoder.stems}
     return Preparation(

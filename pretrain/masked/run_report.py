@@ -1,4 +1,4 @@
-"""What a finished run says about itself: maps, region contributions and probes, set by set, as files and numbers.
+"""The report of a finished run: maps, region contributions and probes, set by set, as files and numbers.
 
 One process with whole weights; costs what `report` in the configuration allows.
 """

@@ -95,7 +95,7 @@ def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], process: 
 def training_subset(config: PretrainConfig, opened: OpenedSet) -> Iterator[Batch]:
     """This rank's share of the training samples that statistics and baselines are fitted on, the same every time.
 
-    Dealt out, so that the last subjects, which the ridge's penalty is chosen on at length, are not all one rank's.
+    Dealt out, so that the last subjects, on which the ridge's penalty is chosen, are spread over the ranks.
     """
     here = this_process()
     source = BatchSource(windows_of(opened), config.data, rank=here.rank, world_size=here.world_size)

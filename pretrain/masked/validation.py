@@ -1,4 +1,4 @@
-"""Everything wrong with a configuration, what only the shard sets can tell included, without doing anything."""
+"""All problems of a configuration, those that only the shard sets show included; nothing is changed."""
 
 import dataclasses
 import re
@@ -101,7 +101,7 @@ def registration_problems(config: PretrainConfig) -> list[str]:
 
 
 def start_problems(config: PretrainConfig) -> list[str]:
-    """A checkpoint or registered model to start from that is not there: the run would claim its folder and end."""
+    """A checkpoint or registered model to start from that does not exist: the run would claim its folder and fail."""
     try:
         point = starting_point(store_for(config.run.folder), config.train.start)
         if point.registered is not None and config.train.tracking.uri is not None:
@@ -160,8 +160,8 @@ def set_problems(config: PretrainConfig, opened: OpenedSet) -> list[str]:
         runs = opened.shard_set.runs(opened.kind, [split])
         if not len(runs):
             problems.append(
-                f"shards={opened.location}: no {opened.kind} scan in split '{split}'; choose kind or split anew "
-                "(train.evaluation; report.probes needs train and validation), or write the set with both"
+                f"shards={opened.location}: no {opened.kind} scan in split '{split}'; choose another kind or "
+                "split (train.evaluation; report.probes needs train and validation), or write the set with both"
             )
         elif opened.kind == "bold" and int(runs["num_frames"].max()) < window_frames:
             key = opened.name if opened.name in config.windows else opened.kind

@@ -1,4 +1,4 @@
-"""The schema of `report` in configs/pretrain.yaml: what a run says about itself. Changes no number of the training."""
+"""The schema of `report` in configs/pretrain.yaml: how a finished run is analysed. Changes no number of training."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class ConfoundProbeConfig:
 
 @dataclass
 class ReportConfig:
-    """How closely a finished run looks at itself."""
+    """What a finished run reports, and how much it computes for it."""
 
     intervals: IntervalConfig
     sentinels: SentinelConfig
@@ -49,7 +49,7 @@ class ReportConfig:
 
 
 def report_problems(config: ReportConfig) -> list[str]:
-    """Numbers that cannot be meant."""
+    """Numbers out of their range."""
     intervals, sentinels = config.intervals, config.sentinels
     contribution, probes, maps = config.contribution, config.probes, config.maps
     lowest = {
