@@ -45,8 +45,8 @@ def unfreezing_problems(config: UnfreezingConfig, key: str, evaluation: Evaluati
     if config.plateau is not None:
         problems += plateau_problems(config.plateau, f"{key}.plateau", evaluation)
     for name, value in (("learning_rate_scale", config.learning_rate_scale), ("depth_decay", config.depth_decay)):
-        if not 0 < value <= 1:
-            problems.append(f"{key}.{name}: {value}; must lie above 0 and at most at 1")
+        if value <= 0:
+            problems.append(f"{key}.{name}: {value}; must be above 0")
     return problems
 
 
