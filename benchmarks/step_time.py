@@ -8,7 +8,7 @@ A step is forward and backward passes over micro-batches, clipping and AdamW, by
 come as int8 from host memory through a thread that keeps two ahead. Every variant runs in its own process. FLOPs are
 counted from shapes (Task.cost: what is recomputed counts once); MFU is their rate over the device's dense bf16 peak in
 configs/peaks. On a CPU a step's seconds are CPU seconds of one thread, on a GPU wall-clock seconds. Importable have to
-be torch, numpy, einops, jaxtyping and, with --engine zero*, deepspeed; a test blocks the rest.
+be torch, numpy, einops, jaxtyping, PyYAML and, with --engine zero*, deepspeed; a test blocks the rest.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = (
-    "nibabel scipy nilearn ray mlflow hydra omegaconf pandas pyarrow yaml sklearn webdataset isal matplotlib s3fs "
+    "nibabel scipy nilearn ray mlflow hydra omegaconf pandas pyarrow sklearn webdataset isal matplotlib s3fs "
     "boto3 jinja2 rich beartype"
 )
 # Python finds it at the start of every process, those that the benchmark spawns included.
