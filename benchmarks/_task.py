@@ -114,6 +114,7 @@ def train_config(engine: str, *, precision: str, compiles: bool, recomputes: boo
     return TrainConfig(
         steps=10**6,
         seed=0,
+        choose="last",
         start=StartConfig(None, None),
         optimizer=OptimizerConfig("adamw", 5e-4, (0.9, 0.95), 1e-8, 1.0),
         schedule=ScheduleConfig("constant", 0, 1.0, None),

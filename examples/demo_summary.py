@@ -26,7 +26,7 @@ def reconstruction(path: Path) -> dict[str, float]:
 
 def adhd(numbers: dict) -> dict[str, float]:
     """Returns the fine-tuned model's numbers over within-site pairs, and its baselines'."""
-    rows = numbers["classifiers"]
+    rows = numbers["models"]
     model, connectivity = rows["fine-tuned model"], rows["connectivity + logistic"]
     within = model["within_site_auroc"]
     return {

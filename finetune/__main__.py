@@ -21,12 +21,12 @@ def command() -> Command:
     from cluster.ray.launch import run_on_workers
     from finetune.config import FinetuneConfig
     from finetune.planning import needs, plan, validate
-    from finetune.report.summary import show
     from finetune.train import train
+    from training.study import summary
 
     def run(config: FinetuneConfig) -> None:
         numbers = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
-        print(show(numbers, folder=config.run.folder))
+        print(summary(numbers, folder=config.run.folder))
 
     return Command(FinetuneConfig, run, plan, validate, needs)
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from cluster.config import ClusterConfig
 from data_sharding.read.config import DataConfig
 from finetune.compare.paired import Metric
-from finetune.tasks.adhd_classification import AdhdConfig
-from finetune.tasks.subject_prediction.baselines import LogisticConfig
-from finetune.tasks.subject_prediction.evaluation import BootstrapConfig
 from training.config import RunConfig, TrainConfig
-
-
-@dataclass
-class RegisterConfig:
-    """Under which name the model enters the registry, and what it must reach to become champion."""
-
-    name: str
-    alias: str
-    champion_within_site_low: float | None  # the interval's lower end that earns the alias champion; null: never
+from training.statistics import BootstrapConfig
+from training.study import RegisterConfig
 
 
 @dataclass
@@ -30,12 +20,9 @@ class FinetuneConfig:
     shards: str
     encoder: str  # a registered backbone, 'models:/name@alias' or 'name@alias', or a bundle folder
     run: RunConfig
-    task: AdhdConfig
+    task: dict[str, Any]  # {name, module, ...}: the rest is what the module of finetune/tasks/ says
     data: DataConfig
-    choose: Literal["best", "last"]  # which commit is evaluated and registered: by checkpoint.best_metric, or the last
-    threshold: Literal["validation", "half"]  # a case from the best cut on validation subjects, or from even odds
     bootstrap: BootstrapConfig
-    baselines: LogisticConfig
     train: TrainConfig
     register: RegisterConfig | None  # null: the bundle is only written to the run folder
     cluster: ClusterConfig

@@ -36,6 +36,33 @@ def style() -> AbstractContextManager[None]:
     )
 
 
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure of this size in inches and its one pair of axes, in the style of all reports."""
+    with style():
+        figure = Figure(figsize=(width, height))
+        return figure, figure.add_subplot()
+
+
+def curves(lines: Mapping[str, Sequence[tuple[int, float]]], *, label: str, marks: Mapping[str, int]) -> str:
+    """One line per metric over steps; `marks` are steps to point out (an unfreezing, the checkpoint that was used)."""
+    figure, axes = new_axes(5.0, 2.8)
+    for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        axes.plot(
+            steps, values, color=colour, label=name, linewidth=1.2, marker="o" if len(points) < 30 else "", markersize=3
+        )
+    for row, (name, step) in enumerate(marks.items()):  # one row each: neighbouring steps would overprint
+        axes.axvline(step, color="#999999", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            name, (step, 1 + 0.06 * row), xycoords=("data", "axes fraction"), fontsize=7, color="#666666", ha="left"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    if lines:
+        axes.legend(frameon=False, fontsize=8)
+    return as_svg(figure)
+
+
 def distribution(groups: Mapping[str, np.ndarray], *, label: str, limit: float | None) -> str:
     """Stacked counts of a number by group, as SVG; a dotted line where an acceptance rule would refuse."""
     with style():

@@ -11,5 +11,5 @@ from jaxtyping import install_import_hook
 from tests.fault_report import pytest_runtest_makereport  # noqa: F401  (a hook: lines for docs/faults.md)
 
 install_import_hook(
-    ["brain_models", "pretrain.masked.masking", "finetune.tasks.subject_prediction.evaluation"], "beartype.beartype"
+    ["brain_models", "pretrain.masked.masking", "finetune.tasks.subject_prediction.scores"], "beartype.beartype"
 )

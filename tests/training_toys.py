@@ -284,6 +284,7 @@ def toy_config(
     return ToyConfig(
         steps=steps,
         seed=3,
+        choose="last",
         run=RunConfig(name="toy", folder=str(folder / "run"), scratch=str(folder / "scratch")),
         start=StartConfig(checkpoint=None, registered=None),
         optimizer=OptimizerConfig(kind="adamw", learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, clip_norm=1.0),

@@ -169,7 +169,7 @@ def train(job: dict) -> dict:
     task = make_task(job)
     exported = folder / "exported.pt"
 
-    def export(trained: Task) -> None:
+    def export(trained: Task, evaluations: object) -> None:
         torch.save({name: value.detach().clone() for name, value in trained.state_dict().items()}, exported)
 
     try:

@@ -14,7 +14,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from cluster.errors import StorageError, StoreUnavailableError
 from cluster.hanging import HEARTBEAT
 from cluster.storage.stores import Store, store_for
 from training.collectives import barrier, from_main, this_process
-from training.config import CheckpointConfig, StartConfig
+from training.config import CheckpointConfig, StartConfig, TrainConfig
 from training.errors import CheckpointError
 from training.task import State
 
@@ -298,15 +298,27 @@ def kept(config: CheckpointConfig, commits: dict[str, Commit]) -> set[str]:
     keep = set(ordered[-config.keep_last :])
     if config.keep_every_steps:
         keep |= {folder for folder in ordered if commits[folder].step % config.keep_every_steps == 0}
+    return keep | {folder for folder in [best_commit(config, commits)] if folder is not None}
+
+
+def best_commit(config: CheckpointConfig, commits: Mapping[str, Commit]) -> str | None:
+    """The folder with the best value of `best_metric`, the earliest of equals; None where no commit has one."""
+    name = config.best_metric
     scores = {
-        folder: commits[folder].metrics[config.best_metric]
-        for folder in ordered
-        if config.best_metric is not None and math.isfinite(commits[folder].metrics.get(config.best_metric, math.nan))
+        folder: commits[folder].metrics[name]
+        for folder in sorted(commits)
+        if name is not None and math.isfinite(commits[folder].metrics.get(name, math.nan))
     }
-    if scores:
-        choose = min if config.best_is == "lowest" else max
-        keep.add(choose(scores, key=scores.__getitem__))
-    return keep
+    choose = min if config.best_is == "lowest" else max
+    return choose(scores, key=scores.__getitem__) if scores else None
+
+
+def chosen_commit(store: Store, config: TrainConfig) -> tuple[str, Commit]:
+    """What a finished run is judged by: the last commit, or under train.choose=best the best one if any has a score."""
+    commits = {folder: read_commit(store, folder) for folder in committed_folders(store)}
+    best = best_commit(config.checkpoint, commits) if config.choose == "best" else None
+    folder = best or max(commits, key=lambda folder: commits[folder].step)
+    return folder, commits[folder]
 
 
 def _instead(point: StartingPoint, below: str) -> str:

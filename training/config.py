@@ -123,6 +123,7 @@ class ProfileConfig:
 class TrainConfig:
     steps: int
     seed: int
+    choose: Literal["best", "last"]  # which commit is evaluated and registered: by checkpoint.best_metric, or the last
     start: StartConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig

@@ -26,6 +26,7 @@ from training.checkpoint import (
     Commit,
     StartingPoint,
     check_fits,
+    chosen_commit,
     commit_hash,
     full_disk_is_an_error,
     starting_point,
@@ -58,13 +59,20 @@ class Services:
 
     run: RunConfig  # where the run lives
     identity: Mapping[str, object]  # the whole configuration, as plain mappings
-    export: Callable[[Task], None] | None  # called on rank 0 at the end, with whole parameters
+    # Called on rank 0 at the end, with whole parameters and the evaluations of the final splits.
+    export: Callable[[Task, Mapping[str, Evaluation]], None] | None
     tags: Mapping[str, str] = field(default_factory=dict)  # of the MLflow run
+    # Called before the engine exists: (task, whether the run resumes from one of its own commits).
+    prepare: Callable[[Task, bool], None] | None = None
+    make_task: Callable[[], Task] | None = None  # a fresh task for weights of an earlier commit; train.choose=best
+    starts_from: Sequence[Path] = ()  # bundles whose weights the task holds from the start
 
 
 @dataclass
 class FitResult:
+    task: Task  # holding the chosen commit's weights
     steps: int
+    step: int  # of the chosen commit: what was evaluated and exported
     start: str  # own, named, registered, scratch
     metrics: dict[str, float]  # of the final splits, keyed <split>/<metric>
     evaluations: dict[str, Evaluation]
@@ -96,6 +104,7 @@ class Run:
     progress: Progress
     nodes: Nodes
     watch: Watch
+    scratch: Path
 
 
 def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> FitResult:
@@ -157,7 +166,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     start = starting_point(store, config.start)
     check_fits(start, engine=engine_name(config), fingerprint=source.fingerprint, num_steps=config.steps)
     scratch = Path(services.run.scratch) / f"{services.run.name}-{run_key[:8]}"
-    engine = loaded_engine(task, source, config, start, scratch, own=store)
+    engine = loaded_engine(task, source, config, services, start, scratch, own=store)
     attempt = str(from_main(uuid.uuid4().hex[:8]))
     checkpoints = Checkpoints(store, scratch / "saved", config.checkpoint, attempt=attempt)
     if start.kind == "own":
@@ -176,7 +185,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     ending = Ending.FAILED
     try:
         with listening(REQUEST.ask):
-            yield Run(
+            run = Run(
                 task=task,
                 source=source,
                 config=config,
@@ -192,7 +201,9 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
                 progress=progress,
                 nodes=Nodes(services.run.scratch, engine.device),
                 watch=Watch(rules, start=start.commit.watched if start.commit else {}),
+                scratch=scratch,
             )
+            yield run
         ending = Ending.FINISHED
     except StoppedError:
         ending = Ending.KILLED
@@ -204,14 +215,23 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
         REQUEST.take_back()
         tracker.close(ending)
         source.close()
-    engine.close()
+    run.engine.close()
 
 
 def loaded_engine(
-    task: Task, source: Source, config: TrainConfig, start: StartingPoint, scratch: Path, *, own: Store
+    task: Task,
+    source: Source,
+    config: TrainConfig,
+    services: Services,
+    start: StartingPoint,
+    scratch: Path,
+    *,
+    own: Store,
 ) -> Engine:
     """The engine, holding what the run starts from."""
     fetched = fetched_folder(scratch)
+    if services.prepare is not None:
+        services.prepare(task, start.kind == "own")
     if start.commit is not None:
         fetch_state(start, fetched)
         if start.kind == "named" and this_process().is_main:
@@ -220,8 +240,10 @@ def loaded_engine(
         bundle = registry.pull(start.registered, scratch / f"registered-{this_process().rank}", uri=config.tracking.uri)
         task.load_registered(bundle)
         if this_process().is_main:
-            keep_seen(bundle, own)
+            keep_seen([bundle], own)
         shutil.rmtree(scratch / f"registered-{this_process().rank}", ignore_errors=True)
+    elif services.starts_from and this_process().is_main:
+        keep_seen(services.starts_from, own)
     engine = make_engine(task, config, num_micro_batches=source.num_micro_batches)
     if start.commit is not None:
         engine.load(fetched)
@@ -325,7 +347,12 @@ def stopped(run: Run, done: int) -> StoppedError:
 
 
 def finish(run: Run, started: float) -> FitResult:
-    """Evaluate the final splits whole, export, and wait until the last checkpoint is committed."""
+    """Evaluate the final splits whole with the chosen commit's weights, and export them."""
+    run.checkpoints.wait()
+    found = chosen_commit(run.store, run.config) if this_process().is_main else None
+    folder, commit = cast("tuple[str, Commit]", from_main(found))
+    if folder != run.checkpoints.latest:
+        load_earlier(run, folder, commit)
     evaluations = {
         split: evaluate(run.task, run.source, run.engine, split, limit=None)
         for split in run.config.evaluation.final_splits
@@ -336,20 +363,21 @@ def finish(run: Run, started: float) -> FitResult:
     run.tracker.record(run.config.steps, {f"final/{key}": value for key, value in metrics.items()})
     with run.engine.whole_parameters():
         if run.services.export is not None and this_process().is_main:
-            run.services.export(run.task)
+            run.services.export(run.task, evaluations)
     barrier()
     run.checkpoints.close()
-    assert run.checkpoints.latest is not None
     if run.tracker.spool is not None and run.spikes.path is not None:
         run.store.put(SPOOL, run.tracker.spool.path)
         run.store.put(SPIKES, run.spikes.path)
     return FitResult(
+        task=run.task,
         steps=run.config.steps,
+        step=commit.step,
         start=run.start.kind,
         metrics=metrics,
         evaluations=evaluations,
-        checkpoint=run.store.join(run.checkpoints.latest),
-        checkpoint_hash=commit_hash(run.store, run.checkpoints.latest),
+        checkpoint=run.store.join(folder),
+        checkpoint_hash=commit_hash(run.store, folder),
         config_hash=identity.config_hash(run.services.identity),
         fingerprint=run.source.fingerprint,
         mlflow_run_id=None,
@@ -361,3 +389,17 @@ def finish(run: Run, started: float) -> FitResult:
 def engine_name(config: TrainConfig) -> str:
     """How a commit names the engine that can read it."""
     return "plain" if config.engine.kind == "plain" else f"zero{config.engine.zero_stage}"
+
+
+def load_earlier(run: Run, folder: str, commit: Commit) -> None:
+    """Replace task and engine by fresh ones that hold the weights of an earlier commit of this run.
+
+    Fresh ones, because a ZeRO 3 engine that has saved cannot load.
+    """
+    assert run.services.make_task is not None, "train.choose=best needs Services.make_task"
+    fetch_state(StartingPoint("named", run.store, folder, commit, None), fetched_folder(run.scratch))
+    run.engine.close()
+    run.task = run.services.make_task()
+    run.engine = make_engine(run.task, run.config, num_micro_batches=run.source.num_micro_batches)
+    run.engine.load(fetched_folder(run.scratch))
+    shutil.rmtree(fetched_folder(run.scratch))

@@ -12,20 +12,23 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cluster.ray.launch import ray_session, run_on_workers
 from cluster.storage.stores import Store, store_for
 from data_sharding.read.reader import open_set
+from finetune.backbone import GOLDEN
 from finetune.compare.paired import Readings
 from finetune.config import CompareConfig, FinetuneConfig
 from finetune.errors import FinetuneError
-from finetune.report.page import MODEL
-from finetune.tasks.subject_prediction.evaluation import Scores
-from finetune.train import GOLDEN, identity, train
+from finetune.tasks.subject_prediction.scores import Scores
+from finetune.tasks.subject_prediction.study import MODEL
+from finetune.train import identity, train
 from training.checkpoint import file_sha256
 from training.identity import config_hash
+from training.study import METRICS
 from training.watch.tracking import mlflow_environment
 
 
@@ -79,9 +82,12 @@ def cells_of(config: CompareConfig) -> list[Cell]:
 
 def cell_config(config: CompareConfig, cell: Cell) -> FinetuneConfig:
     """The cell as a run of `python -m finetune`: its encoder, its seed everywhere, its mode, and its own folder."""
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
+    shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
     run = dataclasses.replace(config.run, name=slug(cell.folder), folder=f"{config.run.folder}/{cell.folder}")
-    task, mode = config.task, config.modes[cell.mode]
+    task = config.task
+    changed: dict[str, Any] = {"unfreezing": task["unfreezing"] | dataclasses.asdict(config.modes[cell.mode])}
+    if task.get("probe") is not None:
+        changed["probe"] = task["probe"] | {"seed": cell.seed}
     return FinetuneConfig(
         **shared
         | {
@@ -89,11 +95,7 @@ def cell_config(config: CompareConfig, cell: Cell) -> FinetuneConfig:
             "run": run,
             "train": dataclasses.replace(config.train, seed=cell.seed),
             "data": dataclasses.replace(config.data, seed=cell.seed),
-            "task": dataclasses.replace(
-                task,
-                probe=None if task.probe is None else dataclasses.replace(task.probe, seed=cell.seed),
-                unfreezing=dataclasses.replace(task.unfreezing, **dataclasses.asdict(mode)),
-            ),
+            "task": task | changed,
         }
     )
 
@@ -130,10 +132,10 @@ def answers(config: CompareConfig) -> dict[Cell, Answer]:
 
 
 def is_finished(store: Store, run: FinetuneConfig) -> bool:
-    """True when the folder holds this configuration's results; another's, finetune itself refuses to go on from."""
-    if not (store.exists("metrics.json") and store.exists("scores.csv")):  # scores.csv is written last
+    """True when the folder holds this configuration's results; finetune itself refuses to resume another's."""
+    if not store.exists(METRICS):
         return False
-    lineage = json.loads(store.read("metrics.json"))["lineage"]
+    lineage = json.loads(store.read(METRICS))["lineage"]
     if lineage["config hash"] != config_hash(identity(run)):
         return False
     now = {"callosum.set_fingerprint": open_set(run.shards, split=run.data.split).fingerprint}
@@ -150,17 +152,13 @@ def is_finished(store: Store, run: FinetuneConfig) -> bool:
 
 def read_answer(store: Store) -> Answer:
     """What a finished cell wrote: its scores on the test split and the baselines', each less its own cut."""
-    numbers = json.loads(store.read("metrics.json"))
+    numbers = json.loads(store.read(METRICS))
     rows: dict[str, list[dict[str, str]]] = {}
     for row in csv.DictReader(io.StringIO(store.read("scores.csv").decode())):
-        if None in row:  # more columns than the header has
-            raise FinetuneError(
-                f"{store.join('scores.csv')}: older code did not quote a comma in it; delete this file and run again"
-            )
         rows.setdefault(row["classifier"], []).append(row)
     scores = {}
     for name, theirs in rows.items():
-        values = np.array([float(row["score"]) for row in theirs]) - numbers["classifiers"][name]["threshold"]
+        values = np.array([float(row["score"]) for row in theirs]) - numbers["models"][name]["threshold"]
         is_case = np.array([row["is_case"] == "1" for row in theirs])
         subjects = tuple(row["subject"] for row in theirs)
         scores[name] = Scores(subjects, values, is_case, np.array([row["site"] for row in theirs]))
@@ -184,4 +182,4 @@ def readings(found: dict[Cell, Answer], mode: str) -> Readings:
     stacked = {arm: np.stack([np.stack(seeds) for seeds in encoders.values()]) for arm, encoders in table.items()}
     has_one = all(len(values) == 1 for values in stacked.values())
     values = {arm: each.swapaxes(0, 1) if has_one else each for arm, each in stacked.items()}
-    return Readings(values, first.is_case, first.sites)
+    return Readings(values, first.truth, first.sites)

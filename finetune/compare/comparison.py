@@ -17,8 +17,8 @@ from finetune.compare.cells import Answer, Cell, arms_of, readings, slug
 from finetune.compare.comparison_figure import draw
 from finetune.compare.paired import Readings, differences, estimate, resampled_metrics, spare_subjects
 from finetune.config import CompareConfig
-from finetune.report.page import MODEL
-from finetune.tasks.subject_prediction.evaluation import BootstrapConfig
+from finetune.tasks.subject_prediction.study import MODEL
+from training.statistics import BootstrapConfig
 from training.watch.tracking import experiment_id, mlflow_environment
 
 CHANCE = 0.5  # of every metric there is
@@ -104,7 +104,7 @@ def compare(config: CompareConfig, found: Mapping[Cell, Answer]) -> Comparison:
 def own_metric(config: CompareConfig, answer: Answer) -> float:
     """The metric of one cell."""
     scores = answer.scores[MODEL]
-    alone = Readings({MODEL: scores.values[None, None]}, scores.is_case, scores.sites)
+    alone = Readings({MODEL: scores.values[None, None]}, scores.truth, scores.sites)
     return float(resampled_metrics(alone, config.metric, _no_resamples(config))[MODEL][0, 0])
 
 
@@ -113,7 +113,7 @@ def baseline_rows(config: CompareConfig, answer: Answer, spare: int) -> list[Row
     rows = []
     for name, scores in answer.scores.items():
         if name != MODEL:
-            alone = Readings({name: scores.values[None, None]}, scores.is_case, scores.sites)
+            alone = Readings({name: scores.values[None, None]}, scores.truth, scores.sites)
             draws = resampled_metrics(alone, config.metric, config.bootstrap)[name]
             own = estimate(draws, spare_subjects=spare, confidence=config.bootstrap.confidence, null=CHANCE)
             rows.append(Row("arm", "baseline", name, "", **asdict(own), p_corrected=own.p, verdict=""))

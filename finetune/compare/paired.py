@@ -23,7 +23,7 @@ from einops import einsum, rearrange
 from scipy import stats
 from scipy.optimize import brentq
 
-from finetune.tasks.subject_prediction.evaluation import BootstrapConfig
+from training.statistics import BootstrapConfig
 
 SMALLEST_P = 1e-12
 

@@ -11,12 +11,14 @@ from cluster.config import Needs
 from cluster.storage.stores import store_for
 from data_sharding.read.reader import open_set
 from finetune import planning
+from finetune.backbone import fetch_backbone
 from finetune.compare.cells import answers, arms_of, cell_config, cells_of, is_finished, pinned, slug
 from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, write
 from finetune.compare.paired import Metric
 from finetune.config import CompareConfig, FinetuneConfig
+from finetune.tasks import parse_task
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
-from finetune.train import fetch_backbone
+from finetune.tasks.subject_prediction.study import Config
 from training.registry.seen_subjects import overlap
 
 
@@ -74,8 +76,8 @@ def arm_problems(config: CompareConfig) -> list[str]:
 def tested_subjects(config: FinetuneConfig) -> tuple[list[str], Labels]:
     """The labelled subjects of the test split, and the set's labels."""
     shard_set = open_set(config.shards, split=config.data.split)
-    labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
-    return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.is_case_of.keys()), labels
+    labels = read_labels(shard_set.subjects, parse_task(config.task, Config).label, location=config.shards)
+    return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.truth_of.keys()), labels
 
 
 def pair_problems(metric: Metric, is_case: np.ndarray, sites: np.ndarray) -> list[str]:

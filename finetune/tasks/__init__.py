@@ -1,0 +1,38 @@
+"""What can be asked of a pretrained backbone: one module per kind of task, found by its name; a new one touches nothing
+else.
+
+A module has the dataclass `Config`, which configs/task/*.yaml fills, and
+- `open_study(config: FinetuneConfig) -> training.study.Study`,
+- `metrics(config) -> Sequence[Metric]`, the most important first,
+- `validate(config) -> list[str]`: all problems that the configuration, its shard sets and its backbone have,
+- `plan(config) -> dict[str, str]`: what would happen, by subject.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, TypeVar
+
+from configs.parse import ConfigError, parse
+from finetune.errors import FinetuneError
+
+Config = TypeVar("Config")
+
+
+def task_module(task: Mapping[str, Any]) -> ModuleType:
+    """The module that task.module names; FinetuneError when there is none."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    if task.get("module") not in names:
+        raise FinetuneError(f"task.module: {task.get('module')!r} is not one of {', '.join(sorted(names))}")
+    return importlib.import_module(f"{__name__}.{task['module']}")
+
+
+def parse_task(task: Mapping[str, Any], schema: type[Config]) -> Config:
+    """The `task` section as the module's own dataclass; FinetuneError names every key that does not fit."""
+    try:
+        return parse(task, schema)
+    except ConfigError as error:
+        raise FinetuneError(str(error).replace("\n  - ", "\n  - task.")) from error

@@ -137,7 +137,7 @@ def train(config: PretrainConfig) -> dict[str, object]:
     study, store = open_study(config), store_for(config.run.folder)
     folder = Path(config.run.scratch) / f"{config.run.name}-results-{time.time_ns()}"
 
-    def export(task: Task) -> None:
+    def export(task: Task, evaluations: Mapping[str, Evaluation]) -> None:
         study.write_bundle(task, folder / "bundle")
         seen = seen_before(store)
         if seen is not None:  # else the bundle says that nobody knows whom it has seen

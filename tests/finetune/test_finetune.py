@@ -6,7 +6,6 @@ import csv
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -22,27 +21,25 @@ from data_sharding.errors import ShardError
 from data_sharding.phantoms.study import PhantomConfig, write_phantom
 from data_sharding.read.reader import ShardSet, open_set
 from data_sharding.write.build import build
+from finetune.backbone import fetch_backbone
 from finetune.compare import __main__ as compare
-from finetune.conclude import Publisher
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from finetune.errors import FinetuneError
 from finetune.planning import plan, validate
 from finetune.predict import find_scans, predict, scan_table
 from finetune.predict import validate as predict_problems
-from finetune.report.summary import show
+from finetune.tasks.subject_prediction import open_study
 from finetune.tasks.subject_prediction.connectomes import read_connectomes
-from finetune.tasks.subject_prediction.evaluation import Scores
-from finetune.tasks.subject_prediction.labels import read_labels
-from finetune.train import Setup, fetch_backbone, train
+from finetune.tasks.subject_prediction.scores import Scores
+from finetune.train import train
 from tests.bundles import cubes, encoder_bundle
 from tests.data_sharding.test_shards import copy_set, flip
-from training.checkpoint import Commit
 from training.errors import TrainingError
-from training.loop import FitResult
 from training.registry import models as registry
 from training.registry.seen_subjects import FILE as SEEN
 from training.registry.seen_subjects import hash_subject, overlap, read_seen, write_seen
 from training.runs import list_models
+from training.study import summary
 
 ENCODER = EncoderConfig(16, 1, 2, 2.0, 4, "seconds")
 
@@ -126,8 +123,8 @@ def numbers(place: Place) -> dict:
 
 
 def test_every_number_of_the_report_is_there_beside_its_baselines(place: Place, numbers: dict) -> None:
-    assert list(numbers["classifiers"]) == ["fine-tuned model", "connectivity + logistic", "site alone"]
-    for row in numbers["classifiers"].values():
+    assert list(numbers["models"]) == ["fine-tuned model", "connectivity + logistic", "site alone"]
+    for row in numbers["models"].values():
         assert row["num_subjects"] == 10
         assert 0 <= row["within_site_auroc"]["low"] <= row["within_site_auroc"]["high"] <= 1
     page = (place.folder / "run" / "report.html").read_text(encoding="utf-8")
@@ -136,7 +133,7 @@ def test_every_number_of_the_report_is_there_beside_its_baselines(place: Place, 
     assert open_set(str(place.shards)).fingerprint in page
     written = json.loads((place.folder / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(numbers))
-    assert "fine-tuned model" in show(numbers, folder="run")
+    assert "fine-tuned model" in summary(numbers, folder="run")
 
 
 def test_registered_classifier_gives_the_original_files_the_scores_of_the_report(place: Place, numbers: dict) -> None:
@@ -160,7 +157,7 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
 
 def test_rerunning_a_finished_run_changes_nothing(place: Place, numbers: dict) -> None:
     again = train(place.config())
-    assert again["classifiers"] == numbers["classifiers"]
+    assert again["models"] == numbers["models"]
     assert again["registered"] == numbers["registered"]
     scratch = Path(place.config().run.scratch)
     assert not [*scratch.glob("*-results-*"), *scratch.glob("*-chosen-*")]
@@ -192,16 +189,14 @@ def test_a_backbone_that_does_not_say_whom_it_saw_is_followed_by_a_bundle_that_d
 
 
 def test_baselines_are_scored_on_the_subjects_that_the_model_was_scored_on(place: Place) -> None:
-    config, shard_set = place.config(), open_set(str(place.shards))
-    labels = read_labels(shard_set.subjects, config.task.label, location=config.shards)
+    study = open_study(place.config())
     scores = {}
     for split in ("validation", "test"):
-        names = sorted(shard_set.runs("bold", [split])["subject"])[1:]  # as if the first one's run were too short
-        is_case, sites = labels.rows(names)
+        names = sorted(study.shard_set.runs("bold", [split])["subject"])[1:]  # as if the first one's run were too short
+        is_case, sites = study.labels.rows(names)
         scores[split] = Scores(tuple(names), np.arange(len(names), dtype=float), is_case, sites)
-    setup = Setup(config, shard_set, labels, fetch_backbone(config))
-    for row in Publisher(setup, cast(FitResult, None), cast(Commit, None), scores, {}).baselines().values():
-        assert row.scores.subjects == scores["test"].subjects
+    for row, _ in study.baselines(scores).values():
+        assert row.subjects == scores["test"].subjects
 
 
 def test_tags_name_set_backbone_and_why_a_model_is_no_champion(place: Place, numbers: dict) -> None:
@@ -250,7 +245,7 @@ def test_plan_says_what_happens_and_when_layers_open(place: Place) -> None:
         (["task.label.column=DX"], "no column 'DX'"),
         (["task.atlas=aal3"], "holds ['template']"),
         (["train.evaluation.split=test"], "the test split is looked at once, at the end"),
-        (["train.checkpoint.every_steps=3"], "commits have no score and choose=best cannot choose"),
+        (["train.checkpoint.every_steps=3"], "commits have no score and train.choose=best cannot choose"),
         (["train.checkpoint.best_metric=validation/f1"], "validation/f1 is no metric of this task"),
         (
             ["train.checkpoint.best_metric=validation/loss"],
@@ -263,7 +258,7 @@ def test_plan_says_what_happens_and_when_layers_open(place: Place) -> None:
         ),
         (["shards=nowhere"], "nowhere holds no shard set"),
         (["data.batch_size=0"], "data.batch_size: 0; must be above 0"),
-        (["baselines.strengths=[]"], "baselines.strengths: []; give at least one"),
+        (["task.baselines.strengths=[]"], "task.baselines.strengths: []; give at least one"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused_with_what_to_do(
@@ -365,7 +360,7 @@ def test_a_comparison_goes_on_with_the_cells_that_are_missing(
 ) -> None:
     folder = place.folder / "compare"
     before = (folder / "cells.csv").read_bytes()
-    (folder / "cells/other-0-full-seed1/scores.csv").unlink()
+    (folder / "cells/other-0-full-seed1/metrics.json").unlink()
     assert "8: 2 arms x 1 encoders x 2 modes x 2 seeds; 7 done" in compare.plan(compared)
     compare.run(compared)
     printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("cell ")]

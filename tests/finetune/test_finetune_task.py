@@ -20,10 +20,13 @@ from configs.parse import parse
 from data_sharding.phantoms.study.population import Population
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
-from finetune.tasks.adhd_classification import NO_LABEL, AdhdClassification, build_model, class_weights
-from finetune.tasks.subject_prediction.evaluation import auroc, within_site_auroc
+from finetune.tasks import parse_task
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
+from finetune.tasks.subject_prediction.outcomes import class_weights
 from finetune.tasks.subject_prediction.probe import principal_channels, start_head
+from finetune.tasks.subject_prediction.scores import auroc, within_site_auroc
+from finetune.tasks.subject_prediction.study import Config, make_outcome
+from finetune.tasks.subject_prediction.task import NO_LABEL, SubjectPrediction, build_model
 from tests.bundles import cubes, encoder_bundle
 from training.engine.plain import PlainEngine
 from training.loop import FitResult, Services, fit
@@ -56,6 +59,7 @@ def make_config(folder: Path, *overrides: str) -> FinetuneConfig:
         "train.evaluation.every_steps=3",
         "train.checkpoint.every_steps=3",
         "train.evaluation.final_splits=[test]",
+        "train.choose=last",
         "task.unfreezing.first_block_opens_at_step=2",
         "task.unfreezing.steps_per_block=1",
         "task.head.num_channels=4",
@@ -63,22 +67,25 @@ def make_config(folder: Path, *overrides: str) -> FinetuneConfig:
     return parse(compose("finetune", fixed + list(overrides)), FinetuneConfig)
 
 
-def make_task(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> AdhdClassification:
+def make_task(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> SubjectPrediction:
     torch.manual_seed(seed)
     backbone = encoder_bundle(ENCODER, {"bold": cubes(runs.space, 3)})
     labels = Labels(
         {run.subject: run.is_case for run in runs.runs}, {run.subject: run.site for run in runs.runs}, num_unlabelled=0
     )
-    return AdhdClassification(
-        config.task,
-        build_model(backbone, config.task, runs.atlas),
+    task = parse_task(config.task, Config)
+    return SubjectPrediction(
+        build_model(backbone, task.head, runs.atlas),
         labels,
-        train_subjects=[run.subject for run in runs.runs[:NUM_TRAIN]],
+        make_outcome(task, labels, [run.subject for run in runs.runs[:NUM_TRAIN]]),
+        num_windows=task.num_windows,
+        unfreezing=task.unfreezing,
+        weight_decay=task.weight_decay,
         batch_size=config.data.batch_size,
     )
 
 
-def fine_tune(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> tuple[AdhdClassification, FitResult]:
+def fine_tune(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> tuple[SubjectPrediction, FitResult]:
     """Probe, then a few steps with the encoder opening: the calls of finetune.train, on runs in memory."""
     task = make_task(runs, config, seed)
     splits = {
@@ -87,10 +94,11 @@ def fine_tune(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> tuple[Adh
         "test": runs.runs[NUM_TRAIN + NUM_VALIDATION :],
     }
     source = RunSource(splits, batch_size=config.data.batch_size, seed=seed)
-    assert config.task.probe is not None
-    is_case_of = task.labels.is_case_of
-    start_head(task.model, source.evaluation("train", limit=None), is_case_of=is_case_of, config=config.task.probe)
-    services = Services(run=config.run, identity=dataclasses.asdict(config), export=None)
+    probe = parse_task(config.task, Config).probe
+    assert probe is not None
+    batches = source.evaluation("train", limit=None)
+    start_head(task.model, batches, labels=task.labels, outcome=task.outcome, config=probe)
+    services = Services(config.run, dataclasses.asdict(config), export=None)
     return task, fit(task, source, config.train, services)
 
 
@@ -102,9 +110,7 @@ def test_without_an_effect_the_mean_auroc_of_three_seeds_is_at_chance(tmp_path: 
         task, result = fine_tune(phantom(seed, 0.0, num_subjects), config, seed)
         scores = task.scores(result.evaluations["test"].predictions)
         assert len(scores.subjects) == NUM_TEST
-        found.append(
-            (auroc(scores.values, scores.is_case), within_site_auroc(scores.values, scores.is_case, scores.sites))
-        )
+        found.append((auroc(scores.values, scores.truth), within_site_auroc(scores.values, scores.truth, scores.sites)))
     assert np.abs(np.mean(found, axis=0) - 0.5).max() <= 0.08, found
 
 
@@ -112,7 +118,7 @@ def test_an_effect_that_is_there_is_found_on_held_out_subjects(tmp_path: Path) -
     runs = phantom(34, 1.0, NUM_TRAIN + NUM_VALIDATION + NUM_TEST)
     task, result = fine_tune(runs, make_config(tmp_path), 34)
     scores = task.scores(result.evaluations["test"].predictions)
-    assert within_site_auroc(scores.values, scores.is_case, scores.sites) >= 0.7
+    assert within_site_auroc(scores.values, scores.truth, scores.sites) >= 0.7
 
 
 def test_head_moves_first_then_blocks_from_the_top_each_slower(tmp_path: Path) -> None:
@@ -140,14 +146,14 @@ def test_head_moves_first_then_blocks_from_the_top_each_slower(tmp_path: Path) -
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> tuple[AdhdClassification, PhantomRuns]:
+def small(tmp_path: Path) -> tuple[SubjectPrediction, PhantomRuns]:
     runs = phantom(31, 0.0, NUM_TRAIN + NUM_VALIDATION + NUM_TEST)
     task = make_task(runs, make_config(tmp_path, "task.head.dropout=0.0"), 0)
     torch.nn.init.normal_(task.model.head.linear.weight, std=0.1)
     return task, runs
 
 
-def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(small: tuple[AdhdClassification, PhantomRuns]) -> None:
+def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(small: tuple[SubjectPrediction, PhantomRuns]) -> None:
     task, runs = small
     whole = task(make_batch(runs.runs[:6]))["loss"]
     parts = task(make_batch(runs.runs[:2]))["loss"] + task(make_batch(runs.runs[2:6]))["loss"]
@@ -155,7 +161,7 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(small: tuple[Adh
 
 
 def test_a_subject_without_a_label_reaches_neither_loss_nor_metrics(
-    small: tuple[AdhdClassification, PhantomRuns],
+    small: tuple[SubjectPrediction, PhantomRuns],
 ) -> None:
     task, runs = small
     chosen = runs.runs[:6]
@@ -172,15 +178,15 @@ def test_a_subject_without_a_label_reaches_neither_loss_nor_metrics(
     assert task.scores(predictions).subjects == tuple(sorted(run.subject for run in chosen))
 
 
-def test_two_runs_of_a_subject_give_one_score_their_mean(small: tuple[AdhdClassification, PhantomRuns]) -> None:
+def test_two_runs_of_a_subject_give_one_score_their_mean(small: tuple[SubjectPrediction, PhantomRuns]) -> None:
     task, _ = small
     first = task.number_of_subject["0001"]
-    predictions = {"logit": torch.tensor([1.0, 2.0]), "subject": torch.tensor([first, first])}
+    predictions = {"output": torch.tensor([1.0, 2.0]), "subject": torch.tensor([first, first])}
     assert task.scores(predictions).values.tolist() == [1.5]
 
 
 def test_the_analytic_cost_is_what_torch_counts_up_to_head_and_positions(
-    small: tuple[AdhdClassification, PhantomRuns],
+    small: tuple[SubjectPrediction, PhantomRuns],
 ) -> None:
     task, runs = small
     batch = make_batch(runs.runs[:2])
@@ -191,7 +197,7 @@ def test_the_analytic_cost_is_what_torch_counts_up_to_head_and_positions(
         assert task.cost(batch).flops == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-def test_recomputed_activations_change_no_gradient(small: tuple[AdhdClassification, PhantomRuns]) -> None:
+def test_recomputed_activations_change_no_gradient(small: tuple[SubjectPrediction, PhantomRuns]) -> None:
     task, runs = small
     batch = make_batch(runs.runs[:2])
     gradients = []
@@ -225,10 +231,10 @@ def test_principal_channels_are_the_directions_of_largest_variance() -> None:
 
 def test_labels_that_are_not_there_are_named(tmp_path: Path) -> None:
 
-    config = make_config(tmp_path).task.label
+    config = parse_task(make_config(tmp_path).task, Config).label
     table = pd.DataFrame({"diagnosis": ["ADHD", "pending", "control", None], "site": list("aabb")}, index=list("wxyz"))
     labels = read_labels(table, config, location="set")
-    assert labels.is_case_of == {"w": True, "y": False}
+    assert labels.truth_of == {"w": True, "y": False}
     assert labels.num_unlabelled == 2
     with pytest.raises(FinetuneError, match=r"no column 'diagnosis' \(columns: DX\); set task.label.column"):
         read_labels(table.rename(columns={"diagnosis": "DX"})[["DX"]], config, location="set")

@@ -6,7 +6,7 @@ Hashes keep names out of registries; they do not hide a subject from someone who
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cluster.storage.stores import Store
@@ -32,10 +32,11 @@ def read_seen(bundle: Path) -> set[str] | None:
     return set(path.read_text(encoding="ascii").split()) if path.exists() else None
 
 
-def keep_seen(bundle: Path, store: Store) -> None:
-    """Writes into a run folder which subjects the weights that the run starts from have seen."""
-    seen = read_seen(bundle)
-    store.put(BEFORE, "\n".join([UNKNOWN] if seen is None else sorted(seen)).encode("ascii"))
+def keep_seen(bundles: Sequence[Path], store: Store) -> None:
+    """Note in a run folder whom the weights that the run starts from have seen, for what it will register."""
+    of_bundles = [read_seen(bundle) for bundle in bundles]
+    hashes = {UNKNOWN} if None in of_bundles else set[str]().union(*(seen for seen in of_bundles if seen))
+    store.put(BEFORE, "\n".join(sorted(hashes)).encode("ascii"))
 
 
 def copy_seen(theirs: Store, own: Store) -> None:

@@ -1,0 +1,10 @@
+"""Predict a class (ADHD or control) or a value (age) of a subject from resting BOLD: any column of the participants.
+
+The head starts as a penalised linear model on frozen features, then moves, then the encoder opens from its top block
+down. Reading order: labels.py, task.py, outcomes.py, study.py.
+"""
+
+from finetune.tasks.subject_prediction.planning import metrics, open_study, plan, validate
+from finetune.tasks.subject_prediction.study import Config
+
+__all__ = ["Config", "metrics", "open_study", "plan", "validate"]

@@ -1,4 +1,4 @@
-"""What a fine-tuned model must be read against: the majority, the site alone, and functional connectivity + logistic.
+"""What a fine-tuned model is read against: the site alone, and a penalised linear model of connectivity.
 
 Everything that is learned here (means, spreads, strength of the penalty) is learned from training subjects only.
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedKFold
 
 from finetune.errors import FinetuneError
 
@@ -21,7 +21,7 @@ SMALLEST_SLOPE = 0.05
 
 
 @dataclass
-class LogisticConfig:
+class LinearConfig:
     """`strengths` are the inverse penalties (scikit-learn's C) tried by inner cross-validation on training subjects."""
 
     strengths: list[float]
@@ -74,23 +74,21 @@ def connectivity(series: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class LogisticFit:
-    """A penalised logistic regression on standardised features, with the penalty it chose and how it did inside."""
+class LinearFit:
+    """A penalised linear model of standardised features, with the penalty it chose and its score in the inner folds."""
 
     standardise: Standardiser
     weights: np.ndarray
     bias: float
     strength: float
-    inner_auroc: float
+    inner_score: float
 
     def score(self, features: np.ndarray, sites: np.ndarray) -> np.ndarray:
-        """Logit a subject."""
+        """The model's output for each subject."""
         return self.standardise.apply(features, sites) @ self.weights + self.bias
 
 
-def fit_logistic(
-    features: np.ndarray, is_case: np.ndarray, *, sites: np.ndarray, config: LogisticConfig
-) -> LogisticFit:
+def fit_logistic(features: np.ndarray, is_case: np.ndarray, *, sites: np.ndarray, config: LinearConfig) -> LinearFit:
     """L2 logistic regression whose strength had the best AUROC in stratified inner folds; ties: the strongest penalty.
 
     Its logits are then scaled and shifted to fit the inner folds' held-out subjects (Platt 1999), both classes counting
@@ -114,7 +112,7 @@ def fit_logistic(
     scale = standardiser(features, sites, by_site=config.regress_out_site)
     strength = sorted(config.strengths)[best]
     weights, bias = _solve(scale.apply(features, sites), is_case, strength)
-    return LogisticFit(scale, slope * weights, slope * bias + shift, strength, float(quality[best]))
+    return LinearFit(scale, slope * weights, slope * bias + shift, strength, float(quality[best]))
 
 
 def _calibration(values: np.ndarray, is_case: np.ndarray) -> tuple[float, float]:
@@ -133,14 +131,34 @@ def _solve(features: np.ndarray, is_case: np.ndarray, strength: float) -> tuple[
     return model.coef_[0] @ axes[kept], float(model.intercept_[0])
 
 
-def site_prevalence(train_sites: np.ndarray, train_is_case: np.ndarray, sites: np.ndarray) -> np.ndarray:
-    """Share of cases among the training subjects of each subject's site: what a model can score from the site alone."""
-    overall = float(train_is_case.mean())
-    shares = {str(site): float(train_is_case[train_sites == site].mean()) for site in np.unique(train_sites)}
-    return np.array([shares.get(str(site), overall) for site in sites])
+def fit_ridge(features: np.ndarray, truth: np.ndarray, *, sites: np.ndarray, config: LinearConfig) -> LinearFit:
+    """Ridge regression whose strength had the smallest squared error in inner folds; ties: the strongest penalty."""
+    if len(truth) < config.num_folds:
+        raise FinetuneError(
+            f"the training split has {len(truth)} subjects for {config.num_folds} inner folds; lower num_folds"
+        )
+    held_out = np.zeros((len(config.strengths), len(truth)))
+    for train, test in KFold(config.num_folds, shuffle=True, random_state=config.seed).split(features):
+        scale = standardiser(features[train], sites[train], by_site=config.regress_out_site)
+        known, asked = scale.apply(features[train], sites[train]), scale.apply(features[test], sites[test])
+        for index, strength in enumerate(sorted(config.strengths)):
+            weights, bias = _solve_ridge(known, truth[train], strength)
+            held_out[index, test] = asked @ weights + bias
+    quality = [1 - np.square(values - truth).sum() / np.square(truth - truth.mean()).sum() for values in held_out]
+    best = int(np.argmax(quality))
+    strength = sorted(config.strengths)[best]
+    scale = standardiser(features, sites, by_site=config.regress_out_site)
+    weights, bias = _solve_ridge(scale.apply(features, sites), truth, strength)
+    return LinearFit(scale, weights, bias, strength, float(quality[best]))
 
 
-def log_odds(shares: np.ndarray) -> np.ndarray:
-    """Logit of each share, kept finite: shares below 0.001 and above 0.999 count as those."""
-    inside = np.clip(shares, 0.001, 0.999)
-    return np.log(inside / (1 - inside))
+def _solve_ridge(features: np.ndarray, truth: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+    model = Ridge(alpha=1 / strength, solver="svd").fit(features, truth)
+    return model.coef_, float(model.intercept_)
+
+
+def site_means(train_sites: np.ndarray, train_values: np.ndarray, sites: np.ndarray) -> np.ndarray:
+    """Mean of the training subjects of each subject's site, and of all of them where the site is unknown: what a model
+    can score from the site alone."""
+    means = {str(site): float(train_values[train_sites == site].mean()) for site in np.unique(train_sites)}
+    return np.array([means.get(str(site), float(train_values.mean())) for site in sites])

@@ -1,4 +1,4 @@
-"""How a head starts: principal channels of frozen tokens and a penalised logistic regression, before any gradient.
+"""How a head starts: principal channels of frozen tokens and a penalised linear model, before any gradient.
 
 Linear probing first, then fine-tuning, keeps pretrained features that gradients through a random head would distort
 (Kumar et al. 2022, ICLR). Uses training runs only; every rank encodes its share and all solve the same small problem.
@@ -6,7 +6,7 @@ Linear probing first, then fine-tuning, keeps pretrained features that gradients
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import cast
@@ -19,7 +19,9 @@ from torch import Tensor
 from brain_models.heads import CovariancePool, RunHead
 from brain_models.run_predictor import RunPredictor
 from data_sharding.read.reader import Batch
-from finetune.tasks.subject_prediction.baselines import LogisticConfig, fit_logistic
+from finetune.tasks.subject_prediction.baselines import LinearConfig
+from finetune.tasks.subject_prediction.labels import Labels
+from finetune.tasks.subject_prediction.outcomes import Outcome
 from training.collectives import from_main, gather, sum_in_place, this_process
 from training.engine.base import own_device
 
@@ -36,15 +38,15 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the probe chose, and its AUROC in the inner folds (training subjects only)."""
+    """What the probe chose, and its score in the inner folds (training subjects only)."""
 
     num_subjects: int
     strength: float
-    inner_auroc: float
+    inner_score: float
 
 
 def start_head(
-    model: RunPredictor, batches: Iterable[Batch], *, is_case_of: Mapping[str, bool], config: ProbeConfig
+    model: RunPredictor, batches: Iterable[Batch], *, labels: Labels, outcome: Outcome, config: ProbeConfig
 ) -> ProbeResult:
     """Sets the head's channels, standardisation and weights from labelled training runs; the same on every rank."""
     model.eval()
@@ -56,7 +58,7 @@ def start_head(
     features = {
         scan_id: (subject, _features(model.head, nodes).numpy())
         for scan_id, subject, nodes in pooled
-        if subject in is_case_of
+        if subject in labels.truth_of
     }
     model.train()
     shares = cast("list[dict[str, tuple[str, np.ndarray]]]", gather(features))
@@ -65,8 +67,17 @@ def start_head(
         by_subject.setdefault(subject, []).append(values)
     # One row a subject: otherwise a subject's runs would lie on both sides of an inner fold.
     table = np.stack([np.mean(runs, axis=0) for runs in by_subject.values()]).astype(np.float64)
-    is_case = np.array([is_case_of[subject] for subject in by_subject])
-    return _set_weights(model.head, table, is_case, config)
+    truth, _ = labels.rows(list(by_subject))
+    sites = np.zeros(len(table), dtype=int)  # a site is unknown when a model is served, so it is not used here
+    linear = LinearConfig(config.strengths, config.num_folds, regress_out_site=False, seed=config.seed)
+    fit = outcome.fit(table, truth, sites=sites, config=linear)
+    head = model.head
+    with torch.no_grad():
+        head.centre.copy_(torch.from_numpy(fit.standardise.mean))
+        head.spread.copy_(torch.from_numpy(fit.standardise.spread))
+        head.linear.weight.copy_(torch.from_numpy(fit.weights)[None])
+        head.linear.bias.fill_(fit.bias)
+    return ProbeResult(len(table), fit.strength, fit.inner_score)
 
 
 def principal_channels(moment: Float[Tensor, "width width"], num_channels: int) -> Float[Tensor, "channel width"]:
@@ -109,15 +120,3 @@ def _set_channels(pool: CovariancePool, runs: list[Tensor]) -> None:
     channels = from_main(principal_channels(moment, num_channels))
     with torch.no_grad():
         pool.project.weight.copy_(cast(Tensor, channels))
-
-
-def _set_weights(head: RunHead, features: np.ndarray, is_case: np.ndarray, config: ProbeConfig) -> ProbeResult:
-    sites = np.zeros(len(features), dtype=int)  # a site is unknown when a model is served, so it is not used here
-    logistic = LogisticConfig(config.strengths, config.num_folds, regress_out_site=False, seed=config.seed)
-    fit = fit_logistic(features, is_case, sites=sites, config=logistic)
-    with torch.no_grad():
-        head.centre.copy_(torch.from_numpy(fit.standardise.mean))
-        head.spread.copy_(torch.from_numpy(fit.standardise.spread))
-        head.linear.weight.copy_(torch.from_numpy(fit.weights)[None])
-        head.linear.bias.fill_(fit.bias)
-    return ProbeResult(len(features), fit.strength, fit.inner_auroc)

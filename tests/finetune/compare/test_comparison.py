@@ -20,8 +20,8 @@ from finetune.compare.comparison_figure import draw
 from finetune.compare.planning import pair_problems
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
-from finetune.report.page import MODEL
-from finetune.tasks.subject_prediction.evaluation import Scores, within_site_auroc
+from finetune.tasks.subject_prediction.scores import Scores, within_site_auroc
+from finetune.tasks.subject_prediction.study import MODEL
 from finetune.train import identity
 from training.checkpoint import file_sha256
 from training.identity import config_hash
@@ -153,7 +153,7 @@ def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_writt
     (tmp_path / "scores.csv").touch()
     store = LocalStore(tmp_path)
     assert is_finished(store, run)
-    assert not is_finished(store, dataclasses.replace(run, choose="last"))
+    assert not is_finished(store, dataclasses.replace(run, train=dataclasses.replace(run.train, choose="last")))
     (tmp_path / "golden.npy").write_bytes(b"other")
     with pytest.raises(FinetuneError, match=r"written anew \(callosum.backbone_output 7692c3ad3540, now d9298a10d1b0"):
         is_finished(store, run)
@@ -163,7 +163,7 @@ def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_writt
 
 
 def test_scores_that_older_code_wrote_with_a_comma_too_many_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "metrics.json").write_text(json.dumps({"classifiers": {MODEL: {"threshold": 0}}, "overlap": []}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"models": {MODEL: {"threshold": 0}}, "overlap": []}))
     (tmp_path / "scores.csv").write_text(f"classifier,subject,site,is_case,score\n{MODEL},s1,York, UK,1,0.5\n")
     with pytest.raises(FinetuneError, match=r"scores.csv: older code did not quote a comma"):
         read_answer(LocalStore(tmp_path))

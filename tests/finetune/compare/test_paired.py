@@ -19,7 +19,7 @@ from finetune.compare.paired import (
     subject_weights,
     verdict,
 )
-from finetune.tasks.subject_prediction.evaluation import BootstrapConfig, auroc, balanced_accuracy, within_site_auroc
+from finetune.tasks.subject_prediction.scores import BootstrapConfig, auroc, balanced_accuracy, within_site_auroc
 
 NUM_STUDIES = 200
 CONFIG = BootstrapConfig(num_resamples=120, confidence=0.95, seed=0)

@@ -8,14 +8,14 @@ from sklearn.linear_model import LogisticRegression
 
 from finetune.errors import FinetuneError
 from finetune.tasks.subject_prediction.baselines import (
-    LogisticConfig,
+    LinearConfig,
     connectivity,
     fit_logistic,
-    site_prevalence,
+    site_means,
     standardiser,
 )
 
-CONFIG = LogisticConfig(strengths=[0.001, 0.1], num_folds=4, regress_out_site=False, seed=0)
+CONFIG = LinearConfig(strengths=[0.001, 0.1], num_folds=4, regress_out_site=False, seed=0)
 
 
 def test_connectivity_is_fisher_z_of_pearson_in_row_order() -> None:
@@ -45,14 +45,14 @@ def test_logistic_ranks_as_scikit_learn_does_and_its_logits_are_calibrated() -> 
     slope, shift = np.polyfit(theirs, ours, 1)
     np.testing.assert_allclose(ours, slope * theirs + shift, atol=5e-3)
     assert slope > 0
-    assert fit.inner_auroc > 0.6
+    assert fit.inner_score > 0.6
 
 
 def test_an_overconfident_fit_is_calibrated_on_held_out_folds() -> None:
     generator = np.random.default_rng(4)
     is_case = np.arange(400) % 4 == 0
     features = generator.normal(size=(400, 300)) + 0.35 * is_case[:, None] * (np.arange(300) < 30)
-    config = LogisticConfig(strengths=[10.0], num_folds=5, regress_out_site=False, seed=0)
+    config = LinearConfig(strengths=[10.0], num_folds=5, regress_out_site=False, seed=0)
     sites = np.full(200, "a")
     fit = fit_logistic(features[:200], is_case[:200], sites=sites, config=config)
     held_out = fit.score(features[200:], sites)
@@ -65,7 +65,7 @@ def test_penalty_is_chosen_honestly_so_noise_scores_near_chance_inside() -> None
     inner = [
         fit_logistic(
             generator.normal(size=(60, 300)), np.arange(60) % 2 == 0, sites=np.full(60, "a"), config=CONFIG
-        ).inner_auroc
+        ).inner_score
         for _ in range(8)
     ]
     assert abs(float(np.mean(inner)) - 0.5) < 0.1
@@ -91,7 +91,7 @@ def test_missing_features_take_the_training_mean_and_touch_no_other() -> None:
 
 def test_site_alone_scores_the_training_prevalence() -> None:
     train_sites, is_case = np.array(["a", "a", "b", "b"]), np.array([True, False, True, True])
-    scores = site_prevalence(train_sites, is_case, np.array(["b", "a", "new"]))
+    scores = site_means(train_sites, is_case, np.array(["b", "a", "new"]))
     np.testing.assert_allclose(scores, [1.0, 0.5, 0.75])
 
 

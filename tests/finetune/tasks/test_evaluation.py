@@ -7,19 +7,21 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 from finetune.errors import FinetuneError
-from finetune.promotion import refusals
-from finetune.tasks.subject_prediction.evaluation import (
-    BootstrapConfig,
+from finetune.tasks.subject_prediction.scores import (
+    CLASS_METRICS,
+    VALUE_METRICS,
     Scores,
     auroc,
     balanced_accuracy,
-    bootstrap,
     choose_threshold,
-    evaluate,
+    class_details,
+    intervals,
     roc_curve,
     subject_scores,
     within_site_auroc,
 )
+from training.registry.promotion import ChampionConfig, reasons_against
+from training.statistics import BootstrapConfig
 
 BOOTSTRAP = BootstrapConfig(num_resamples=200, confidence=0.95, seed=3)
 
@@ -35,15 +37,15 @@ def draw_scores(seed: int, num_subjects: int = 80, shift: float = 0.8) -> Scores
 @pytest.mark.parametrize("seed", range(5))
 def test_auroc_balanced_accuracy_and_curve_equal_scikit_learn(seed: int) -> None:
     scores = draw_scores(seed)
-    assert auroc(scores.values, scores.is_case) == pytest.approx(
-        sklearn_metrics.roc_auc_score(scores.is_case, scores.values), abs=1e-12
+    assert auroc(scores.values, scores.truth) == pytest.approx(
+        sklearn_metrics.roc_auc_score(scores.truth, scores.values), abs=1e-12
     )
     is_called = scores.values > 0.3
-    assert balanced_accuracy(is_called, scores.is_case) == pytest.approx(
-        sklearn_metrics.balanced_accuracy_score(scores.is_case, is_called), abs=1e-12
+    assert balanced_accuracy(is_called, scores.truth) == pytest.approx(
+        sklearn_metrics.balanced_accuracy_score(scores.truth, is_called), abs=1e-12
     )
-    false_rate, true_rate, _ = sklearn_metrics.roc_curve(scores.is_case, scores.values, drop_intermediate=False)
-    ours = roc_curve(scores.values, scores.is_case)
+    false_rate, true_rate, _ = sklearn_metrics.roc_curve(scores.truth, scores.values, drop_intermediate=False)
+    ours = roc_curve(scores.values, scores.truth)
     np.testing.assert_allclose(ours[0], false_rate, atol=1e-12)
     np.testing.assert_allclose(ours[1], true_rate, atol=1e-12)
 
@@ -51,13 +53,13 @@ def test_auroc_balanced_accuracy_and_curve_equal_scikit_learn(seed: int) -> None
 def test_within_site_auroc_counts_only_pairs_of_one_site() -> None:
     scores = draw_scores(1)
     won = pairs = 0.0
-    for case in np.flatnonzero(scores.is_case):
-        for control in np.flatnonzero(~scores.is_case):
+    for case in np.flatnonzero(scores.truth):
+        for control in np.flatnonzero(~scores.truth):
             if scores.sites[case] == scores.sites[control]:
                 pairs += 1
                 difference = scores.values[case] - scores.values[control]
                 won += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
-    assert within_site_auroc(scores.values, scores.is_case, scores.sites) == pytest.approx(won / pairs, abs=1e-12)
+    assert within_site_auroc(scores.values, scores.truth, scores.sites) == pytest.approx(won / pairs, abs=1e-12)
 
 
 def test_a_score_that_knows_only_the_site_is_worth_nothing_within_sites() -> None:
@@ -70,7 +72,7 @@ def test_a_score_that_knows_only_the_site_is_worth_nothing_within_sites() -> Non
 
 def test_bootstrap_is_seeded_holds_the_value_and_narrows_with_subjects() -> None:
     def interval(num_subjects: int) -> tuple[float, float, float]:
-        result = evaluate(draw_scores(2, num_subjects), threshold=0.3, config=BOOTSTRAP).within_site_auroc
+        result = intervals(draw_scores(2, num_subjects), CLASS_METRICS, BOOTSTRAP)["within_site_auroc"]
         return result.low, result.value, result.high
 
     small, large = interval(40), interval(600)
@@ -85,9 +87,7 @@ def test_bootstrap_interval_covers_the_population_value_about_as_often_as_it_say
     covered = 0
     for seed in range(60):
         scores = draw_scores(seed + 100, 120)
-        interval = bootstrap(
-            lambda values, is_case, sites: auroc(values, is_case), scores, strata=scores.is_case, config=config
-        )
+        interval = CLASS_METRICS[1].interval(scores, config)
         covered += interval.low <= truth <= interval.high
     assert 0.78 <= covered / 60 <= 1.0
 
@@ -95,21 +95,20 @@ def test_bootstrap_interval_covers_the_population_value_about_as_often_as_it_say
 def test_a_site_with_one_class_gives_no_pairs_and_a_split_with_one_class_gives_nan() -> None:
     scores = draw_scores(4)
     only_controls = Scores(scores.subjects, scores.values, np.zeros(80, dtype=bool), scores.sites)
-    result = evaluate(only_controls, threshold=0.0, config=BOOTSTRAP)
-    assert np.isnan([result.auroc.value, result.auroc.low, result.within_site_auroc.value]).all()
-    assert result.majority_accuracy == 1.0
-    assert evaluate(scores, threshold=0.0, config=BOOTSTRAP).majority_accuracy == max(
-        scores.is_case.mean(), 1 - scores.is_case.mean()
-    )
+    result = intervals(only_controls, CLASS_METRICS, BOOTSTRAP)
+    assert np.isnan([result["auroc"].value, result["auroc"].low, result["within_site_auroc"].value]).all()
+    assert class_details(only_controls)["majority_accuracy"] == 1.0
+    share = scores.truth.mean()
+    assert class_details(scores)["majority_accuracy"] == max(share, 1 - share)
 
 
 def test_threshold_is_the_best_cut_and_the_middle_of_ties() -> None:
     values, is_case = np.array([0.1, 0.2, 0.6, 0.9]), np.array([False, False, True, True])
     assert choose_threshold(values, is_case) == pytest.approx(0.4)
     scores = draw_scores(5)
-    cut = choose_threshold(scores.values, scores.is_case)
-    best = max(balanced_accuracy(scores.values > level, scores.is_case) for level in np.arange(-4, 4, 0.05))
-    assert balanced_accuracy(scores.values > cut, scores.is_case) == pytest.approx(best)
+    cut = choose_threshold(scores.values, scores.truth)
+    best = max(balanced_accuracy(scores.values > level, scores.truth) for level in np.arange(-4, 4, 0.05))
+    assert balanced_accuracy(scores.values > cut, scores.truth) == pytest.approx(best)
     with pytest.raises(FinetuneError, match="one class only; enlarge it"):
         choose_threshold(values, np.ones(4, dtype=bool))
 
@@ -118,20 +117,20 @@ def test_runs_of_a_subject_are_averaged_before_anything_is_counted() -> None:
     scores = subject_scores(
         np.array([1.0, 3.0, -1.0]),
         ["s2", "s2", "s1"],
-        is_case=np.array([True, True, False]),
+        truth=np.array([True, True, False]),
         sites=np.array(["b", "b", "a"]),
     )
     assert scores.subjects == ("s1", "s2")
     np.testing.assert_array_equal(scores.values, [-1.0, 2.0])
     np.testing.assert_array_equal(scores.sites, ["a", "b"])
     with pytest.raises(FinetuneError, match="labels belong to subjects"):
-        subject_scores(np.zeros(2), ["s1", "s1"], is_case=np.array([True, False]), sites=np.array(["a", "a"]))
+        subject_scores(np.zeros(2), ["s1", "s1"], truth=np.array([True, False]), sites=np.array(["a", "a"]))
 
 
 def test_an_empty_split_is_refused() -> None:
     empty = Scores((), np.zeros(0), np.zeros(0, dtype=bool), np.zeros(0, dtype=str))
     with pytest.raises(FinetuneError, match="no labelled subject"):
-        evaluate(empty, threshold=0.0, config=BOOTSTRAP)
+        intervals(empty, CLASS_METRICS, BOOTSTRAP)
 
 
 def test_champion_is_refused_for_overlap_for_ignorance_and_for_chance() -> None:
@@ -139,9 +138,29 @@ def test_champion_is_refused_for_overlap_for_ignorance_and_for_chance() -> None:
     sites = np.full(40, "a")
     config = BootstrapConfig(num_resamples=50, confidence=0.95, seed=0)
     names = tuple(f"s{index:02d}" for index in range(40))
-    good = evaluate(Scores(names, is_case + 0.1 * np.arange(40) % 1, is_case, sites), threshold=0.5, config=config)
-    flat = evaluate(Scores(names, np.zeros(40), is_case, sites), threshold=0.5, config=config)
-    assert refusals(good, [], needed_low=0.5) == []
-    assert refusals(good, ["s01"], needed_low=0.5) == ["the backbone saw 1 of the test subjects"]
-    assert refusals(good, None, needed_low=0.5) == ["the backbone does not say which subjects it saw"]
-    assert refusals(flat, [], needed_low=0.5) == ["within-site AUROC's lower end 0.500 is not above 0.5"]
+    good = Scores(names, is_case + 0.1 * np.arange(40) % 1, is_case, sites, reference=0.5)
+    flat = Scores(names, np.zeros(40), is_case, sites, reference=0.5)
+    good, flat = (intervals(scores, CLASS_METRICS, config) for scores in (good, flat))
+    gate = ChampionConfig("within_site_auroc", 0.5)
+    assert reasons_against(gate, good, []) == []
+    assert reasons_against(gate, good, ["s01"]) == ["the backbone saw 1 of the test subjects"]
+    assert reasons_against(gate, good, None) == ["the backbone does not say which subjects it saw"]
+    assert reasons_against(gate, flat, []) == ["the lower end of within_site_auroc, 0.500, is not above 0.5"]
+    assert reasons_against(None, good, []) == ["register.champion is null"]
+
+
+def test_value_metrics_are_zero_for_the_training_mean_and_ignore_differences_between_sites() -> None:
+    generator = np.random.default_rng(0)
+    sites = np.repeat(["old", "young"], 30)
+    truth = np.where(sites == "old", 60.0, 20.0) + generator.normal(size=60)
+    names = tuple(f"s{index:02d}" for index in range(60))
+    known = {metric.name: metric.function for metric in VALUE_METRICS}
+    mean = Scores(names, np.full(60, 40.0), truth, sites, reference=40.0)
+    assert known["r2"](mean) == 0
+    by_site = np.where(sites == "old", 60.0, 20.0)
+    knows_site = Scores(names, by_site + 0.5 * (np.arange(60) % 2), truth, sites, reference=40.0)
+    assert known["r2"](knows_site) > 0.99
+    assert abs(known["within_site_correlation"](knows_site)) < 0.3
+    own = truth - np.where(sites == "old", 60.0, 20.0)
+    assert known["within_site_correlation"](Scores(names, own, truth, sites)) == pytest.approx(1.0)
+    assert known["mean_absolute_error"](mean) == pytest.approx(np.abs(truth - 40).mean())

@@ -1,0 +1,248 @@
+"""The study of subject prediction: opened from a configuration, concluded with intervals beside baselines."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from brain_models import bundle
+from brain_models.bundle import Bundle
+from brain_models.heads import HeadConfig
+from brain_models.run_predictor import RunClassifierConfig, RunRegressorConfig
+from data_sharding.read.reader import BatchSource, ShardSet, Windows
+from finetune.backbone import Backbone
+from finetune.config import FinetuneConfig
+from finetune.tasks.subject_prediction.baselines import LinearConfig
+from finetune.tasks.subject_prediction.connectomes import read_connectomes
+from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, ValueLabel
+from finetune.tasks.subject_prediction.outcomes import ClassOutcome, Outcome, ValueOutcome
+from finetune.tasks.subject_prediction.probe import ProbeConfig, ProbeResult, start_head
+from finetune.tasks.subject_prediction.scores import Scores, intervals
+from finetune.tasks.subject_prediction.task import SubjectPrediction, UnfreezingConfig, build_model
+from reports.page import Notice
+from training.collectives import this_process
+from training.engine.engines import own_device
+from training.evaluation import Evaluation
+from training.loop import FitResult
+from training.registry.promotion import ChampionConfig
+from training.study import Conclusion, Model
+from training.task import Task
+
+MODEL = "fine-tuned model"
+SPLITS = ("validation", "test")
+RUN_PREDICTORS = {"run_classifier": RunClassifierConfig, "run_regressor": RunRegressorConfig}
+
+
+@dataclass
+class Config:
+    """configs/task/*.yaml of this module."""
+
+    name: str
+    module: Literal["subject_prediction"]
+    label: ClassLabel | ValueLabel
+    num_windows: int  # consecutive windows of the backbone that make one prediction
+    atlas: str
+    balance_classes: bool
+    threshold: Literal["validation", "half"]  # a case from the best cut on validation subjects, or from even odds
+    weight_decay: float
+    head: HeadConfig
+    probe: ProbeConfig | None
+    baselines: LinearConfig
+    unfreezing: UnfreezingConfig
+    champion: ChampionConfig | None  # what register.champion is, unless the run says otherwise
+
+
+@dataclass
+class SubjectStudy:
+    """One question about subjects, answered from their BOLD runs by a pretrained backbone."""
+
+    run: FinetuneConfig
+    config: Config
+    shard_set: ShardSet
+    labels: Labels
+    backbone: Backbone
+    title: str = field(init=False)
+    tags: Mapping[str, str] = field(init=False)
+    starts_from: Sequence[Path] = field(init=False)
+    trained_subjects: set[str] = field(init=False)
+    outcome: Outcome = field(init=False)
+    probe: ProbeResult | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.title = f"{self.run.run.name}: {self.config.name.replace('_', ' ')}"
+        self.tags = lineage(self)
+        self.starts_from = [self.backbone.folder]
+        self.trained_subjects = set(self.shard_set.runs("bold", ["train"])["subject"])
+        self.outcome = make_outcome(self.config, self.labels, sorted(self.trained_subjects))
+
+    def make_task(self) -> SubjectPrediction:
+        """The backbone under an untrained head."""
+        torch.manual_seed(self.run.train.seed)
+        backbone = self.backbone.load(self.shard_set.space)
+        return SubjectPrediction(
+            build_model(backbone, self.config.head, self.shard_set.atlases[self.config.atlas]),
+            self.labels,
+            self.outcome,
+            num_windows=self.config.num_windows,
+            unfreezing=self.config.unfreezing,
+            weight_decay=self.config.weight_decay,
+            batch_size=self.run.data.batch_size,
+        )
+
+    def make_source(self, task: Task) -> BatchSource:
+        """This rank's view of the runs; a sample is as many frames as one prediction is made from."""
+        assert isinstance(task, SubjectPrediction)
+        windows, process = Windows(self.shard_set, kind="bold", window_frames=task.num_frames), this_process()
+        return BatchSource(windows, self.run.data, rank=process.rank, world_size=process.world_size)
+
+    def prepare(self, task: Task, is_resuming: bool) -> None:
+        """Start the head by a probe of the frozen encoder, unless it is to start at zero."""
+        if is_resuming or self.config.probe is None:
+            return
+        assert isinstance(task, SubjectPrediction)
+        task.model.to(own_device())
+        source = self.make_source(task)
+        try:
+            batches = source.evaluation("train", limit=None)
+            self.probe = start_head(
+                task.model, batches, labels=self.labels, outcome=self.outcome, config=self.config.probe
+            )
+        finally:
+            source.close()
+
+    def write_bundle(self, task: Task, evaluations: Mapping[str, Evaluation], folder: Path) -> None:
+        """Encoder and head, with what a served model must know to read scans like those of the set."""
+        assert isinstance(task, SubjectPrediction)
+        backbone = self.backbone.load(self.shard_set.space)
+        stem = backbone.stems["bold"]
+        stem.needs_brain_mask = self.shard_set.needs_brain_mask("bold")
+        stem.preprocessing = self.shard_set.bold_preprocessing()
+        stem.atlas = self.shard_set.atlases[self.config.atlas]
+        reference = self._scores(task, evaluations)["test"].reference
+        kind, said = self.outcome.model_kind, self.outcome.model_fields(reference)
+        config = RUN_PREDICTORS[kind](task.model.encoder.config, self.config.head, task.num_frames, **said)
+        made_by = {"part": "finetune", "run": self.run.run.name, "set": self.shard_set.fingerprint}
+        bundle.save(folder, Bundle(kind, config, task.model, backbone.stems, made_by))
+
+    def conclude(self, task: Task, result: FitResult) -> Conclusion:
+        """The model on the test split, beside connectivity and the site alone on the same subjects."""
+        assert isinstance(task, SubjectPrediction)
+        trained = self._scores(task, result.evaluations)
+        started = f"; the head started from a probe of {self.probe.num_subjects} subjects" if self.probe else ""
+        note = f"commit of step {result.step} ({self.run.train.choose}){started}"
+        scored = {MODEL: (trained["test"], note)} | self.baselines(trained)
+        models = {
+            name: Model(intervals(scores, self.outcome.metrics, self.run.bootstrap), self.outcome.details(scores), note)
+            for name, (scores, note) in scored.items()
+        }
+        of_models = {name: scores for name, (scores, _) in scored.items()}
+        first = next(iter(models.values()))
+        is_phantom = any(
+            "phantom" in text.lower() for text in [self.shard_set.manifest.name, *self.shard_set.manifest.notes]
+        )
+        metric = self.outcome.metrics[0]
+        return Conclusion(
+            verdict=f"{metric.title} on {len(trained['test'].subjects)} test subjects: "
+            + ", ".join(f"{name} {model.intervals[metric.name]}" for name, model in models.items())
+            + ".",
+            metrics={metric.name: metric.title for metric in self.outcome.metrics},
+            models=models,
+            tested_subjects=trained["test"].subjects,
+            notices=phantom_notices() if is_phantom else [],
+            sections=self.outcome.sections(of_models, first.details),
+            numbers={"is_phantom": is_phantom},
+            files={"scores.csv": scores_table(of_models, truth_column=self.outcome.truth_column)},
+            marks={"encoder opens": self.config.unfreezing.first_block_opens_at_step, "chosen": result.step},
+            lineage=self._counts(),
+        )
+
+    def baselines(self, trained: Mapping[str, Scores]) -> dict[str, tuple[Scores, str]]:
+        """(test scores, note) of each baseline: learned on the train split only, scored on the subjects that the model
+        was scored on (a run may be too short for it)."""
+        config, labels, outcome = self.config, self.labels, self.outcome
+        table = read_connectomes(self.shard_set, config.atlas, ["train", *SPLITS], data=self.run.data)
+        known = {split: list(scores.subjects) for split, scores in trained.items()}
+        known["train"] = [subject for subject in table.subjects_of("train") if subject in labels.truth_of]
+        truth, sites = labels.rows(known["train"])
+        fit = outcome.fit(table.rows(known["train"]), truth, sites=sites, config=config.baselines)
+        connectivity, site_only = {}, {}
+        for split in SPLITS:
+            split_truth, split_sites = labels.rows(known[split])
+            names = tuple(known[split])
+            values = outcome.predicted(fit.score(table.rows(known[split]), split_sites))
+            connectivity[split] = Scores(names, values, split_truth, split_sites)
+            values = outcome.predicted(outcome.from_sites(sites, truth, split_sites))
+            site_only[split] = Scores(names, values, split_truth, split_sites)
+        note = f"{table.num_regions} regions, C = {fit.strength:g} chosen on training subjects"
+        return {
+            outcome.baseline_name: (outcome.with_reference(config.threshold, connectivity)["test"], note),
+            "site alone": (outcome.with_reference(config.threshold, site_only)["test"], "knows nothing but the site"),
+        }
+
+    def _scores(self, task: SubjectPrediction, evaluations: Mapping[str, Evaluation]) -> dict[str, Scores]:
+        scores = {split: task.scores(evaluations[split].predictions) for split in SPLITS}
+        return self.outcome.with_reference(self.config.threshold, scores)
+
+    def _counts(self) -> dict[str, str]:
+        runs = {split: self.shard_set.runs("bold", [split]) for split in ["train", *SPLITS]}
+        return {
+            "subjects": ", ".join(f"{split} {table['subject'].nunique()}" for split, table in runs.items()),
+            "subjects without a label, never used": str(self.labels.num_unlabelled),
+        }
+
+
+def make_outcome(config: Config, labels: Labels, train_subjects: Sequence[str]) -> Outcome:
+    """The outcome that the label's kind asks for."""
+    if isinstance(config.label, ClassLabel):
+        return ClassOutcome(config.label, labels, train_subjects, is_balanced=config.balance_classes)
+    return ValueOutcome(config.label, labels, train_subjects)
+
+
+def scores_table(models: Mapping[str, Scores], *, truth_column: str) -> str:
+    """scores.csv: one line per subject and model, so that every number of the page can be computed again."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")  # which quotes a site's name with a comma
+    writer.writerow(["classifier", "subject", "site", truth_column, "score"])
+    for name, scores in models.items():
+        for subject, site, truth, value in zip(
+            scores.subjects, scores.sites, scores.truth.tolist(), scores.values, strict=True
+        ):
+            writer.writerow([name, subject, site, f"{truth:.8g}", f"{value:.8g}"])
+    return text.getvalue()
+
+
+def phantom_notices() -> list[Notice]:
+    """What a reader of a phantom's numbers must know."""
+    return [
+        Notice(
+            "warning",
+            "Phantom data: these scans were made by a program with an effect put in on purpose. The numbers show that "
+            "the pipeline finds what is there; they say nothing about any person.",
+        )
+    ]
+
+
+def lineage(study: SubjectStudy) -> dict[str, str]:
+    """Where a fine-tuned model comes from, for the registry and the report."""
+    shard_set, backbone = study.shard_set, study.backbone
+    tags = {
+        "callosum.part": "finetune",
+        "callosum.task": study.config.name,
+        "callosum.shards": study.run.shards,
+        "callosum.set_fingerprint": shard_set.fingerprint,
+        "callosum.space": shard_set.space.name,
+        "callosum.alignment": str(shard_set.manifest.preprocessing["alignment"]),
+        "callosum.space_fingerprint": shard_set.space.fingerprint,
+        "callosum.atlas": study.config.atlas,
+        "callosum.backbone": study.run.encoder,
+        "callosum.backbone_output": backbone.golden_hash,
+    }
+    inherited = ("set_fingerprint", "checkpoint_hash", "git_commit", "masking")
+    theirs = {name: backbone.tags.get(f"callosum.{name}") for name in inherited}
+    return tags | {f"callosum.backbone_{name}": value for name, value in theirs.items() if value is not None}

@@ -1,0 +1,312 @@
+"""A study: one question that a run answers. A task's module says what is trained, on which samples, and what the result
+amounts to. Everything else, from claiming the run folder to the registered model, is the same for every study: `run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.storage.stores import Store, store_for
+from reports.figures import curves
+from reports.page import Notice, Page, Section, render
+from training.config import RunConfig, TrainConfig
+from training.evaluation import Evaluation
+from training.loop import FitResult, Services, fit
+from training.registry import models as registry
+from training.registry.promotion import ChampionConfig, promote, reasons_against
+from training.registry.seen_subjects import overlap, seen_before, write_seen
+from training.statistics import Interval
+from training.task import Source, Task
+
+METRICS = "metrics.json"  # uploaded last: a run folder that holds it is finished
+
+
+@dataclass
+class RegisterConfig:
+    """Under which name and alias a model enters the registry, and what makes it champion (null: nothing does)."""
+
+    name: str
+    alias: str
+    champion: ChampionConfig | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """One line of the results: the trained model, or a baseline scored on the same samples."""
+
+    intervals: Mapping[str, Interval]  # by metric
+    details: Mapping[str, object] = field(default_factory=dict)  # further numbers, for metrics.json
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a finished run amounts to. Report, terminal, metrics.json, registry and promotion iterate over it."""
+
+    verdict: str  # one sentence, first on the page and on the terminal
+    metrics: Mapping[str, str]  # title by name, the most important first
+    models: Mapping[str, Model]  # the trained model first, then its baselines
+    tested_subjects: Collection[str]  # whom the numbers are about
+    notices: Sequence[Notice] = ()
+    sections: Sequence[Section] = ()  # of the report, after the results
+    numbers: Mapping[str, object] = field(default_factory=dict)  # further top-level entries of metrics.json
+    files: Mapping[str, str] = field(default_factory=dict)  # text by name, beside metrics.json
+    marks: Mapping[str, int] = field(default_factory=dict)  # steps to point out in the training curves
+    lineage: Mapping[str, str] = field(default_factory=dict)  # beside the study's tags
+    tags: Mapping[str, str] = field(default_factory=dict)  # of the registered version, beside the study's
+
+
+class Study(Protocol):
+    """What `open(config)` of a task's module returns; the same on every rank."""
+
+    title: str
+    tags: Mapping[str, str]  # where the model comes from: of the MLflow run, the registered version and the report
+    starts_from: Sequence[Path]  # bundles whose weights the task starts from
+    trained_subjects: set[str]
+
+    def make_task(self) -> Task:
+        """A fresh task, the same on every rank."""
+        ...
+
+    def make_source(self, task: Task) -> Source:
+        """This rank's view of the samples."""
+        ...
+
+    def prepare(self, task: Task, is_resuming: bool) -> None:
+        """Fit what is fitted before the first step. A resumed run loads the task's parameters and buffers itself."""
+        ...
+
+    def write_bundle(self, task: Task, evaluations: Mapping[str, Evaluation], folder: Path) -> None:
+        """Write what is registered; rank 0 alone, while parameters are whole. Must not wait for other ranks."""
+        ...
+
+    def conclude(self, task: Task, result: FitResult) -> Conclusion:
+        """What the final splits' evaluations amount to, beside baselines; rank 0 alone, and nobody waits for it."""
+        ...
+
+
+def run(
+    study: Study,
+    config: TrainConfig,
+    run_config: RunConfig,
+    *,
+    identity: Mapping[str, object],
+    register: RegisterConfig | None,
+) -> dict[str, Any]:
+    """The numbers of <run.folder>/metrics.json; every rank calls it, those other than 0 get an empty mapping."""
+    store, started = store_for(run_config.folder), time.monotonic()
+    folder = Path(run_config.scratch) / f"{run_config.name}-results-{time.time_ns()}"
+
+    def export(task: Task, evaluations: Mapping[str, Evaluation]) -> None:
+        study.write_bundle(task, evaluations, folder / "bundle")
+        seen = seen_before(store)
+        if seen is not None:  # else the bundle says that nobody knows whom it has seen
+            write_seen(folder / "bundle", study.trained_subjects, also=seen)
+
+    task = study.make_task()
+    services = Services(
+        run=run_config,
+        identity=identity,
+        export=export,
+        tags=study.tags,
+        prepare=study.prepare,
+        make_task=study.make_task,
+        starts_from=study.starts_from,
+    )
+    try:
+        result = fit(task, study.make_source(task), config, services)
+        if not result.is_main:
+            return {}
+        trained = time.monotonic()
+        conclusion = study.conclude(result.task, result)
+        seconds = {"training": trained - started, "baselines and report": time.monotonic() - trained}
+        return publish(
+            study, conclusion, result, config, store=store, folder=folder, seconds=seconds, register=register
+        )
+    finally:  # leave nothing on scratch: all of it is in the run folder
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(
+    study: Study,
+    conclusion: Conclusion,
+    result: FitResult,
+    config: TrainConfig,
+    *,
+    store: Store,
+    folder: Path,
+    seconds: Mapping[str, float],
+    register: RegisterConfig | None,
+) -> dict[str, Any]:
+    """Write report and tables, register the bundle, and upload all of it; the numbers of metrics.json."""
+    seen = seen_before(store)
+    tested = None if seen is None else overlap(conclusion.tested_subjects, seen)
+    tags = {**study.tags, registry.CHECKPOINT_HASH_TAG: result.checkpoint_hash}
+    lineage = {
+        **tags,
+        **conclusion.lineage,
+        "config hash": result.config_hash,
+        "commit": f"step {result.step}",
+        "MLflow run": result.mlflow_run_id or "none",
+    }
+    notices = [*conclusion.notices, seen_notice(tested, num_tested=len(conclusion.tested_subjects))]
+    sections = [results_section(conclusion), *conclusion.sections, training_section(store, conclusion.marks, seconds)]
+    page = Page(study.title, conclusion.verdict, notices, sections, lineage)
+    for name, text in {**conclusion.files, "report.html": render(page)}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    upload(store, folder)
+    numbers = without_nan(
+        {
+            **conclusion.numbers,
+            "verdict": conclusion.verdict,
+            "metrics": dict(conclusion.metrics),
+            "models": {name: model_numbers(model) for name, model in conclusion.models.items()},
+            "notices": [notice.text for notice in notices],
+            "overlap": tested,
+            "lineage": lineage,
+            "seconds": dict(seconds),
+            "step": result.step,
+            "registered": register_model(
+                conclusion, result, config, folder, tags=tags, tested=tested, register=register
+            ),
+        }
+    )
+    store.put(METRICS, (json.dumps(numbers, indent=1) + "\n").encode())
+    return numbers
+
+
+def register_model(
+    conclusion: Conclusion,
+    result: FitResult,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    tags: Mapping[str, str],
+    tested: Sequence[str] | None,
+    register: RegisterConfig | None,
+) -> list[str]:
+    """The registered model as name@alias, and as name@champion when nothing speaks against it; or none."""
+    uri = config.tracking.uri
+    if register is None or uri is None:
+        return []
+    trained = next(iter(conclusion.models.values()))
+    against = reasons_against(register.champion, trained.intervals, tested)
+    about = {
+        "callosum.config_hash": result.config_hash,
+        "callosum.test_subjects": str(len(conclusion.tested_subjects)),
+        "callosum.overlap": "unknown" if tested is None else str(len(tested)),
+        "callosum.champion": "refused: " + "; ".join(against) if against else "yes",
+    }
+    scores = {f"callosum.test_{name}": str(interval) for name, interval in trained.intervals.items()}
+    name = registry.register(
+        folder / "bundle",
+        name=register.name,
+        alias=register.alias,
+        tags={**tags, **about, **scores, **conclusion.tags},
+        uri=uri,
+        run_id=result.mlflow_run_id,
+        experiment=config.tracking.experiment,
+    )
+    has_moved_on = "@" not in name  # registered before, and the alias names another version by now
+    return [name] if against or has_moved_on else [name, promote(name, uri=uri)]
+
+
+def model_numbers(model: Model) -> dict[str, object]:
+    """A line of the results as plain values."""
+    return {**model.details, **{name: dataclasses.asdict(interval) for name, interval in model.intervals.items()}}
+
+
+def results_section(conclusion: Conclusion) -> Section:
+    """The table of all models, the trained one first."""
+    rows = [
+        [name, *(str(model.intervals[metric]) for metric in conclusion.metrics), model.note]
+        for name, model in conclusion.models.items()
+    ]
+    return Section(
+        f"Results on the test split: {len(conclusion.tested_subjects)} subjects",
+        table=[["", *conclusion.metrics.values(), ""], *rows],
+        text="Brackets are bootstrap intervals over subjects. Every metric is computed once over the whole split.",
+    )
+
+
+def seen_notice(tested: Sequence[str] | None, *, num_tested: int) -> Notice:
+    """What the weights that the run started from had seen of the test subjects."""
+    if tested is None:
+        return Notice(
+            "warning",
+            "The pretrained weights do not say which subjects they were trained on, so an overlap with the test "
+            "subjects cannot be excluded, and this model cannot be promoted.",
+        )
+    if tested:
+        named = ", ".join(tested[:8]) + (", ..." if len(tested) > 8 else "")
+        return Notice(
+            "alarm",
+            f"The pretrained weights have seen {len(tested)} of the {num_tested} test subjects ({named}). These are "
+            "not results on new subjects, and this model cannot be promoted.",
+        )
+    return Notice("remark", f"None of the {num_tested} test subjects was seen in pretraining.")
+
+
+def training_section(store: Store, marks: Mapping[str, int], seconds: Mapping[str, float]) -> Section:
+    """Loss and validation metrics over steps, and where the time went."""
+    history: dict[str, list[tuple[int, float]]] = {}
+    for line in store.read("metrics.jsonl").splitlines():
+        row = json.loads(line)
+        history.setdefault(row["key"], []).append((int(row["step"]), float(row["value"])))
+    losses = {name: points for name, points in history.items() if name in ("train/loss", "validation/loss")}
+    scores = {
+        name.removeprefix("validation/"): points
+        for name, points in history.items()
+        if name.startswith("validation/") and name != "validation/loss"
+    }
+    text = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    figures = [curves(losses, label="loss", marks=marks), curves(scores, label="validation", marks=marks)]
+    return Section("Training", text=text, figures=figures)
+
+
+def upload(store: Store, folder: Path) -> None:
+    """Put every file below `folder` into the run folder under the same name."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        store.put(path.relative_to(folder).as_posix(), path)
+
+
+def without_nan(value: Any) -> Any:
+    """Plain values with None for NaN, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(name): without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(numbers: Mapping[str, Any], *, folder: str) -> str:
+    """What the terminal shows of a finished run: verdict, results, and where the rest is."""
+    titles: Mapping[str, str] = numbers["metrics"]
+    table = [["", *titles.values()]]
+    for name, model in numbers["models"].items():
+        table.append([name, *(str(interval_of(model[metric])) for metric in titles)])
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    registered = ", ".join(numbers["registered"]) or "no (register=null or train.tracking.uri=null)"
+    return "\n".join(
+        [
+            numbers["verdict"],
+            *lines,
+            *numbers["notices"],
+            f"registered: {registered}",
+            f"report: {folder.rstrip('/')}/report.html",
+        ]
+    )
+
+
+def interval_of(values: Mapping[str, float | None]) -> Interval:
+    """An interval of metrics.json, where NaN is null."""
+    return Interval(**{key: math.nan if value is None else value for key, value in values.items()})
