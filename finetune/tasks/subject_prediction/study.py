@@ -27,7 +27,7 @@ from finetune.tasks.subject_prediction.scores import Scores, intervals
 from finetune.tasks.subject_prediction.task import SubjectPrediction, UnfreezingConfig, build_model
 from reports.page import Notice
 from training.collectives import this_process
-from training.engine.engines import own_device
+from training.engine.base import own_device
 from training.evaluation import Evaluation
 from training.loop import FitResult
 from training.registry.promotion import ChampionConfig

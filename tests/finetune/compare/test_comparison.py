@@ -112,7 +112,7 @@ def test_a_row_is_the_mean_of_its_cells_and_baselines_stand_beside(found: Compar
     of_cells = [value for mode, arm, _, _, value in found.cells if (mode, arm) == ("full", "region")]
     assert row.value == pytest.approx(np.mean(of_cells))
     scores = make_answer(Cell("region", 0, "g0@x", "full", 3), 2.0).scores[MODEL]
-    assert of_cells[0] == pytest.approx(within_site_auroc(scores.values, scores.is_case, scores.sites))
+    assert of_cells[0] == pytest.approx(within_site_auroc(scores.values, scores.truth, scores.sites))
     site = next(row for row in found.rows if row.arm == "site alone")
     assert (site.mode, site.value) == ("baseline", 0.5)
 
@@ -135,7 +135,7 @@ def test_cells_scored_on_different_subjects_are_refused() -> None:
     answers = make_answers(config, dict.fromkeys(arms_of(config), 1.0))
     last = [*answers][-1]
     scores = answers[last].scores[MODEL]
-    other = Scores(("x", *scores.subjects[1:]), scores.values, scores.is_case, scores.sites)
+    other = Scores(("x", *scores.subjects[1:]), scores.values, scores.truth, scores.sites)
     with pytest.raises(FinetuneError, match="scored on other subjects than the first cell"):
         readings(answers | {last: Answer({MODEL: other}, 0)}, last.mode)
 
@@ -160,10 +160,3 @@ def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_writt
     monkeypatch.setattr(cells, "open_set", lambda location: SimpleNamespace(fingerprint="22"))
     with pytest.raises(FinetuneError, match=r"\(callosum.set_fingerprint 11, now 22, callosum.backbone_output"):
         is_finished(store, run)
-
-
-def test_scores_that_older_code_wrote_with_a_comma_too_many_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "metrics.json").write_text(json.dumps({"models": {MODEL: {"threshold": 0}}, "overlap": []}))
-    (tmp_path / "scores.csv").write_text(f"classifier,subject,site,is_case,score\n{MODEL},s1,York, UK,1,0.5\n")
-    with pytest.raises(FinetuneError, match=r"scores.csv: older code did not quote a comma"):
-        read_answer(LocalStore(tmp_path))
