@@ -22,7 +22,7 @@ from data_sharding.phantoms.study import PhantomConfig, write_phantom
 from data_sharding.read.reader import ShardSet, open_set
 from data_sharding.write.build import build
 from finetune.backbone import fetch_backbone
-from finetune.compare import __main__ as compare
+from finetune.compare import planning as compare
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from finetune.errors import FinetuneError
 from finetune.planning import plan, validate

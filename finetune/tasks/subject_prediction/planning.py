@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from training.engine.engines import checkpoint_bytes
-
 from brain_models.bundle import Bundle
 from brain_models.errors import BundleError
 from cluster.errors import StorageError
@@ -19,6 +17,7 @@ from finetune.tasks import parse_task
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, read_labels
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS, VALUE_METRICS
 from finetune.tasks.subject_prediction.study import Config, SubjectStudy
+from training.engine.engines import checkpoint_bytes
 from training.errors import RegistryError
 from training.statistics import Metric
 from training.task import Task

@@ -14,7 +14,7 @@ from cluster.storage.stores import LocalStore
 from configs.entry import compose
 from configs.parse import parse
 from finetune.compare import cells
-from finetune.compare.cells import Answer, Cell, arms_of, cell_config, cells_of, is_finished, read_answer, readings
+from finetune.compare.cells import Answer, Cell, arms_of, cell_config, cells_of, is_finished, readings
 from finetune.compare.comparison import Comparison, as_markdown, compare
 from finetune.compare.comparison_figure import draw
 from finetune.compare.planning import pair_problems
