@@ -116,10 +116,10 @@ def pull(model: str, folder: Path, *, uri: str | None) -> Path:
         raise RegistryError(
             f"{location} cannot be read from {uri} ({error}); 'python -m training.runs {uri}' lists what is registered"
         ) from error
-    bundle = local / "artifacts" / "bundle"
-    if not bundle.exists():
+    bundle = next((path.parent for path in (local / "artifacts").glob("*/model.yaml")), None)
+    if bundle is None:
         raise RegistryError(
-            f"{location} holds no bundle (no artifacts/bundle in it); name a model that this project registered"
+            f"{location} holds no bundle (no model.yaml in its artifacts); name a model that this project registered"
         )
     return bundle
 

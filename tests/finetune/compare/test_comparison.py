@@ -75,11 +75,11 @@ def test_a_cell_differs_from_another_only_by_encoder_seed_mode_and_place() -> No
     assert len({cell.folder for cell in all_cells}) == len(all_cells) == 3 * 2 * 2 * 3
     assert all_cells[0].arm == "region"  # the reference is first
     run = cell_config(config, all_cells[-1])
-    assert (run.encoder, run.train.seed, run.data.seed, run.task.probe and run.task.probe.seed) == ("t1@x", 5, 5, 5)
+    assert (run.encoder, run.train.seed, run.data.seed, run.task["probe"]["seed"]) == ("t1@x", 5, 5, 5)
     assert run.run.folder == "b/cells/tube-1-full-seed5"
-    assert run.task.unfreezing.first_block_opens_at_step == 0
+    assert run.task["unfreezing"]["first_block_opens_at_step"] == 0
     probe = cell_config(config, next(cell for cell in all_cells if cell.mode == "probe"))
-    assert probe.task.unfreezing.first_block_opens_at_step == config.train.steps
+    assert probe.task["unfreezing"]["first_block_opens_at_step"] == config.train.steps
 
 
 def test_what_chooses_the_commit_of_a_cell_makes_it_another_cell_and_what_is_kept_does_not() -> None:
@@ -146,7 +146,7 @@ def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_writt
     (tmp_path / "golden.npy").write_bytes(b"one")
     config = make_config(encoders=f"[{tmp_path},b@x]")
     run = cell_config(config, cells_of(config)[0])
-    monkeypatch.setattr(cells, "open_set", lambda location: SimpleNamespace(fingerprint="11"))
+    monkeypatch.setattr(cells, "open_set", lambda location, split: SimpleNamespace(fingerprint="11"))
     made_of = {"callosum.set_fingerprint": "11", "callosum.backbone_output": file_sha256(tmp_path / "golden.npy")}
     lineage = {"config hash": config_hash(identity(run)), **made_of}
     (tmp_path / "metrics.json").write_text(json.dumps({"lineage": lineage}))
@@ -157,6 +157,6 @@ def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_writt
     (tmp_path / "golden.npy").write_bytes(b"other")
     with pytest.raises(FinetuneError, match=r"written anew \(callosum.backbone_output 7692c3ad3540, now d9298a10d1b0"):
         is_finished(store, run)
-    monkeypatch.setattr(cells, "open_set", lambda location: SimpleNamespace(fingerprint="22"))
+    monkeypatch.setattr(cells, "open_set", lambda location, split: SimpleNamespace(fingerprint="22"))
     with pytest.raises(FinetuneError, match=r"\(callosum.set_fingerprint 11, now 22, callosum.backbone_output"):
         is_finished(store, run)
