@@ -46,8 +46,8 @@ def read(row: Row, config: EncoderConfig, stems: Stems) -> ScanInput:
 
 def compute(encoder: BrainEncoder, config: EncoderConfig, scan: ScanInput) -> Float[Tensor, "1 width"]:
     """Returns the scan's embedding: its mean token over all whole windows."""
-    arguments = (scan.values, scan.is_measured, scan.repetition_time_s)
-    return encoder.embed(*arguments, name=scan.stem, window_frames=scan.window_frames)
+    means = [tokens.mean(dim=1) for tokens in _windows(encoder, scan)]
+    return sum(means, torch.zeros_like(means[0])) / len(means)
 
 
 def answer(config: EncoderConfig, outputs: Float[Tensor, "row width"]) -> dict[str, np.ndarray]:
@@ -57,13 +57,19 @@ def answer(config: EncoderConfig, outputs: Float[Tensor, "row width"]) -> dict[s
 
 def embed_scan(encoder: BrainEncoder, stem: StemSpec, scan: ScanInput) -> ScanEmbedding:
     """Returns all that the encoder says of a scan."""
-    arguments = (scan.values, scan.is_measured, scan.repetition_time_s)
-    tokens = torch.cat(list(encoder.windows(*arguments, name=scan.stem, window_frames=scan.window_frames)))
+    tokens = torch.cat(list(_windows(encoder, scan)))
     by_patch = rearrange(
         tokens, "window (tubelet patch) width -> window tubelet patch width", patch=stem.layout.num_patches
     ).mean(dim=(0, 1))
     names, weights = _region_weights(stem)
     return ScanEmbedding(tokens, weights @ by_patch, names, tokens.mean(dim=(0, 1)))
+
+
+def _windows(encoder: BrainEncoder, scan: ScanInput) -> Iterator[Float[Tensor, "1 token width"]]:
+    """Yields the tokens of each whole window in turn; a T1 is one window of one frame."""
+    for first in range(0, scan.values.shape[1] - scan.window_frames + 1, scan.window_frames):
+        frames = scan.values[:, first : first + scan.window_frames]
+        yield encoder.encode_windows(frames, scan.is_measured, scan.repetition_time_s, scan.stem)
 
 
 def _region_weights(stem: StemSpec) -> tuple[list[str], Float[Tensor, "region patch"]]:

@@ -5,7 +5,7 @@ depend on a layout. Knows no task, no loss and no data set.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -196,36 +196,6 @@ class BrainEncoder(nn.Module):
         features = self.stem(name).features(values, is_measured)
         num_tubelets = values.shape[1] // self.stem(name).tubelet_frames
         return self(features, self.positions(name, num_tubelets, repetition_time_s), name)
-
-    def windows(
-        self,
-        values: Float[Tensor, "batch time voxel"],
-        is_measured: Bool[Tensor, "batch voxel"],
-        repetition_time_s: Float[Tensor, "batch"],
-        *,
-        name: StemName,
-        window_frames: int,
-    ) -> Iterator[Float[Tensor, "batch token width"]]:
-        """Yields the tokens of each whole window in turn; a T1 is one window of one frame."""
-        for first in range(0, values.shape[1] - window_frames + 1, window_frames):
-            frames = values[:, first : first + window_frames]
-            yield self.encode_windows(frames, is_measured, repetition_time_s, name)
-
-    def embed(
-        self,
-        values: Float[Tensor, "batch time voxel"],
-        is_measured: Bool[Tensor, "batch voxel"],
-        repetition_time_s: Float[Tensor, "batch"],
-        *,
-        name: StemName,
-        window_frames: int,
-    ) -> Float[Tensor, "batch width"]:
-        """Returns each scan's mean token over all whole windows."""
-        windows = self.windows(values, is_measured, repetition_time_s, name=name, window_frames=window_frames)
-        sums = torch.zeros(len(values), self.config.width, device=values.device)
-        for tokens in windows:
-            sums += tokens.mean(dim=1)
-        return sums / (values.shape[1] // window_frames)
 
 
 class PatchDecoder(nn.Module):
