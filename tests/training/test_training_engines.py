@@ -35,6 +35,7 @@ def run_launches(folder: Path, launches: list[tuple[list[dict], int]], *, timeou
     path = folder / f"launches-{len(list(folder.glob('launches-*.json')))}.json"
     path.write_text(json.dumps([{"jobs": jobs, "num_ranks": num_ranks} for jobs, num_ranks in launches]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = str(WORKER.parents[1])  # else tests/cluster would stand for cluster
     subprocess.run([sys.executable, str(WORKER), str(path)], env=environment, check=True, timeout=timeout_s)
     return json.loads(path.with_suffix(".codes").read_text())
 
