@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import sqlite3
@@ -89,28 +90,50 @@ class Cluster:
         return digests
 
 
+def steps_of(text: str) -> list[int]:
+    """The steps of a log, in the order they were done."""
+    return [int(step) for step in re.findall(rf"^step (\d+)/{STEPS}  loss", text, flags=re.MULTILINE)]
+
+
 def num_repeated(text: str) -> int:
     """How many steps of a log were done more than once."""
-    done = Counter(int(step) for step in re.findall(rf"^step (\d+)/{STEPS}  loss", text, flags=re.MULTILINE))
-    return sum(count - 1 for count in done.values())
+    return len(steps_of(text)) - len(set(steps_of(text)))
 
 
-def wait_for_commit(cluster: Cluster, job: Job, number: int) -> None:
-    """Returns once the run has so many commits and works on the next."""
+def resumptions(text: str) -> list[tuple[int, int]]:
+    """Where the steps of a log fall back: the last one before, and the commit's step that was resumed from."""
+    return [(before, after - 1) for before, after in itertools.pairwise(steps_of(text)) if after <= before]
+
+
+def wait_for_commit(cluster: Cluster, job: Job, number: int) -> int:
+    """The step of the newest commit, once the run has so many of them."""
     step, run = SAVES[number - 1], job.name.rpartition("-")[0]
     pattern = f"checkpoints/step-{step:08d}-*/COMMIT.json"
     job.wait_until(lambda: any(cluster.run_folder(run).glob(pattern)), f"commit of step {step}")
+    return newest_commit(cluster, run)
+
+
+def newest_commit(cluster: Cluster, run: str) -> int:
+    """The step of the run's newest commit."""
+    return max(json.loads(path.read_text())["step"] for path in cluster.run_folder(run).glob("*/*/COMMIT.json"))
+
+
+def assert_resumed_from(committed: int, text: str) -> None:
+    """No attempt of a log resumed from an older commit than the one that existed when the fault struck."""
+    assert all(commit >= committed for _, commit in resumptions(text)), (committed, resumptions(text))
 
 
 def assert_as_undisturbed(cluster: Cluster, run: str, *logs: str, rel: float = 0.0) -> None:
     """The samples and losses of the run 'undisturbed', every step recorded once, here and on the server, every commit
-    whole, and no more than an interval repeated."""
+    whole, and no attempt resumed from further back than an interval, however slow the machine is."""
     assert cluster.losses(run) == pytest.approx(cluster.losses("undisturbed"), rel=rel, abs=0)
     samples, expected = cluster.samples(run), cluster.samples("undisturbed")
     assert list(expected) == list(SAVES)
     assert {step: samples.get(step) for step in SAVES} == expected
     assert len(set(samples.values())) == len(samples)
-    assert num_repeated("".join(logs)) <= INTERVAL
+    for before, commit in (fallback for log in logs for fallback in resumptions(log)):
+        assert commit in SAVES
+        assert before - commit <= INTERVAL
     tracked = cluster.tracked(run)
     assert set(tracked.values()) == {1}
     assert tracked.keys() == cluster.rows(run).keys()

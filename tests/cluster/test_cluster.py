@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 from cluster_network import MLFLOW_PASSWORD, network, small_disk, why_not
-from cluster_runs import SAVES, STEPS, TRACKING, Cluster, assert_as_undisturbed, num_repeated, wait_for_commit
+from cluster_runs import (
+    SAVES,
+    STEPS,
+    TRACKING,
+    Cluster,
+    assert_as_undisturbed,
+    assert_resumed_from,
+    newest_commit,
+    num_repeated,
+    steps_of,
+    wait_for_commit,
+)
 from s3_servers import BUCKET, SECRET_KEY
 
 from configs.entry import compose
@@ -105,7 +116,7 @@ def test_a_run_that_meets_one_fault_after_another_ends_as_an_undisturbed_one(
     record_property("fault", "a worker killed, a cable pulled for 20 s, both servers killed, SIGTERM of the driver")
     settings = ("train.tracking.drain_s=5", "cluster.collective_timeout_s=60")
     job = cluster.pretrain("unlucky", *settings)
-    wait_for_commit(cluster, job, 1)
+    committed = wait_for_commit(cluster, job, 1)
     began_at = time.monotonic()
     kill_worker(cluster)
     wait_for_commit(cluster, job, 2)
@@ -118,11 +129,14 @@ def test_a_run_that_meets_one_fault_after_another_ends_as_an_undisturbed_one(
     wait_for_commit(cluster, job, 4)
     end_driver(cluster)
     assert job.wait() != 0
+    saved = newest_commit(cluster, "unlucky")
     cluster.net.start_mlflow()
     cluster.net.wait_for_servers()
     again = cluster.pretrain("unlucky", *settings, attempt=2).succeeded()
     record_property("recovery_s", time.monotonic() - began_at)
-    assert_as_undisturbed(cluster, "unlucky", job.text, again)  # an interval once: only the first fault costs steps
+    assert_resumed_from(committed, job.text)
+    assert steps_of(again) == list(range(saved + 1, STEPS + 1))
+    assert_as_undisturbed(cluster, "unlucky", job.text, again)
 
 
 @pytest.mark.injected
@@ -177,11 +191,12 @@ def test_what_a_run_waits_for_or_starts_again_after_changes_no_bit_of_it(
 ) -> None:
     record_property("fault", fault)
     job = cluster.pretrain(run)
-    wait_for_commit(cluster, job, 2)
+    committed = wait_for_commit(cluster, job, 2)
     began_at = time.monotonic()
     happen(cluster)
     text = job.succeeded()
     record_property("recovery_s", time.monotonic() - began_at)
+    assert_resumed_from(committed, text)
     assert_as_undisturbed(cluster, run, text)
 
 
@@ -193,7 +208,7 @@ def test_where_fewer_workers_are_allowed_a_run_goes_on_without_a_lost_node(
     record_property("fault", f"a node {loss} for good, min_workers=1")
     run = f"fewer-{loss[:3]}"
     job = cluster.pretrain(run, "cluster.min_workers=1")
-    wait_for_commit(cluster, job, 2)
+    committed = wait_for_commit(cluster, job, 2)
     lost_at = time.monotonic()
     if loss == "killed":
         cluster.net.lose_node("b")
@@ -207,6 +222,7 @@ def test_where_fewer_workers_are_allowed_a_run_goes_on_without_a_lost_node(
             cluster.net.lose_node("b")
         cluster.net.start_node("b")
         cluster.net.wait_for_nodes()
+    assert_resumed_from(committed, text)
     # The same samples and hidden tokens, so the same losses up to rounding: neighbouring steps differ by far more.
     assert_as_undisturbed(cluster, run, text, rel=1e-4)
     assert cluster.losses(run)[1:] != pytest.approx(undisturbed[:-1], rel=1e-2)
@@ -252,7 +268,7 @@ def test_a_run_leaves_a_node_that_announces_its_end_without_repeating_a_step(
         cluster.net.lose_node("b")
         cluster.net.start_node("b")
         cluster.net.wait_for_nodes()
-    assert re.search(r"stopped .* the announced end of node \w+.*going on on other nodes", text), text
+    assert re.search(r"stopped .* the announced end of node \w+.*resuming on other nodes", text), text
     assert num_repeated(text) == 0
     assert_as_undisturbed(cluster, "drained", text)
 

@@ -128,7 +128,7 @@ def test_workers_whose_node_announces_its_end_start_again_however_few_failures_a
         )
         found = run_on_workers(stop_when_asked, {"attempts": str(attempts)}, cluster=cluster, name="leaving")
     assert found == f"the announced end of node {node[:12]}"
-    assert "run the same command again; going on on other nodes" in capsys.readouterr().err
+    assert "run the same command again; resuming on other nodes" in capsys.readouterr().err
 
 
 def test_a_call_that_ray_fails_is_followed_by_the_next() -> None:
