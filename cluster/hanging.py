@@ -1,7 +1,7 @@
-"""Where every rank of a run is, when one of them has not come to its next step for too long.
+"""Shows where every rank of a run is when one of them has not started its next step for too long.
 
-Promise: a rank that is stopped, or stuck in a call, is shown as well: stacks are read from outside. Ends no process:
-the collectives of the other ranks give up by themselves. Knows not what ranks do.
+Promise: a rank that is suspended, or stuck in a call, is shown as well, because stacks are read from outside. Ends no
+process: the collectives of the other ranks time out by themselves. Does not know what ranks do.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import psutil
 
-# Of the time after which collectives give up and ranks are killed: there must be some left to read the stacks in.
+# Of the time after which collectives time out and ranks are killed: enough must be left to read the stacks.
 REPORT_AT_SHARE = 0.7
 READ_TIMEOUT_S = 10.0
 
 
 class Heartbeat:
-    """When this process last came to a step, before the first one nothing is expected of it; and the name of the last
-    work it saved for good."""
+    """When this process last started a step, and the name of the last work it saved for good. Before the first step
+    nothing is expected of it."""
 
     def __init__(self) -> None:
         self.last: float | None = None
@@ -33,8 +33,8 @@ class Heartbeat:
         self.last = time.monotonic()
         self.first_at = self.first_at or time.time()
 
-    def rest(self) -> None:
-        """No step is to come."""
+    def stop(self) -> None:
+        """From now on no step is expected."""
         self.last = None
 
     def silent_s(self) -> float:
@@ -45,8 +45,8 @@ HEARTBEAT = Heartbeat()  # of this process
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where a rank is."""
+class RankProcess:
+    """The process of a rank, and the node it is on."""
 
     rank: int
     world_size: int
@@ -69,7 +69,7 @@ def stacks_of(pid: int) -> str:
     if command is None:
         return f"{state}; its stacks cannot be read: py-spy is not installed on this node"
     try:
-        # Without stopping it, because waiting for a process that is stopped already would take for ever.
+        # Without suspending it: to wait for a process that is suspended already would take for ever.
         read = subprocess.run(
             [command, "dump", "--nonblocking", "--pid", str(pid)],
             capture_output=True,

@@ -31,7 +31,7 @@ NODE_TIMEOUT_S = 300.0
 NUM_CLOCK_READS = 3
 LINK_TIMEOUT_S = 120.0
 TRACKING_TIMEOUT_S = 20.0
-NO_SIGN_S = 20.0  # several rounds of an autoscaler
+NO_NODE_S = 20.0  # several rounds of an autoscaler
 WAIT_POLL_S = 1.0
 
 
@@ -112,7 +112,7 @@ def wait_for_nodes(cluster: ClusterConfig) -> None:
                 print(f"waiting at most {cluster.start_timeout_s:.0f} s for nodes, if any are coming", flush=True)
             if last_sign_at is None or are_nodes_coming():
                 last_sign_at = time.monotonic()
-            if time.monotonic() - last_sign_at > NO_SIGN_S:
+            if time.monotonic() - last_sign_at > NO_NODE_S:
                 break
             time.sleep(WAIT_POLL_S)
     finally:
@@ -148,8 +148,8 @@ def are_nodes_coming() -> bool:
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
     if status.pending_launches or status.pending_nodes:
         return True
-    said = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
-    return bool(said.get("pending_launches") or said.get("pending_nodes"))
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
+    return bool(report.get("pending_launches") or report.get("pending_nodes"))
 
 
 def alive_nodes() -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """The first reason somebody gave."""
+    """The first reason to stop that was given, if any."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -25,8 +25,8 @@ class StopRequest:
     def ask(self, reason: str) -> None:
         self.reason = self.reason or reason
 
-    def take_back(self) -> None:
-        """It was obeyed."""
+    def clear(self) -> None:
+        """To be called once the request was obeyed."""
         self.reason = None
 
 
@@ -35,19 +35,19 @@ REQUEST = StopRequest()  # of this process
 
 @contextlib.contextmanager
 def listening(ask: Callable[[str], None]) -> Iterator[None]:
-    """For the length of the block a signal asks to stop instead of ending the process, which a second Ctrl-C ends; only
-    the main thread can hear signals, elsewhere nothing changes."""
+    """Within the block a signal asks to stop instead of ending the process; a second Ctrl-C ends it. Only the main
+    thread receives signals: in any other thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def heard(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         ask(signal.Signals(number).name)
         if number == signal.SIGINT:
             print("\nstopping after the step under way; Ctrl-C again ends at once", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, heard) for number in SIGNALS}
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         yield
     finally:

@@ -263,7 +263,7 @@ async def print_log(client: JobSubmissionClient, submission_id: str) -> None:
             return
         except (RuntimeError, OSError, ClientError) as error:
             if isinstance(error, TimeoutError) and answers(client, submission_id):
-                continue  # nothing was said; or this connection died without a word
+                continue  # nothing was printed, or this connection is dead
             lost_at = lost_at or time.monotonic()
             give_up_in_time(lost_at, error, submission_id)
             await asyncio.sleep(POLL_S)

@@ -92,13 +92,13 @@ def _parse_value(raw: Any, hint: Any, *, key: str, problems: list[str]) -> Any:
         return float(raw)
     if hint is Any or (isinstance(raw, hint) and raw != "" and not (hint in (int, float) and isinstance(raw, bool))):
         return raw
-    told = _as_text(key, raw) if hint is str else ""
-    problems.append(f"{key}: expected {_type_name(hint)}, got {raw!r} ({type(raw).__name__}){told}")
+    advice = _as_text(key, raw) if hint is str else ""
+    problems.append(f"{key}: expected {_type_name(hint)}, got {raw!r} ({type(raw).__name__}){advice}")
     return None
 
 
 def _as_text(key: str, raw: Any) -> str:
-    """How to give a value that was read as something else than text."""
+    """How to write a value as text that YAML reads as something else."""
     name, bracket, _ = key.partition("[")
     if raw == "":
         return f"; give {name}=<str>"

@@ -153,7 +153,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
                 raise stopped(run, done)
         run.tracing.finish(config.steps)
         result = finish(run, started)
-    HEARTBEAT.rest()  # no step is to come, however long reports, baselines and registration take
+    HEARTBEAT.stop()  # no step is to come, however long reports, baselines and registration take
     result.mlflow_run_id = run.tracker.run_id  # known for sure once the tracker is closed
     return result
 
@@ -212,7 +212,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
         checkpoints.wait()  # every rank stops here: what was saved before is still worth committing
         raise
     finally:
-        REQUEST.take_back()
+        REQUEST.clear()
         tracker.close(ending)
         source.close()
     run.engine.close()

@@ -53,8 +53,8 @@ def bind_collectives(is_single_node: bool) -> None:
 
 
 def limit_every_group(timeout_s: float) -> None:
-    """Give the groups made later in this process the timeout of the first one: DeepSpeed makes its own, and names no
-    timeout, so that its reductions would wait 30 minutes for a rank that hangs."""
+    """Give the groups made later in this process the timeout of the first one: DeepSpeed makes its own without a
+    timeout, so its reductions would wait 30 minutes for a rank that hangs."""
     import torch.distributed.distributed_c10d as groups
 
     groups.default_pg_timeout = groups.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
@@ -69,7 +69,7 @@ class BoundTorchBackend(_TorchBackend):
         super().on_start(worker_group, config)
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
-        # A rank that hangs does not answer, and all are killed right after; Ray would wait 30 s, and then 5 s more.
+        # A rank that hangs does not answer, and all are killed right after; Ray would wait 35 s.
         os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, "1")
         super().on_shutdown(worker_group, backend_config)
         workers = cast(WorkerGroup, worker_group).get_workers()
@@ -89,8 +89,8 @@ class BoundTorchConfig(TorchConfig):
 
 
 class PatientFailurePolicy(DefaultFailurePolicy):
-    """Ray's own policy, except that an error that would only come again is final, and that failures count anew once
-    work was saved after the last of them: a run of weeks outlives any number of lost nodes."""
+    """Ray's own policy, except that a user error is final, and that the count of failures starts again once work was
+    saved after the last one: a run of weeks outlives any number of lost nodes."""
 
     def __init__(self, failure_config: FailureConfig, last_saved: Callable[[], str | None]) -> None:
         super().__init__(failure_config)
@@ -109,17 +109,17 @@ class PatientFailurePolicy(DefaultFailurePolicy):
 
 
 class BoundTorchTrainer(TorchTrainer):
-    """TorchTrainer with the policy above, and without two helpers that cost seconds at every start: the actor
-    that frees workers of a controller that died (one more import of torch; it asks a dashboard that an embedded Ray has
-    not, complains every second, and the end of the job frees them anyway), and the one that hands out Ray Data sets, of
-    which there are none."""
+    """TorchTrainer with the policy above, and without two helpers that cost seconds at every start: the actor that
+    frees the workers of a dead controller (it imports torch again and asks a dashboard that an embedded Ray does not
+    have, and the end of the job frees them anyway), and the actor that hands out Ray Data sets, of which there are
+    none."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # TorchTrainer is V1 or V2, by environment
         return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback | DatasetsCallback)]
 
     def _register_sigint_handler(self, controller: object) -> None:
-        """Leaves Ctrl-C to cluster.stopping: Ray would abort without a word, and without saving."""
+        """Leave Ctrl-C to cluster.stopping: Ray would abort at once, without saving."""
 
     def _initialize_and_run_controller(self, **settings: object) -> Result:
         outcome = self.train_loop_config["outcome"]  # type: ignore[attr-defined]

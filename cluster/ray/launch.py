@@ -1,6 +1,6 @@
 """Run a function on the workers of a cluster: in this process, on an embedded Ray, or on a running one.
 
-Knows nothing about what the function does. The only module that asks where Ray is (RAY_ADDRESS).
+Does not know what the function does. The only module that reads where Ray is (RAY_ADDRESS).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import psutil
 from brain_models.errors import UserError
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, is_final
-from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, Seat, stacks_of
+from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, RankProcess, stacks_of
 from cluster.ray.outcome import Outcome, StartStamps, relayed
 from cluster.stopping import REQUEST, listening
 
@@ -48,8 +48,8 @@ RAY_TRAIN_ENVIRONMENT = {
 
 @contextmanager
 def ray_session(cluster: ClusterConfig) -> Iterator[None]:
-    """A connected Ray for the length of the block: embedded for kind=local, attached for kind=ray or when RAY_ADDRESS
-    is set (as it is inside a Ray job), none for kind=inline. One that is connected already is used and left running."""
+    """Within the block Ray is connected: embedded for kind=local, attached for kind=ray or when RAY_ADDRESS is set (as
+    it is inside a Ray job), none for kind=inline. A Ray that is connected already is used and left running."""
     if cluster.kind == "inline":
         yield
         return
@@ -116,13 +116,12 @@ def run_on_workers(
 ) -> Result:
     """What `function(config)` returned on rank 0, after every worker finished.
 
-    Inside `function` a worker finds its place through torch.distributed (initialised when there are workers). An error
-    of one of our classes ends the run and is raised here as itself; any other failure (a worker or a node died, a
-    collective gave up, a store was away for too long) restarts all workers, up to `max_failures` times without work
-    saved in between, and `function` is expected to go on from its own last commit. So do workers that stopped because
-    the end of a node of theirs was announced, however often, on other nodes. They wait `start_timeout_s` for a lost
-    node's successor; where `min_workers` is given, they go on with the workers there are. The death of this process
-    ends the run.
+    Inside `function` a worker learns its rank from torch.distributed (initialised when there are workers). A user error
+    ends the run and is raised here as itself. Any other failure (a worker or a node died, a collective timed out, a
+    store was away for too long) restarts all workers, up to `max_failures` times without work saved in between, and
+    `function` is expected to resume from its own last commit. Workers that stopped because the end of one of their
+    nodes was announced are restarted on other nodes, however often. A restart waits `start_timeout_s` for a lost node's
+    successor, or runs with fewer workers where `min_workers` is given. The death of this process ends the run.
     """
     if cluster.kind == "inline":
         return function(config)
@@ -131,11 +130,11 @@ def run_on_workers(
             try:
                 return _run_on_ray(function, config, cluster, name)
             except _NodeLeavesError as leaves:
-                print(f"{leaves.error}; going on on other nodes", file=sys.stderr, flush=True)
+                print(f"{leaves.error}; resuming on other nodes", file=sys.stderr, flush=True)
 
 
 class _NodeLeavesError(Exception):
-    """Workers have stopped because one of their nodes is about to go, and for no other reason."""
+    """Workers have stopped because one of their nodes is about to leave, and for no other reason."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
@@ -144,8 +143,8 @@ class _NodeLeavesError(Exception):
 
 @contextmanager
 def _repeating(action: Callable[[], None], name: str, *, every_s: float) -> Iterator[None]:
-    """Call `action` from a thread for the length of the block, and once more at its end; a call that Ray fails is made
-    up for by the next one, else a moment without network would make this process deaf for the rest of the run."""
+    """Call `action` from a thread within the block, and once more at its end. A call that fails in Ray is made up for
+    by the next one; otherwise a moment without network would stop the thread for the rest of the run."""
     from ray.exceptions import RayError
 
     is_over = threading.Event()
@@ -169,7 +168,7 @@ def _repeating(action: Callable[[], None], name: str, *, every_s: float) -> Iter
 
 
 def _relay(outcome: Any) -> None:
-    """Print what rank 0 said; pass on that this process, where signals arrive, was asked to stop."""
+    """Print what rank 0 printed; pass on that this process, which receives the signals, was asked to stop."""
     import ray
 
     for is_error, text in ray.get(outcome.take_texts.remote()):
@@ -179,35 +178,35 @@ def _relay(outcome: Any) -> None:
 
 
 def _watch(outcome: Any) -> None:
-    """Ask to stop when the cluster announces that it will take a worker's node away; show where ranks hang."""
+    """Ask to stop when the cluster announces that the node of a worker will leave; show where ranks hang."""
     import ray
 
-    seats = ray.get(outcome.taken_seats.remote())
-    leaving = ray._private.state.state.get_draining_nodes().keys() & {seat.node for seat in seats}
+    processes = ray.get(outcome.rank_processes.remote())
+    leaving = ray._private.state.state.get_draining_nodes().keys() & {process.node for process in processes}
     if leaving:
         outcome.ask_to_stop.remote(f"{LEAVING} {min(leaving)[:12]}")
-    if (silence := ray.get(outcome.take_silence.remote())) is not None:
-        print(f"{silence}; where every rank is:", file=sys.stderr)
-        for seat, stacks in _read_stacks(seats):
-            print(f"--- {seat}: {stacks}", file=sys.stderr, flush=True)
+    if (hang := ray.get(outcome.take_hang.remote())) is not None:
+        print(f"{hang}; where every rank is:", file=sys.stderr)
+        for process, stacks in _read_stacks(processes):
+            print(f"--- {process}: {stacks}", file=sys.stderr, flush=True)
 
 
-def _read_stacks(seats: list[Seat]) -> Iterator[tuple[Seat, str]]:
-    """The stacks of every rank, read on its own node; of a node that does not answer, that it does not."""
+def _read_stacks(processes: list[RankProcess]) -> Iterator[tuple[RankProcess, str]]:
+    """The stacks of every rank, read on its own node, or that the node does not answer."""
     import ray
 
     task: Any = ray.remote(num_cpus=0, max_retries=0)(stacks_of)
-    pending = [task.options(label_selector=_on_node(seat.node)).remote(seat.pid) for seat in seats]
+    pending = [task.options(label_selector=_on_node(each.node)).remote(each.pid) for each in processes]
     deadline = time.monotonic() + 2 * READ_TIMEOUT_S
-    for seat, stacks in zip(seats, pending, strict=True):
+    for process, stacks in zip(processes, pending, strict=True):
         try:
-            yield seat, ray.get(stacks, timeout=max(0.0, deadline - time.monotonic()))
+            yield process, ray.get(stacks, timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.RayError as error:
-            yield seat, f"its node does not answer ({type(error).__name__})"
+            yield process, f"its node does not answer ({type(error).__name__})"
 
 
 def _on_node(node: str) -> dict[str, str]:
-    """A label selector that only this node fits."""
+    """A label selector that matches only this node."""
     return {"ray.io/node-id": node}
 
 
@@ -246,7 +245,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
         failed = error
     finally:
         is_asked = REQUEST.reason is not None
-        REQUEST.take_back()
+        REQUEST.clear()
     final: BaseException | None = ray.get(outcome.first_error.remote())
     if final is not None:
         reason = ray.get(outcome.stop_reason.remote()) or ""
@@ -260,7 +259,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
 
 
 def _trainer(job: dict[str, Any], cluster: ClusterConfig, name: str) -> Any:
-    """What starts the workers, and starts them again after failures that a restart may cure."""
+    """The trainer that starts the workers, and restarts them after failures that a restart may cure."""
     import ray.train
     from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
@@ -287,8 +286,8 @@ def _trainer(job: dict[str, Any], cluster: ClusterConfig, name: str) -> Any:
 
 
 def _start_timeout_s(cluster: ClusterConfig) -> float:
-    """How long a group of workers may wait for its places. With `min_workers` Ray Train counts the places there are
-    before it asks for them, and again when they did not come: it may have counted a node that is lost already."""
+    """How long a group of workers may wait for its resources. With `min_workers` Ray Train counts what is free before
+    it asks, and again when it did not get it: it may have counted a node that is lost already."""
     if cluster.min_workers is None:
         return cluster.start_timeout_s
     return min(cluster.start_timeout_s, ELASTIC_START_TIMEOUT_S)
@@ -301,28 +300,28 @@ def _on_worker(job: dict[str, Any]) -> None:
 
     outcome = job["outcome"]
     if ray.get(outcome.first_error.remote()) is not None:
-        return  # Ray Train heard of what this error did to another rank before it heard of the error
+        return  # Ray Train saw what this error did to another rank before it saw the error
     if job["folder"] is not None:
         os.chdir(job["folder"])
     torch.set_num_threads(job["num_threads"])
-    seat = _own_seat()
-    ray.get(outcome.add_seat.remote(seat))
-    is_main = seat.rank == 0
+    process = _own_process()
+    ray.get(outcome.add_process.remote(process))
+    is_main = process.rank == 0
     start = StartStamps(job["started_at"], job["launched_at"], time.time())
 
-    def hear() -> None:
+    def report() -> None:
         if (reason := ray.get(outcome.stop_reason.remote())) is not None:
             REQUEST.ask(reason)
         if is_main and HEARTBEAT.first_at is not None:
-            start.tell(HEARTBEAT.first_at)
+            start.print_once(HEARTBEAT.first_at)
         if HEARTBEAT.saved is not None:
             outcome.add_saved.remote(HEARTBEAT.saved)
         if (silent_s := HEARTBEAT.silent_s()) > job["report_after_s"]:
-            outcome.add_silence.remote(f"{seat} has come to no step for {silent_s:.0f} s")
+            outcome.add_hang.remote(f"{process} has started no step for {silent_s:.0f} s")
 
     try:
         with (
-            _repeating(hear, "hear", every_s=RELAY_INTERVAL_S),
+            _repeating(report, "report", every_s=RELAY_INTERVAL_S),
             relayed(outcome, is_terminal=job["is_terminal"]) if is_main else nullcontext(),
         ):
             result = job["function"](job["config"])
@@ -331,15 +330,15 @@ def _on_worker(job: dict[str, Any]) -> None:
             ray.get(outcome.add_error.remote(error))
         raise
     finally:
-        HEARTBEAT.rest()
+        HEARTBEAT.stop()
     if is_main:
         ray.get(outcome.add_result.remote(result))
 
 
-def _own_seat() -> Seat:
+def _own_process() -> RankProcess:
     import ray
     import ray.train
 
     context = ray.train.get_context()
     node = ray.get_runtime_context().get_node_id()
-    return Seat(context.get_world_rank(), context.get_world_size(), node, socket.gethostname(), os.getpid())
+    return RankProcess(context.get_world_rank(), context.get_world_size(), node, socket.gethostname(), os.getpid())

@@ -1,6 +1,6 @@
-"""What workers tell the driver of a run: results, errors, what rank 0 prints, where ranks are and whether they hang.
+"""What workers report to the driver: results, errors, what rank 0 prints, where ranks are and whether they hang.
 
-Knows nothing of how workers are started.
+Does not know how workers are started.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.hanging import Seat
+from cluster.hanging import RankProcess
 from cluster.stopping import StopRequest
 
 
 @dataclass
 class Outcome:
-    """Kept in one small actor: what rank 0 returned, or the first of our errors any worker raised."""
+    """An actor's state: what rank 0 returned, the first user error of any worker, and what the driver asks for."""
 
     results: list[object] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
     texts: list[tuple[bool, str]] = field(default_factory=list)  # is it stderr?, what rank 0 printed
     stop: StopRequest = field(default_factory=StopRequest)
-    seats: dict[int, Seat] = field(default_factory=dict)  # of the ranks that run now, or ran last
-    silence: str | None = None  # the first rank's of this attempt that came to no step, until it is taken
-    has_silence: bool = False
+    processes: dict[int, RankProcess] = field(default_factory=dict)  # of the ranks that run now, or ran last
+    hang: str | None = None  # the first one of this attempt, until the driver takes it
+    has_hang: bool = False
     saved: str | None = None  # the last work that a failure does not lose
 
     def add_result(self, result: object) -> None:
@@ -46,20 +46,21 @@ class Outcome:
     def stop_reason(self) -> str | None:
         return self.stop.reason
 
-    def add_seat(self, seat: Seat) -> None:
-        self.seats = {rank: other for rank, other in self.seats.items() if other.world_size == seat.world_size}
-        self.seats[seat.rank] = seat
-        self.silence, self.has_silence = None, False
+    def add_process(self, process: RankProcess) -> None:
+        """A rank that starts; ranks of an attempt of another size are forgotten."""
+        same_attempt = {rank: each for rank, each in self.processes.items() if each.world_size == process.world_size}
+        self.processes = same_attempt | {process.rank: process}
+        self.hang, self.has_hang = None, False
 
-    def taken_seats(self) -> list[Seat]:
-        return [self.seats[rank] for rank in sorted(self.seats)]
+    def rank_processes(self) -> list[RankProcess]:
+        return [self.processes[rank] for rank in sorted(self.processes)]
 
-    def add_silence(self, silence: str) -> None:
-        if not self.has_silence:
-            self.silence, self.has_silence = silence, True
+    def add_hang(self, hang: str) -> None:
+        if not self.has_hang:
+            self.hang, self.has_hang = hang, True
 
-    def take_silence(self) -> str | None:
-        taken, self.silence = self.silence, None
+    def take_hang(self) -> str | None:
+        taken, self.hang = self.hang, None
         return taken
 
     def add_saved(self, name: str) -> None:
@@ -77,7 +78,7 @@ class Outcome:
 
 
 class Relay(io.TextIOBase):
-    """A text stream of rank 0 whose lines come out at the driver, which may be another machine."""
+    """A text stream of rank 0 whose lines are printed by the driver, which may be another machine."""
 
     def __init__(self, outcome: Any, *, is_error: bool, is_terminal: bool) -> None:
         self.outcome = outcome
@@ -102,18 +103,18 @@ class Relay(io.TextIOBase):
 
 @dataclass
 class StartStamps:
-    """Where the time from a command to its first step goes; seconds since 1970, of two nodes' clocks."""
+    """How the time from a command to its first step is spent; seconds since 1970, by the clocks of two nodes."""
 
     started_at: float  # the command
-    launched_at: float  # it was composed and checked
+    launched_at: float  # composed and checked
     entered_at: float  # a worker runs our code
-    is_told: bool = False
+    is_printed: bool = False
 
-    def tell(self, first_step_at: float) -> None:
-        """Print one line, once."""
-        if self.is_told:
+    def print_once(self, first_step_at: float) -> None:
+        """Print the line, unless it was printed before."""
+        if self.is_printed:
             return
-        self.is_told = True
+        self.is_printed = True
         print(
             f"first step {first_step_at - self.started_at:.1f} s after the command: checking "
             f"{self.launched_at - self.started_at:.1f}, workers {self.entered_at - self.launched_at:.1f}, "
@@ -124,7 +125,7 @@ class StartStamps:
 
 @contextmanager
 def relayed(outcome: Any, *, is_terminal: bool) -> Iterator[None]:
-    """What this process prints goes to the driver, for the length of the block."""
+    """Within the block, what this process prints goes to the driver."""
     output = Relay(outcome, is_error=False, is_terminal=is_terminal)
     errors = Relay(outcome, is_error=True, is_terminal=False)
     with redirect_stdout(output), redirect_stderr(errors):

@@ -92,7 +92,7 @@ def test_a_good_cluster_passes_every_check_and_nothing_is_left_behind(two_nodes:
 def test_each_thing_a_cluster_lacks_is_refused_with_its_sentence(
     two_nodes: None, needs: Needs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "NO_SIGN_S", 0.0)  # no autoscaler is here to be waited for
+    monkeypatch.setattr(checks, "NO_NODE_S", 0.0)  # no autoscaler is here to be waited for
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         refusing = f"http://127.0.0.1:{closed.getsockname()[1]}"

@@ -271,7 +271,7 @@ def test_a_preempted_slurm_job_lets_its_command_save_and_ends_ray_and_leaves_not
         job.send_signal(signal.SIGTERM)
         started = time.monotonic()
         rest = job.stdout.read()
-    assert "told to end" in rest
+    assert "asked to end" in rest
     assert "SAVED" in rest
     assert job.returncode == 143
     assert time.monotonic() - started < 60
