@@ -111,9 +111,11 @@ def _by_rank(subjects: pd.DataFrame, units: dict[str, list[str]], config: SplitC
         left = [unit for unit in ranked if split_of_unit[unit] == "train"]
         for unit in _fill(units, left, missing):  # families may not fill up the share of their own stratum
             split_of_unit[unit] = split
-        found = sum(len(units[unit]) for unit in units if split_of_unit[unit] == split)
-        if found != count:
-            raise SplitError(f"families cannot be put together to exactly {count} {split} subjects; {found} would do")
+        num_subjects = sum(len(units[unit]) for unit in units if split_of_unit[unit] == split)
+        if num_subjects != count:
+            raise SplitError(
+                f"families cannot be put together to exactly {count} {split} subjects; {num_subjects} would do"
+            )
     return split_of_unit
 
 

@@ -1,4 +1,4 @@
-"""Which windows of runs with censored frames may be drawn: counted for all runs at once, laid out for one when asked.
+"""Which windows of runs with censored frames may be drawn: counts of all runs at once, the windows run by run.
 
 Knows nothing about files; an index of millions of such runs is opened in seconds.
 """
@@ -58,22 +58,22 @@ class CensoredRuns:
         return cls(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), [], 1, 0.0)
 
     def __getitem__(self, run: int) -> SlotGrids:
-        place = int(np.searchsorted(self.run, run))
+        entry = int(np.searchsorted(self.run, run))
         return SlotGrids(
-            num_frames=int(self.num_frames[place]),
-            window_frames=self._window_of(int(self.num_frames[place])),
-            censored=np.array(schema.frames_of(self.ranges[place]), dtype=np.int64),
+            num_frames=int(self.num_frames[entry]),
+            window_frames=self._window_of(int(self.num_frames[entry])),
+            censored=np.array(schema.frames_of(self.ranges[entry]), dtype=np.int64),
             max_censored_fraction=self.max_censored_fraction,
         )
 
     def __contains__(self, run: int) -> bool:
-        return len(self.places(np.array([run]))) == 1
+        return len(self.positions_in(np.array([run]))) == 1
 
-    def places(self, chosen: np.ndarray) -> np.ndarray:
+    def positions_in(self, chosen: np.ndarray) -> np.ndarray:
         """Where in `chosen` (runs) those with censored frames are."""
-        place = np.searchsorted(self.run, chosen)
-        is_inside = place < len(self.run)
-        return np.flatnonzero(is_inside)[self.run[place[is_inside]] == chosen[is_inside]]
+        entry = np.searchsorted(self.run, chosen)
+        is_inside = entry < len(self.run)
+        return np.flatnonzero(is_inside)[self.run[entry[is_inside]] == chosen[is_inside]]
 
     @property
     def num_slots(self) -> np.ndarray:
@@ -97,11 +97,11 @@ class CensoredRuns:
             for start in range(0, len(alike), RUNS_AT_ONCE):
                 some = alike[start : start + RUNS_AT_ONCE]
                 own = slice(*np.searchsorted(owner, [some[0], some[-1] + 1]))
-                place = np.searchsorted(some, owner[own])
-                is_own = some[np.minimum(place, len(some) - 1)] == owner[own]
+                entry = np.searchsorted(some, owner[own])
+                is_own = some[np.minimum(entry, len(some) - 1)] == owner[own]
                 change = np.zeros((len(some), int(num_frames) + 1), dtype=np.int32)
-                np.add.at(change, (place[is_own], first[own][is_own]), 1)
-                np.add.at(change, (place[is_own], last[own][is_own] + 1), -1)
+                np.add.at(change, (entry[is_own], first[own][is_own]), 1)
+                np.add.at(change, (entry[is_own], last[own][is_own] + 1), -1)
                 is_censored = np.cumsum(change[:, :-1], axis=1)
                 window_frames = self._window_of(int(num_frames))
                 by_phase = drawable(is_censored, window_frames, self.max_censored_fraction).sum(axis=2)
@@ -122,12 +122,12 @@ def drawable(is_censored: np.ndarray, window_frames: int, max_censored_fraction:
 
 
 def parsed_ranges(ranges: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(place, first, last), int64 [range] each: every range of every text, in order."""
+    """(entry, first, last), int64 [range] each: every range of every text, in order."""
     texts = pa.array(ranges, type=pa.string())
-    parts = pc.split_pattern(texts, ",")
-    ends = pc.split_pattern(pc.list_flatten(parts), "-", max_splits=1)
+    texts_of_ranges = pc.split_pattern(texts, ",")
+    ends = pc.split_pattern(pc.list_flatten(texts_of_ranges), "-", max_splits=1)
     flat = pc.list_flatten(ends).to_numpy(zero_copy_only=False).astype(np.int64)
     num_ends = pc.list_value_length(ends).to_numpy()
     stop = np.cumsum(num_ends, dtype=np.int64)
-    owner = np.repeat(np.arange(len(ranges)), pc.list_value_length(parts).to_numpy())
+    owner = np.repeat(np.arange(len(ranges)), pc.list_value_length(texts_of_ranges).to_numpy())
     return owner, flat[stop - num_ends], flat[stop - 1]

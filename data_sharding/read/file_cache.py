@@ -71,15 +71,15 @@ class FileCache:
             self._make_room(file.num_bytes)
             under_way.mkdir()
             partial.touch()
-            os.truncate(partial, file.num_bytes)  # counted by whoever makes room meanwhile
+            os.truncate(partial, file.num_bytes)  # so that whoever makes room meanwhile counts it
         try:
             store.get_file(file.name, partial)
             with partial.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
+                sha256 = hashlib.file_digest(content, "sha256").hexdigest()
                 os.fsync(content.fileno())
-            if found != file.sha256:
+            if sha256 != file.sha256:
                 raise ShardError(
-                    f"{store.join(file.name)} has SHA-256 {found}, the manifest says {file.sha256}; run 'python -m "
+                    f"{store.join(file.name)} has SHA-256 {sha256}, the manifest says {file.sha256}; run 'python -m "
                     f"data_sharding.verify {store.location}'"
                 )
             os.replace(partial, path)
@@ -92,12 +92,12 @@ class FileCache:
         for under_way in self.folder.glob(f"*{PARTIAL_ENDING}"):
             with contextlib.suppress(BlockingIOError), self._locked(under_way.stem, waits=False):
                 shutil.rmtree(under_way, ignore_errors=True)
-        found = []
+        files = []
         for path in [*self.folder.glob(f"*{ENDING}"), *self.folder.glob(f"*{PARTIAL_ENDING}/*{ENDING}")]:
             with contextlib.suppress(FileNotFoundError):  # another process has just finished or given it up
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        in_use = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        in_use = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if in_use + num_bytes <= self.max_bytes:
                 return
             if path.parent == self.folder:

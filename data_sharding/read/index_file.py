@@ -37,19 +37,19 @@ class IndexFile:
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
 
     def rows(self, kind: str, columns: list[str]) -> pd.DataFrame:
-        """The rows of one kind of member, in the order of the tars; `row` is the place in the index."""
-        parts, start = [], 0
+        """The rows of one kind of member, in the order of the tars; `row` is their row in the index."""
+        tables, start = [], 0
         for batch in self._file.iter_batches(ROWS_AT_A_TIME, columns=[*columns, "kind"]):
             is_kind = pc.equal(batch["kind"], kind)
-            places = start + np.flatnonzero(is_kind.to_numpy(zero_copy_only=False))
+            numbers = start + np.flatnonzero(is_kind.to_numpy(zero_copy_only=False))
             chosen = batch.filter(is_kind).select(columns)
             texts = [
                 column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
                 for column in chosen.columns
             ]
-            parts.append(pa.table([*texts, pa.array(places)], names=[*columns, "row"]))
+            tables.append(pa.table([*texts, pa.array(numbers)], names=[*columns, "row"]))
             start += len(batch)
-        table = pa.concat_tables(parts) if parts else self._file.schema_arrow.empty_table().select(columns)
+        table = pa.concat_tables(tables) if tables else self._file.schema_arrow.empty_table().select(columns)
         return table.to_pandas(types_mapper={pa.string(): pd.StringDtype()}.get)
 
     def member(self, row: int) -> tuple[str, str]:
@@ -60,8 +60,8 @@ class IndexFile:
             if len(self._groups) > KEPT_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)
-        table, place = self._groups[group], row - int(self._first_rows[group])
-        return table["member"][place].as_py(), table["frame_crc32"][place].as_py()
+        table, row_of_group = self._groups[group], row - int(self._first_rows[group])
+        return table["member"][row_of_group].as_py(), table["frame_crc32"][row_of_group].as_py()
 
 
 def _text_columns() -> list[str]:

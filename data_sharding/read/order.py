@@ -165,9 +165,9 @@ def first_frames(runs: RunTable, chosen: np.ndarray, phase: np.ndarray, counts: 
     ends = np.cumsum(counts)
     starts = np.repeat(phase, counts)
     starts += (np.arange(len(starts)) - np.repeat(ends - counts, counts)) * runs.window_frames
-    for place in runs.censored.places(chosen):
-        own = slice(ends[place] - counts[place], ends[place])
-        starts[own] = runs.censored[int(chosen[place])].starts(int(phase[place]))
+    for position in runs.censored.positions_in(chosen):
+        own = slice(ends[position] - counts[position], ends[position])
+        starts[own] = runs.censored[int(chosen[position])].starts(int(phase[position]))
     return starts
 
 
@@ -175,12 +175,12 @@ def phases(runs: RunTable, chosen: np.ndarray, key: int) -> np.ndarray:
     """int64 [run]: the frame where slot 0 of each chosen run starts, uniform over what floor(frames / window) leaves
     free."""
     num_free = np.maximum(1, runs.num_frames[chosen] - runs.num_whole_slots[chosen] * runs.window_frames + 1)
-    choices = {place: runs.censored[int(chosen[place])].phases for place in runs.censored.places(chosen)}
-    for place, phases_left in choices.items():
-        num_free[place] = max(1, len(phases_left))
+    choices = {position: runs.censored[int(chosen[position])].phases for position in runs.censored.positions_in(chosen)}
+    for position, phases_left in choices.items():
+        num_free[position] = max(1, len(phases_left))
     drawn = (mix(runs.scan_hash[chosen], key) % num_free.astype(np.uint64)).astype(np.int64)
-    for place, phases_left in choices.items():
-        drawn[place] = phases_left[drawn[place]] if len(phases_left) else 0
+    for position, phases_left in choices.items():
+        drawn[position] = phases_left[drawn[position]] if len(phases_left) else 0
     return drawn
 
 
@@ -192,7 +192,7 @@ def tiled(runs: RunTable, *, fingerprint: str, limit: int | None) -> Samples:
         kept = np.sort(np.argsort(mix(sample_hash, hash_name(fingerprint, "subset")), kind="stable")[:limit])
         run, slot, sample_hash = run[kept], slot[kept], sample_hash[kept]
     first_frame = slot * runs.window_frames
-    for number in np.unique(run[runs.censored.places(run)]):
+    for number in np.unique(run[runs.censored.positions_in(run)]):
         own = slice(*np.searchsorted(run, [number, number + 1]))
         first_frame[own] = runs.censored[int(number)].starts(0)[slot[own]]
     seeds = mix(sample_hash, hash_name("evaluation"))

@@ -1,6 +1,6 @@
-"""Whole samples of the kinds that are not drawn as windows: region series, responses to images, events.
+"""Whole samples of the kinds that are not only drawn as windows: region series, responses to images, events.
 
-Every member is checked against the index's checksum. Series are padded or cut here, at reading: the set holds all.
+Every member is checked against the index's checksum.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ KEEP = schema.FRAME_COLUMNS.index("keep")
 
 @dataclass(frozen=True)
 class RegionSeries:
-    """Z-scored series; 0.0 in padding and where a region was not measured, which the flags tell."""
+    """Z-scored series; 0.0 where a region was not measured."""
 
     values: Float32[np.ndarray, "time region"]
-    is_frame: Bool[np.ndarray, "time"]
-    is_kept: Bool[np.ndarray, "time"]  # False: padding, or a censored frame, whose values are there all the same
+    is_kept: Bool[np.ndarray, "time"]  # False for a censored frame, whose values are there all the same
     is_measured: Bool[np.ndarray, "region"]
     mean: Float32[np.ndarray, "region"]  # of the scan's own units
     scale: Float32[np.ndarray, "region"]
@@ -35,25 +34,19 @@ class RegionSeries:
 
 @dataclass(frozen=True)
 class Response:
-    """An image and what every vertex made of it; NaN where a vertex was not measured."""
+    """An image and the response of every vertex to it; NaN where a vertex was not measured."""
 
     image: UInt8[np.ndarray, "y x 3"]
     betas: Float32[np.ndarray, "vertex"]
 
 
-def region_series(shard_set: ShardSet, scan_id: str, *, num_frames: int | None) -> RegionSeries:
-    """The region series of a scan, cut to its first `num_frames` or padded behind; None keeps its own length."""
+def region_series(shard_set: ShardSet, scan_id: str) -> RegionSeries:
+    """The whole region series of a scan."""
     stored = _array(shard_set, scan_id, schema.PARCELS).astype(np.float32)
     is_measured = np.asarray(np.isfinite(stored).all(axis=0))
-    length = len(stored) if num_frames is None else num_frames
-    values = np.zeros((length, stored.shape[1]), dtype=np.float32)
-    values[: len(stored)] = np.where(is_measured, stored[:length], 0)
-    is_kept = np.zeros(length, dtype=bool)
-    is_kept[: len(stored)] = _array(shard_set, scan_id, schema.FRAMES)[:length, KEEP] == 1
     return RegionSeries(
-        values=values,
-        is_frame=np.arange(length) < len(stored),
-        is_kept=is_kept,
+        values=np.where(is_measured, stored, np.float32(0)),
+        is_kept=_array(shard_set, scan_id, schema.FRAMES)[:, KEEP] == 1,
         is_measured=is_measured,
         mean=_array(shard_set, scan_id, schema.REGION_MEAN),
         scale=_array(shard_set, scan_id, schema.REGION_SCALE),

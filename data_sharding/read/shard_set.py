@@ -201,12 +201,12 @@ class ShardSet:
 
     def bold_preprocessing(self) -> BoldPreprocessing:
         """What a served model must do to a run so that it looks like those of this set."""
-        made = self.manifest.preprocessing
+        recorded = self.manifest.preprocessing
         return BoldPreprocessing(
-            cleaning=CleaningConfig(**made["cleaning"]),
+            cleaning=CleaningConfig(**recorded["cleaning"]),
             stored_as=self.frame_type("bold"),
-            unknown_orientation=made["acceptance"]["unknown_orientation"],
-            needs_confounds=bool(made["cleaning"]["confounds"]) or made["frames_dropped"] > 0,
+            unknown_orientation=recorded["acceptance"]["unknown_orientation"],
+            needs_confounds=bool(recorded["cleaning"]["confounds"]) or recorded["frames_dropped"] > 0,
         )
 
     def needs_brain_mask(self, kind: str) -> bool:

@@ -60,7 +60,7 @@ def test_windows_of_region_series_are_the_frames_of_their_scan(series: str) -> N
     for batch in itertools.chain(*taken):
         assert batch.values.shape[2] == len(atlas.region_ids)
         for row, scan_id in enumerate(batch.scan_ids):
-            whole = samples.region_series(shard_set, scan_id, num_frames=None)
+            whole = samples.region_series(shard_set, scan_id)
             first = batch.first_frame[row]
             np.testing.assert_array_equal(batch.values[row].numpy(), whole.values[first : first + 6])
             np.testing.assert_array_equal(batch.is_measured[row].numpy(), whole.is_measured)

@@ -322,5 +322,5 @@ def test_the_plan_knows_the_bytes_of_events_series_and_dropped_frames(root: Path
     runs = shard_set.runs("bold", ["train"]).set_index("scan_id").num_frames
     assert runs.to_dict() == {f"{RUN}_bold": 19, "sub-01_ses-1_task-rest_run-2_bold": 20}
     assert samples.events(shard_set, f"{RUN}_bold")[0] == Event(0.0, 1.5, "face"), "one frame of 2 s was dropped"
-    assert len(samples.region_series(shard_set, f"{RUN}_parcels", num_frames=None).values) == 19
+    assert len(samples.region_series(shard_set, f"{RUN}_parcels").values) == 19
     assert prepare(config_of("out=unused", *overrides)).plan.num_bytes == shard_set.manifest.counts["bytes"]

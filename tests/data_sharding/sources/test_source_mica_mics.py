@@ -31,7 +31,7 @@ def rest(root: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 def test_region_series_are_the_means_of_the_regions_voxels(rest: ShardSet) -> None:
     scan_id = "sub-HC001_ses-01_task-rest_acq-AP_parcels"
-    series = samples.region_series(rest, scan_id, num_frames=None)
+    series = samples.region_series(rest, scan_id)
     positions = rest.space.positions_mm.astype(np.float64)
     field = bold_values(positions, phantom.NUM_FRAMES, (0, "HC001")).T.astype(np.float64)
     labels = phantom.labels(positions)
@@ -57,22 +57,15 @@ def test_the_set_says_that_fmriprep_aligned_its_scans(rest: ShardSet) -> None:
     assert rest.manifest.preprocessing["alignment"] == "fmriprep"
 
 
-def test_series_lie_beside_the_voxels_and_are_padded_or_cut_only_when_read(rest: ShardSet) -> None:
+def test_series_lie_beside_the_voxels(rest: ShardSet) -> None:
     runs, parcels = rest.runs("bold", ["train"]), rest.runs("parcels", ["train"])
     assert len(runs) == len(parcels) == 2
     assert parcels.num_frames.tolist() == [phantom.NUM_FRAMES] * 2
     assert parcels.repetition_time_s.tolist() == [phantom.REPETITION_TIME_S] * 2
-    whole = samples.region_series(rest, parcels.scan_id[0], num_frames=None)
-    cut = samples.region_series(rest, parcels.scan_id[0], num_frames=10)
-    padded = samples.region_series(rest, parcels.scan_id[0], num_frames=30)
-    assert np.array_equal(cut.values, whole.values[:10])
-    assert np.array_equal(padded.values[: phantom.NUM_FRAMES], whole.values)
-    assert not padded.values[phantom.NUM_FRAMES :].any()
-    assert padded.is_frame.tolist() == [True] * phantom.NUM_FRAMES + [False] * 6
     assert array(rest, parcels.scan_id[0], schema.PARCELS).dtype == np.float16
     assert np.isfinite(run_values(rest, runs.scan_id[0])[0]).any()
     with pytest.raises(ShardError, match=r"holds no parcels\.npy of scan 'sub-HC009_parcels'"):
-        samples.region_series(rest, "sub-HC009_parcels", num_frames=None)
+        samples.region_series(rest, "sub-HC009_parcels")
 
 
 def test_a_series_over_another_units_space_is_refused_without_an_atlas(root: Path, tmp_path: Path) -> None:

@@ -134,14 +134,12 @@ def test_region_series_drop_and_censor_the_frames_that_their_voxels_do(tmp_path:
     build(config)
     shard_set = open_set(config.out)
     run, series = ("sub-01_task-rest_bold", "sub-01_task-rest_parcels")
-    beside = samples.region_series(shard_set, series, num_frames=None)
+    beside = samples.region_series(shard_set, series)
     expected = np.array([frame + 2 not in spikes for frame in range(18)])
     np.testing.assert_array_equal(beside.is_kept, expected)
     np.testing.assert_array_equal(npy(shard_set, series, schema.FRAMES)[0], npy(shard_set, run, schema.FRAMES)[0])
     assert np.abs(beside.values[expected].mean(axis=0)).max() < 1e-3
     np.testing.assert_allclose(beside.values[expected].std(axis=0), 1, atol=2e-3)
-    padded = samples.region_series(shard_set, series, num_frames=25)
-    assert padded.is_kept.tolist() == [*expected.tolist(), *[False] * 7]
     assert shard_set.runs("parcels", ["train"]).censored.tolist() == ["2-3,11"]
     drawn = {kind: Windows(shard_set, kind=kind, window_frames=4).runs("train") for kind in ("bold", "parcels")}
     assert drawn["parcels"].num_slots.tolist() == drawn["bold"].num_slots.tolist() == [2]
