@@ -23,11 +23,11 @@ def command() -> Command:
     from pretrain.masked.planning import needs, plan
     from pretrain.masked.study import train
     from pretrain.masked.validation import validate
+    from training.study import summary
 
     def run(config: PretrainConfig) -> None:
-        summary = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
-        registered = f"; registered: {summary['registered']}" if "registered" in summary else ""
-        print(f"results: metrics.json, report/ and bundle/ in {config.run.folder}{registered}")
+        numbers = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
+        print(summary(numbers, folder=config.run.folder))
 
     return Command(PretrainConfig, run, plan, validate, needs)
 

@@ -27,7 +27,7 @@ from pretrain.report.contribution import Contribution, Experiment, contexts, con
 from pretrain.report.maps import voxel_maps, write_nifti
 from pretrain.report.pictures import draw_contributions, draw_maps
 from pretrain.report.probes import by_subject, probe, same_question
-from pretrain.report.scores import RegionScore, as_csv
+from pretrain.report.scores import RegionScore, as_csv, plain
 from training.engine.base import own_device
 from training.watch.tracking import log_folder
 
@@ -160,7 +160,7 @@ def make_contributions(trained_run: TrainedRun, name: str, folder: Path) -> dict
     write_contributions(rows, folder / f"{name}_contribution.csv", alignment=opened.alignment)
     title = f"{name}: region contribution, {len(total)} windows of split {split}"
     draw_contributions(rows, title=title, path=folder / f"{name}_contribution.png")
-    significant = sorted((row for row in rows if row.is_significant), key=lambda row: -(row.contribution.value or 0))
+    significant = sorted((row for row in rows if row.is_significant), key=lambda row: -row.contribution.value)
     return {
         "split": split,
         "windows": len(total),
@@ -189,7 +189,8 @@ def write_contributions(rows: list[Contribution], path: Path, *, alignment: str)
     lines = []
     for row in rows:
         line = dataclasses.asdict(row)
-        line |= {"low": row.contribution.low, "high": row.contribution.high, "contribution": row.contribution.value}
+        each = row.contribution
+        line |= {"low": plain(each.low), "high": plain(each.high), "contribution": plain(each.value)}
         line |= {"alignment": alignment}
         lines.append(line)
     with path.open("w", newline="") as file:

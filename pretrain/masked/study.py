@@ -2,11 +2,7 @@
 
 import dataclasses
 import itertools
-import json
-import logging
-import shutil
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,25 +11,33 @@ from safetensors.torch import save_file
 from brain_models import bundle
 from brain_models.bundle import Bundle
 from brain_models.inputs import StemSpec
-from cluster.storage.stores import store_for
 from data_sharding.read.joint import JointSource
 from data_sharding.read.reader import BatchSource
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
 from pretrain.masked.preparation import Preparation, prepare
 from pretrain.masked.sets import OpenedSet, build_task, open_sets, open_source
-from pretrain.report.scores import IntervalConfig, RegionScore, report_of, score_rows
+from pretrain.report.scores import MODEL, UNKNOWN, RegionScore, report_of, score_rows
 from training.collectives import this_process
 from training.evaluation import Evaluation
-from training.identity import claim, config_hash
-from training.loop import FitResult, Services, fit
-from training.registry import models as registry
-from training.registry.seen_subjects import overlap, seen_before, write_seen
+from training.identity import config_hash
+from training.loop import FitResult
+from training.statistics import BootstrapConfig
+from training.study import Conclusion, Model, RegisterConfig, run
 from training.task import Task
 
 WEIGHTS = "pretraining.safetensors"  # encoder and decoder; the bundle has no decoder
 
-log = logging.getLogger(__name__)
+PROVENANCE = ("steps", "start", "fingerprint", "config_hash", "checkpoint", "checkpoint_hash", "mlflow_run_id")
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """How well the hidden voxels of one set's samples of a split were guessed."""
+
+    regions: list[RegionScore]
+    loss: float
+    num_samples: int
 
 
 def open_study(config: PretrainConfig) -> "MaskedStudy":
@@ -47,24 +51,13 @@ class MaskedStudy:
     def __init__(self, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> None:
         self.config = config
         self.sets = sets
+        self.title = f"Masked pretraining: {config.label}"
+        self.starts_from: Sequence[Path] = ()
+        self.weights = Path()  # of the whole task, once the bundle is written
         self.prepared: Preparation | None = None
         self.fingerprints = ", ".join(each.shard_set.fingerprint for each in sets.values())
+        self.tags: Mapping[str, str] = lineage(config, sets) | {"callosum.set_fingerprint": self.fingerprints}
         self.trained_subjects = {subject for each in sets.values() for subject in each.training_subjects}
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """Where the encoder comes from, for the registry; of several sets, in their order."""
-        shard_sets = [each.shard_set for each in self.sets.values()]
-        return {
-            "callosum.part": "pretrain",
-            "callosum.kind": self.config.label,
-            "callosum.shards": ", ".join(each.location for each in self.sets.values()),
-            "callosum.space": ", ".join(one.space.name for one in shard_sets),
-            "callosum.alignment": ", ".join(str(one.manifest.preprocessing["alignment"]) for one in shard_sets),
-            "callosum.space_fingerprint": ", ".join(one.space.fingerprint for one in shard_sets),
-            "callosum.atlas": self.config.atlas or "none",
-            "callosum.masking": f"{self.config.masking.kind} {self.config.masking.hidden_share}",
-        }
 
     def make_task(self) -> MaskedVolumes:
         """A fresh task, the same on every rank; prepared, once the study is."""
@@ -73,21 +66,23 @@ class MaskedStudy:
             self.prepared.give(task, self.config)
         return task
 
-    def make_source(self) -> BatchSource | JointSource:
+    def make_source(self, task: Task) -> BatchSource | JointSource:
         """This rank's view of the samples."""
         return open_source(self.config, self.sets, this_process())
 
-    def prepare(self, task: MaskedVolumes) -> None:
-        """Give the task its voxel statistics, and what its evaluations stand beside, from the run folder or anew."""
+    def prepare(self, task: Task, is_resuming: bool) -> None:
+        """Give the task its voxel statistics, and what its evaluations stand beside: from the run folder, or anew."""
+        assert isinstance(task, MaskedVolumes)
         self.prepared = prepare(task, self.config, self.sets, key=preparation_key(self.config, self.fingerprints))
 
-    def write_bundle(self, task: Task, folder: Path) -> None:
+    def write_bundle(self, task: Task, evaluations: Mapping[str, Evaluation], folder: Path) -> None:
         """Write the encoder as a bundle, and beside it all weights, decoder included."""
         assert isinstance(task, MaskedVolumes)
         # First: the bundle's golden output is a forward pass, after which ZeRO 3 takes whole weights away again.
         folder.parent.mkdir(parents=True, exist_ok=True)
         weights = {name: values.detach().cpu().contiguous() for name, values in task.state_dict().items()}
-        save_file(weights, folder.parent / WEIGHTS)
+        self.weights = folder.parent / WEIGHTS
+        save_file(weights, self.weights)
         first_of = {task.set_named(name).stem_name: each for name, each in reversed([*self.sets.items()])}
         bundle.save(
             folder,
@@ -100,89 +95,90 @@ class MaskedStudy:
             ),
         )
 
-    def conclude(self, task: MaskedVolumes, result: FitResult, weights: Path) -> dict[str, object]:
-        """r2 on each final split beside the baselines, by group and region, and what the report on the weights says;
-        rank 0 alone."""
+    def conclude(self, task: Task, result: FitResult) -> Conclusion:
+        """r2 of model and baselines on the first final split; all final splits, by group and region, in the numbers."""
         from pretrain.masked.run_report import report_run  # needs matplotlib, scikit-learn and nibabel
 
+        assert isinstance(task, MaskedVolumes)
+        config = self.config
         scores = {
-            split: score_split(task, found, split, sets=self.sets, config=self.config.report.intervals)
+            split: score_split(task, found, split, sets=self.sets, config=config.report.intervals)
             for split, found in result.evaluations.items()
         }
-        reports = {
-            split: {
-                name: report_of(own.regions, loss=own.loss, num_samples=own.num_samples) for name, own in each.items()
-            }
-            for split, each in scores.items()
-        }
         tables = {split: {name: own.regions for name, own in each.items()} for split, each in scores.items()}
-        run_id = result.mlflow_run_id
-        return {
-            "kind": self.config.label,
+        report = report_run(config, self.sets, weights=self.weights, tables=tables, mlflow_run_id=result.mlflow_run_id)
+        numbers = {
+            "kind": config.label,
             "sets": {
                 name: dataclasses.asdict(each) | {"alignment": self.sets[name].alignment}
-                for name, each in self.config.named_sets.items()
+                for name, each in config.named_sets.items()
             },
-            "masking": dataclasses.asdict(self.config.masking),
-            "reconstruction": {
-                split: each if len(self.sets) > 1 else next(iter(each.values())) for split, each in reports.items()
-            },
-            "report": report_run(self.config, self.sets, weights=weights, tables=tables, mlflow_run_id=run_id),
-            "seen_before": held_out_seen(self.config, self.sets, seen_before(store_for(self.config.run.folder))),
+            "masking": dataclasses.asdict(config.masking),
+            "reconstruction": {split: reconstruction(each) for split, each in scores.items()},
+            "report": report,
+            **{name: getattr(result, name) for name in PROVENANCE},
         }
+        splits = list(scores)[:1]
+        whole = {name: own.regions[0] for split in splits for name, own in scores[split].items()}
+        runs = [each.shard_set.runs(each.kind, list(scores)) for each in self.sets.values()]
+        return Conclusion(
+            verdict=" ".join(verdict(score, name, splits[0]) for name, score in whole.items()) or "Nothing was scored.",
+            metrics={f"r2_{name}": f"R² of {name}" for name in whole},
+            models=models(whole),
+            tested_subjects=sorted({subject for each in runs for subject in each["subject"]}),
+            numbers=numbers,
+        )
 
 
 def train(config: PretrainConfig) -> dict[str, object]:
     """The numbers of <run.folder>/metrics.json; every rank calls it, those other than 0 get an empty mapping."""
-    study, store = open_study(config), store_for(config.run.folder)
-    folder = Path(config.run.scratch) / f"{config.run.name}-results-{time.time_ns()}"
-
-    def export(task: Task, evaluations: Mapping[str, Evaluation]) -> None:
-        study.write_bundle(task, folder / "bundle")
-        seen = seen_before(store)
-        if seen is not None:  # else the bundle says that nobody knows whom it has seen
-            write_seen(folder / "bundle", study.trained_subjects, also=seen)
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            store.put(path.relative_to(folder).as_posix(), path)
-
-    task, source = study.make_task(), study.make_source()
-    identity = dataclasses.asdict(config)
-    claim(store, identity)  # refuses the folder of another run
-    study.prepare(task)
-    tags = study.tags | {"callosum.set_fingerprint": source.fingerprint}
-    try:
-        result = fit(task, source, config.train, Services(config.run, identity, export=export, tags=tags))
-        if not result.is_main:
-            return {}
-        summary = study.conclude(task, result, folder / WEIGHTS) | provenance(result)
-        if config.register is not None and config.train.tracking.uri is not None:
-            summary["registered"] = register(config, folder / "bundle", result, tags)
-        store.put("metrics.json", json.dumps(summary, indent=1, sort_keys=True).encode())
-        return summary
-    finally:  # leave nothing on scratch: all of it is in the run folder
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def provenance(result: FitResult) -> dict[str, object]:
-    """Where the numbers of a run come from, for metrics.json."""
-    names = ("steps", "start", "fingerprint", "config_hash", "checkpoint", "checkpoint_hash", "mlflow_run_id")
-    return {"seconds": round(result.seconds, 1), **{name: getattr(result, name) for name in names}}
-
-
-def register(config: PretrainConfig, folder: Path, result: FitResult, tags: Mapping[str, str]) -> str:
-    """The registered model as name@alias."""
-    assert config.register is not None
-    assert config.train.tracking.uri is not None
-    hashes = {"callosum.config_hash": result.config_hash, "callosum.checkpoint_hash": result.checkpoint_hash}
-    return registry.register(
-        folder,
-        name=config.register.names[config.label],
-        alias=config.register.alias,
-        tags={**tags, **hashes},
-        uri=config.train.tracking.uri,
-        run_id=result.mlflow_run_id,
-        experiment=config.train.tracking.experiment,
+    own = config.register
+    register = None if own is None else RegisterConfig(own.names[config.label], own.alias, champion=None)
+    return run(
+        open_study(config),
+        config.train,
+        config.run,
+        identity=dataclasses.asdict(config),
+        register=register,
     )
+
+
+def lineage(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> dict[str, str]:
+    """Where the encoder comes from, for the registry; of several sets, in their order."""
+    shard_sets = [each.shard_set for each in sets.values()]
+    return {
+        "callosum.part": "pretrain",
+        "callosum.kind": config.label,
+        "callosum.shards": ", ".join(each.location for each in sets.values()),
+        "callosum.space": ", ".join(one.space.name for one in shard_sets),
+        "callosum.alignment": ", ".join(str(one.manifest.preprocessing["alignment"]) for one in shard_sets),
+        "callosum.space_fingerprint": ", ".join(one.space.fingerprint for one in shard_sets),
+        "callosum.atlas": config.atlas or "none",
+        "callosum.masking": f"{config.masking.kind} {config.masking.hidden_share}",
+    }
+
+
+def models(whole: Mapping[str, RegionScore]) -> dict[str, Model]:
+    """The model and every baseline with the r2 of everything, by set; NaN for a baseline that a set does without."""
+    names = dict.fromkeys([MODEL, *(name for score in whole.values() for name in score.r2)])
+    return {name: Model({f"r2_{key}": score.r2.get(name, UNKNOWN) for key, score in whole.items()}) for name in names}
+
+
+def verdict(score: RegionScore, name: str, split: str) -> str:
+    """How the model compares with its best baseline on a set, in a sentence."""
+    best = max((name for name in score.gain), key=lambda baseline: score.r2[baseline].value)
+    gain = score.gain[best]
+    compared = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "not clearly different from"
+    return (
+        f"Hidden voxels of {name}, split {split}, are predicted with R² {score.r2[MODEL]}: {compared} the {best} "
+        f"baseline, by {gain}."
+    )
+
+
+def reconstruction(scores: Mapping[str, SetScores]) -> dict[str, object]:
+    """A split's scores as metrics.json holds them; of several sets by set."""
+    reports = {name: report_of(own.regions, loss=own.loss, num_samples=own.num_samples) for name, own in scores.items()}
+    return dict(reports) if len(reports) > 1 else next(iter(reports.values()))
 
 
 def preparation_key(config: PretrainConfig, fingerprints: str) -> str:
@@ -191,22 +187,13 @@ def preparation_key(config: PretrainConfig, fingerprints: str) -> str:
     return f"{config_hash(dataclasses.asdict(config))} {fingerprints} {tokens}"
 
 
-@dataclass(frozen=True)
-class SetScores:
-    """How well the hidden voxels of one set's samples of a split were guessed."""
-
-    regions: list[RegionScore]
-    loss: float
-    num_samples: int
-
-
 def score_split(
     task: MaskedVolumes,
     evaluation: Evaluation,
     split: str,
     *,
     sets: Mapping[str, OpenedSet],
-    config: IntervalConfig,
+    config: BootstrapConfig,
 ) -> dict[str, SetScores]:
     """The scores of a whole split by set, with intervals over subjects."""
     scores = {}
@@ -217,31 +204,6 @@ def score_split(
         regions = score_rows(rows, task.set_named(name).regions, subjects=subjects, config=config)
         scores[name] = SetScores(regions, task.split_loss(name, rows), len(subjects))
     return scores
-
-
-def held_out_seen(
-    config: PretrainConfig, sets: Mapping[str, OpenedSet], before: set[str] | None
-) -> dict[str, int] | None:
-    """How many subjects of each final split the weights that the run started from had been trained on, by split; None
-    where these do not say. Where it is not 0, the split's scores are of no held-out subjects."""
-    if before is None:
-        return None
-    found = {
-        split: {subject for each in sets.values() for subject in each.shard_set.runs(each.kind, [split])["subject"]}
-        for split in config.train.evaluation.final_splits
-    }
-    numbers = {split: len(overlap(subjects, before)) for split, subjects in found.items()}
-    for split, number in numbers.items():
-        if number:
-            log.warning(
-                "%d of %d subjects of split %s were seen by the weights that the run started from (%s): its scores are "
-                "not of held-out subjects",
-                number,
-                len(found[split]),
-                split,
-                config.train.start.registered or config.train.start.checkpoint,
-            )
-    return numbers
 
 
 def stem_spec(opened: OpenedSet) -> StemSpec:

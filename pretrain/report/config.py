@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pretrain.report.collapse import SentinelConfig
-from pretrain.report.scores import IntervalConfig
+from training.statistics import BootstrapConfig
 
 PROBED_SPLITS = ["train", "validation"]
 
@@ -41,7 +41,7 @@ class ConfoundProbeConfig:
 class ReportConfig:
     """What a finished run reports, and how much it computes for it."""
 
-    intervals: IntervalConfig
+    intervals: BootstrapConfig
     sentinels: SentinelConfig
     maps: MapConfig
     contribution: ContributionConfig

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from pretrain.report.config import ContributionConfig
-from pretrain.report.scores import Interval, IntervalConfig, interval, resamples
+from pretrain.report.scores import UNKNOWN, interval, resamples
+from training.statistics import BootstrapConfig, Interval
 
 # Given the hidden patches [patch], each sample's squared error [sample, patch] (0 where visible).
 Errors = Callable[[np.ndarray], np.ndarray]
@@ -88,7 +89,7 @@ def contributions(
     *,
     subjects: Sequence[str],
     config: ContributionConfig,
-    intervals: IntervalConfig,
+    intervals: BootstrapConfig,
 ) -> list[Contribution]:
     """Every region's contribution with its interval over subjects, beside control sets of its size, tested."""
     controls = Controls(experiment, distance_mm, config)
@@ -98,9 +99,7 @@ def contributions(
     ]
     tested = [row for row in rows if row.p is not None]
     is_found = false_discoveries([row.p for row in tested if row.p is not None], config.false_discovery_rate)
-    found = {
-        row.region for row, is_one in zip(tested, is_found, strict=True) if is_one and (row.contribution.low or 0) > 0
-    }
+    found = {row.region for row, is_one in zip(tested, is_found, strict=True) if is_one and row.contribution.low > 0}
     return [replace(row, is_significant=row.region in found) for row in rows]
 
 
@@ -138,7 +137,7 @@ def _contribution(
     patches: np.ndarray,
     *,
     subjects: Sequence[str],
-    intervals: IntervalConfig,
+    intervals: BootstrapConfig,
 ) -> Contribution:
     used = [
         context
@@ -147,7 +146,7 @@ def _contribution(
     ]
     if not used:
         reason = "hidden in every context" if len(patches) else "no patch is mostly of this region"
-        return Contribution(name, len(patches), 0, Interval(None, None, None), None, None, None, False, reason)
+        return Contribution(name, len(patches), 0, UNKNOWN, None, None, None, False, reason)
     loss = np.sum([experiment.loss(context, patches) for context in used], axis=0)
     total = np.sum([experiment.totals[context] for context in used], axis=0)
     others = np.sum([controls.losses(context, len(patches)) for context in used], axis=0)
@@ -178,7 +177,7 @@ def summed(values: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
     return np.bincount(of_row, weights=values)
 
 
-def _interval(loss: np.ndarray, total: np.ndarray, subjects: Sequence[str], config: IntervalConfig) -> Interval:
+def _interval(loss: np.ndarray, total: np.ndarray, subjects: Sequence[str], config: BootstrapConfig) -> Interval:
     sums = torch.from_numpy(np.stack([summed(loss, subjects), summed(total, subjects)], axis=1))
     draws = resamples(len(sums), config) @ sums
     return interval(draws[:, 0] / draws[:, 1], config)

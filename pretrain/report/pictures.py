@@ -1,5 +1,6 @@
 """The pictures of a run's report as PNG: maps on slices with region outlines, contributions as bars."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,16 +52,16 @@ def draw_maps(maps: VoxelMaps, space: BrainSpace, labels: np.ndarray, *, title: 
 
 def draw_contributions(rows: Sequence[Contribution], *, title: str, path: Path) -> None:
     """Write the regions that contribute most as bars with intervals, beside control sets of their size."""
-    tested = [row for row in rows if row.contribution.value is not None]
-    chosen = sorted(tested, key=lambda row: -(row.contribution.value or 0))[:MAX_BARS]
+    tested = [row for row in rows if math.isfinite(row.contribution.value)]
+    chosen = sorted(tested, key=lambda row: -row.contribution.value)[:MAX_BARS]
     with style():
         figure = Figure(figsize=(7.5, 1.3 + 0.2 * len(chosen)), facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for height, row in enumerate(chosen):
-            value, low, high = row.contribution.value or 0.0, row.contribution.low, row.contribution.high
+            value, low, high = row.contribution.value, row.contribution.low, row.contribution.high
             axes.barh(height, value, height=0.7, color="#1f4e79" if row.is_significant else "#9fb6cd", zorder=2)
-            if low is not None and high is not None:
+            if math.isfinite(low):
                 axes.plot([low, high], [height, height], color="black", linewidth=1, zorder=3)
             if row.control_mean is not None:
                 axes.plot(

@@ -16,9 +16,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from brain_models.atlas import Atlas
+from training.statistics import BootstrapConfig, Interval
 
 MEAN_R2 = 0.0  # the mean baseline, by the definition of r2
 MODEL = "model"
+UNKNOWN = Interval(math.nan, math.nan, math.nan)
 ROUNDING = 1e-12  # what draws of one subject differ by
 
 
@@ -46,24 +48,6 @@ class Regions:
     @property
     def num_columns(self) -> int:
         return len(self.names) + 1
-
-
-@dataclass
-class IntervalConfig:
-    """Percentile intervals over subjects, drawn with replacement."""
-
-    num_resamples: int
-    confidence: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and the ends of its interval; None where there is nothing to explain, or only one subject."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,7 @@ def metrics_of(predictions: dict[str, Tensor], regions: Regions) -> dict[str, fl
 
 
 def score_rows(
-    predictions: dict[str, Tensor], regions: Regions, *, subjects: Sequence[str], config: IntervalConfig
+    predictions: dict[str, Tensor], regions: Regions, *, subjects: Sequence[str], config: BootstrapConfig
 ) -> list[RegionScore]:
     """The whole table: everything, each group, each region that was hidden at all; `subjects` are the rows'."""
     names, of_row = np.unique(np.asarray(subjects), return_inverse=True)
@@ -147,20 +131,21 @@ def by_subject(
     return sums.index_add_(0, of_row, values.double())
 
 
-def resamples(num_subjects: int, config: IntervalConfig) -> Float[Tensor, "draw subject"]:
+def resamples(num_subjects: int, config: BootstrapConfig) -> Float[Tensor, "draw subject"]:
     """How often each draw holds each subject: the first one every subject once, the others at random."""
     generator = np.random.default_rng(config.seed)
     drawn = generator.multinomial(num_subjects, np.full(num_subjects, 1 / num_subjects), size=config.num_resamples)
     return torch.from_numpy(np.concatenate([np.ones((1, num_subjects)), drawn]))
 
 
-def interval(draws: Float[Tensor, "draw"], config: IntervalConfig) -> Interval:
-    """The first draw with the percentile interval of the others; those without anything to explain are left out."""
+def interval(draws: Float[Tensor, "draw"], config: BootstrapConfig) -> Interval:
+    """The first draw with the percentile interval of the others; those without anything to explain are left out. NaN
+    where there is nothing to explain, and as ends where all draws are equal, because there is only one subject."""
     value, drawn = float(draws[0]), draws[1:][torch.isfinite(draws[1:])].numpy()
     if not math.isfinite(value):
-        return Interval(None, None, None)
+        return UNKNOWN
     if not len(drawn) or np.ptp(drawn) <= ROUNDING * max(1.0, abs(value)):  # one subject: every draw is its own
-        return Interval(value, None, None)
+        return Interval(value, math.nan, math.nan)
     tail = (1 - config.confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Interval(value, float(low), float(high))
@@ -174,7 +159,7 @@ def report_of(rows: Sequence[RegionScore], *, loss: float, num_samples: int) -> 
     return {
         **numbers_of(whole),
         "mean": MEAN_R2,
-        "gain": {name: [found.value, found.low, found.high] for name, found in whole.gain.items()},
+        "gain": {name: [plain(found.value), plain(found.low), plain(found.high)] for name, found in whole.gain.items()},
         "loss": loss,
         "samples": num_samples,
         "groups": groups,
@@ -185,10 +170,10 @@ def report_of(rows: Sequence[RegionScore], *, loss: float, num_samples: int) -> 
 def numbers_of(row: RegionScore) -> dict[str, object]:
     """A row as plain numbers: the model's r2 with its interval, and the baselines'."""
     model = row.r2[MODEL]
-    numbers: dict[str, object] = {"r2": model.value, "low": model.low, "high": model.high}
+    numbers: dict[str, object] = {"r2": plain(model.value), "low": plain(model.low), "high": plain(model.high)}
     return (
         numbers
-        | {name: found.value for name, found in row.r2.items() if name != MODEL}
+        | {name: plain(found.value) for name, found in row.r2.items() if name != MODEL}
         | {"subjects": row.num_subjects, "values": row.num_values}
     )
 
@@ -222,6 +207,11 @@ def csv_line(row: RegionScore) -> dict[str, object]:
     return line
 
 
-def _decimals(value: float | None) -> str:
-    """Six decimals, or nothing."""
-    return "" if value is None else f"{value:.6f}"
+def plain(value: float) -> float | None:
+    """The value as JSON and CSV hold it: None for NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _decimals(value: float) -> str:
+    """Six decimals, or nothing for NaN."""
+    return f"{value:.6f}" if math.isfinite(value) else ""

@@ -219,6 +219,9 @@ def test_a_short_run_lowers_the_validation_loss_below_the_mean_and_its_bundle_lo
     losses = validation_losses(tmp_path)
     assert losses[-1] < losses[0]
     assert report["r2"] > 0
+    assert summary["models"]["model"][f"r2_{kind}"]["value"] == report["r2"]  # type: ignore[index]
+    assert list(summary["models"]) == ["model", "neighbour", "global_drift", "ridge"]  # type: ignore[call-overload]
+    assert f"Hidden voxels of {kind}, split validation, are predicted with R² " in str(summary["verdict"])
     assert report["mean"] == 0
     assert {"neighbour", "ridge", "groups", "regions"} <= report.keys()
     loaded = bundle.load(tmp_path / "run" / "bundle")
@@ -265,7 +268,7 @@ def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     overrides = ["train.steps=6", f"train.tracking.uri={uri}", "train.evaluation.subset=4"]
     summary = train(config_of(shards, tmp_path, *overrides))
-    assert summary["registered"] == "callosum-bold@candidate"
+    assert summary["registered"] == ["callosum-bold@candidate"]
     logged = MlflowClient(tracking_uri=uri).list_artifacts(str(summary["mlflow_run_id"]), "report")
     assert [file.path for file in logged] == ["report/reconstruction.csv"]
     encoder = bundle.load(registry.pull("callosum-bold@candidate", tmp_path / "pulled", uri=uri)).encoder
@@ -279,7 +282,7 @@ def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: 
 
 
 def test_a_backbone_has_seen_whom_the_weights_it_started_from_have_seen(
-    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after a stop, and through a commit of a run that started so."""
     held_out = open_set(shards).runs("bold", ["validation"])["subject"].iloc[0]
@@ -290,8 +293,9 @@ def test_a_backbone_has_seen_whom_the_weights_it_started_from_have_seen(
     write_seen(started_from, ["sub-elsewhere", held_out])
     monkeypatch.setattr(registry, "pull", lambda *_, **__: started_from)
     again = config_of(shards, tmp_path / "second", *overrides, "train.start.registered=any@one")
-    assert train(again)["seen_before"] == {"validation": 1, "test": 0}
-    assert "1 of 3 subjects of split validation were seen by the weights" in caplog.text
+    numbers = train(again)
+    assert numbers["overlap"] == [held_out]
+    assert "The pretrained weights have seen 1 of the 5 test subjects" in " ".join(numbers["notices"])  # type: ignore
     shutil.rmtree(tmp_path / "second" / "run" / "bundle")
     train(again)  # goes on from its own commit
     (commit,) = (tmp_path / "second" / "run" / "checkpoints").iterdir()
@@ -303,7 +307,7 @@ def test_a_backbone_has_seen_whom_the_weights_it_started_from_have_seen(
         trained = open_set(shards).runs("bold", ["train"])["subject"]
         assert seen == {hash_subject(subject) for subject in [*trained, "elsewhere", held_out]}
     (started_from / "seen_subjects.txt").unlink()
-    keep_seen(started_from, LocalStore(str(tmp_path)))
+    keep_seen([started_from], LocalStore(str(tmp_path)))
     assert seen_before(LocalStore(str(tmp_path))) is None
 
 
