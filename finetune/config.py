@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cluster.config import ClusterConfig
 from data_sharding.read.config import DataConfig
-from finetune.compare.paired import Metric
 from training.config import RunConfig, TrainConfig
 from training.statistics import BootstrapConfig
 from training.study import RegisterConfig
@@ -57,4 +56,4 @@ class CompareConfig(FinetuneConfig):
     encoders: list[str] | dict[str, list[str]]  # one an arm, or by arm: one a pretraining seed, in the same order
     seeds: list[int]  # of fine-tuning: order, folds and drop-out
     modes: dict[str, ModeConfig]
-    metric: Metric
+    metric: Literal["within_site_auroc", "auroc", "balanced_accuracy"]

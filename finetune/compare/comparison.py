@@ -13,21 +13,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from finetune.compare.cells import Answer, Cell, arms_of, readings, slug
-from finetune.compare.comparison_figure import draw
 from finetune.compare.paired import Readings, differences, estimate, resampled_metrics, spare_subjects
 from finetune.config import CompareConfig
 from finetune.tasks.subject_prediction.study import MODEL
+from reports.figures import COLOURS, style
 from training.statistics import BootstrapConfig
 from training.watch.tracking import experiment_id, mlflow_environment
 
 CHANCE = 0.5  # of every metric there is
+GREY = "#999999"
 FOLDER_TAG = "callosum.comparison"
 FILES = ("comparison.csv", "cells.csv", "comparison.md", "comparison.png")
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """A line of comparison.csv: an arm's own metric, or an arm less the reference. `p` of an arm is against chance."""
 
     kind: Literal["arm", "difference"]
@@ -53,7 +58,7 @@ class Comparison:
     num_cases: int
     num_encoders: int
     num_seeds: int
-    rows: list[Row]
+    rows: list[ComparisonRow]
     cells: list[tuple[str, str, str, int, float]]
 
 
@@ -69,7 +74,9 @@ def compare(config: CompareConfig, found: Mapping[Cell, Answer]) -> Comparison:
     for mode, of_arms in draws.items():
         for arm, numbers in of_arms.items():
             own = estimate(numbers, spare_subjects=spare, confidence=confidence, null=CHANCE)
-            rows.append(Row("arm", mode, arm, "", **asdict(own), p_corrected=own.p, verdict=seen_by(arm, found)))
+            rows.append(
+                ComparisonRow("arm", mode, arm, "", **asdict(own), p_corrected=own.p, verdict=seen_by(arm, found))
+            )
     rows += baseline_rows(config, next(iter(found.values())), spare)
     flat = {f"{mode}/{arm}": numbers for mode, of_arms in draws.items() for arm, numbers in of_arms.items()}
     pairs = [(mode, arm) for mode in config.modes for arm in arms if arm != reference]
@@ -78,7 +85,7 @@ def compare(config: CompareConfig, found: Mapping[Cell, Answer]) -> Comparison:
         pairs, differences(flat, keys, spare_subjects=spare, confidence=confidence), strict=True
     ):
         rows.append(
-            Row(
+            ComparisonRow(
                 "difference",
                 mode,
                 arm,
@@ -108,7 +115,7 @@ def own_metric(config: CompareConfig, answer: Answer) -> float:
     return float(resampled_metrics(alone, config.metric, _no_resamples(config))[MODEL][0, 0])
 
 
-def baseline_rows(config: CompareConfig, answer: Answer, spare: int) -> list[Row]:
+def baseline_rows(config: CompareConfig, answer: Answer, spare: int) -> list[ComparisonRow]:
     """What every arm is read against, from any cell: they know no encoder and no seed."""
     rows = []
     for name, scores in answer.scores.items():
@@ -116,7 +123,7 @@ def baseline_rows(config: CompareConfig, answer: Answer, spare: int) -> list[Row
             alone = Readings({name: scores.values[None, None]}, scores.truth, scores.sites)
             draws = resampled_metrics(alone, config.metric, config.bootstrap)[name]
             own = estimate(draws, spare_subjects=spare, confidence=config.bootstrap.confidence, null=CHANCE)
-            rows.append(Row("arm", "baseline", name, "", **asdict(own), p_corrected=own.p, verdict=""))
+            rows.append(ComparisonRow("arm", "baseline", name, "", **asdict(own), p_corrected=own.p, verdict=""))
     return rows
 
 
@@ -205,3 +212,35 @@ def log_to_mlflow(found: Comparison, folder: Path, config: CompareConfig) -> Non
     for name in FILES:
         client.log_artifact(run.info.run_id, str(folder / name))
     client.set_terminated(run.info.run_id)
+
+
+def draw(found: Comparison) -> bytes:
+    """The figure as PNG: left every arm's estimate over its cells, right every difference; one colour per mode."""
+    arms = [row for row in found.rows if row.kind == "arm"]
+    pairs = [row for row in found.rows if row.kind == "difference"]
+    modes = list(dict.fromkeys(row.mode for row in arms))
+    colour_of = dict(zip(modes, COLOURS, strict=False))
+    with style():
+        figure = Figure(figsize=(9.0, 1.4 + 0.34 * max(len(arms), len(pairs))), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        _intervals(left, arms, [f"{row.arm} ({row.mode})" for row in arms], colour_of)
+        for mode, arm, _, _, value in found.cells:
+            position = next(index for index, row in enumerate(arms) if (row.mode, row.arm) == (mode, arm))
+            left.plot(value, position - 0.25, ".", color=colour_of[mode], alpha=0.5, markersize=4)
+        left.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+        left.set_xlabel(f"{found.metric.replace('_', ' ')}, {found.num_subjects} test subjects")
+        _intervals(right, pairs, [f"{row.arm} - {row.reference} ({row.mode})" for row in pairs], colour_of)
+        right.axvline(0.0, color=GREY, linewidth=0.8)
+        right.set_xlabel(f"paired difference, {found.confidence:.0%} interval")
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _intervals(axes: Axes, rows: list[ComparisonRow], labels: list[str], colour_of: dict[str, str]) -> None:
+    for position, row in enumerate(rows):
+        axes.plot([row.low, row.high], [position, position], color=colour_of[row.mode], linewidth=1.4)
+        axes.plot(row.value, position, "o", color=colour_of[row.mode], markersize=5)
+    axes.set_yticks(range(len(rows)), [label if len(label) < 40 else f"...{label[-37:]}" for label in labels])
+    axes.set_ylim(len(rows) - 0.5, -0.7)
