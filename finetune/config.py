@@ -42,8 +42,8 @@ class PredictConfig:
 class ModeConfig:
     """How far an encoder is adapted: task.unfreezing's keys of the same names, which it replaces."""
 
-    first_block_opens_at_step: int  # train.steps: never
-    steps_per_block: int
+    first_layer_opens_at_step: int  # train.steps: never
+    steps_per_layer: int
 
 
 @dataclass

@@ -85,7 +85,8 @@ def cell_config(config: CompareConfig, cell: Cell) -> FinetuneConfig:
     shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
     run = dataclasses.replace(config.run, name=slug(cell.folder), folder=f"{config.run.folder}/{cell.folder}")
     task = config.task
-    changed: dict[str, Any] = {"unfreezing": task["unfreezing"] | dataclasses.asdict(config.modes[cell.mode])}
+    opening = {"plateau": None} | dataclasses.asdict(config.modes[cell.mode])
+    changed: dict[str, Any] = {"unfreezing": task["unfreezing"] | opening}
     if task.get("probe") is not None:
         changed["probe"] = task["probe"] | {"seed": cell.seed}
     return FinetuneConfig(

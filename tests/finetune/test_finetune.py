@@ -70,7 +70,7 @@ class Place:
             "train.evaluation.every_steps=2",
             "data.batch_size=4",
             "data.num_workers=0",
-            "task.unfreezing.first_block_opens_at_step=2",
+            "task.unfreezing.first_layer_opens_at_step=2",
             "task.head.num_channels=2",
             "task.num_windows=8",
             "bootstrap.num_resamples=100",
@@ -350,7 +350,7 @@ def test_every_cell_is_scored_on_the_test_split_once_with_its_own_seed_and_mode(
             record = json.loads((place.folder / f"compare/cells/one-0-{mode}-seed{seed}/run.json").read_text())[
                 "config"
             ]
-            assert record["task.unfreezing.first_block_opens_at_step"] == opens_at_step
+            assert record["task.unfreezing.first_layer_opens_at_step"] == opens_at_step
             assert record["task.probe.seed"] == record["data.seed"] == record["train.seed"] == seed
             assert record["encoder"] == "models:/tiny/1"
 

@@ -60,8 +60,8 @@ def make_config(folder: Path, *overrides: str) -> FinetuneConfig:
         "train.checkpoint.every_steps=3",
         "train.evaluation.final_splits=[test]",
         "train.choose=last",
-        "task.unfreezing.first_block_opens_at_step=2",
-        "task.unfreezing.steps_per_block=1",
+        "task.unfreezing.first_layer_opens_at_step=2",
+        "task.unfreezing.steps_per_layer=1",
         "task.head.num_channels=4",
     ]
     return parse(compose("finetune", fixed + list(overrides)), FinetuneConfig)
@@ -79,6 +79,7 @@ def make_task(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> SubjectPr
         labels,
         make_outcome(task, labels, [run.subject for run in runs.runs[:NUM_TRAIN]]),
         num_windows=task.num_windows,
+        head_learning_rate_scale=task.head_learning_rate_scale,
         unfreezing=task.unfreezing,
         weight_decay=task.weight_decay,
         batch_size=config.data.batch_size,
@@ -122,7 +123,7 @@ def test_an_effect_that_is_there_is_found_on_held_out_subjects(tmp_path: Path) -
 
 
 def test_head_moves_first_then_blocks_from_the_top_each_slower(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "task.unfreezing.steps_per_block=2", "train.schedule.warmup_steps=0")
+    config = make_config(tmp_path, "task.unfreezing.steps_per_layer=2", "train.schedule.warmup_steps=0")
     runs = phantom(31, 0.0, NUM_TRAIN + NUM_VALIDATION + NUM_TEST)
     task = make_task(runs, config, 0)
     torch.nn.init.normal_(task.model.head.linear.weight, std=0.1)

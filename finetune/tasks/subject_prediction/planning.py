@@ -21,6 +21,7 @@ from training.engine.engines import checkpoint_bytes
 from training.errors import RegistryError
 from training.statistics import Metric
 from training.task import Task
+from training.unfreezing import unfreezing_problems
 
 ALL_SPLITS = ("train", "validation", "test")
 
@@ -48,6 +49,7 @@ def validate(config: FinetuneConfig) -> list[str]:
     except FinetuneError as error:
         return [str(error)]
     problems = number_problems(task)
+    problems += unfreezing_problems(task.unfreezing, "task.unfreezing", config.train.evaluation)
     try:
         shard_set = open_set(config.shards, split=config.data.split)
         labels = read_labels(shard_set.subjects, task.label, location=config.shards)
@@ -71,7 +73,7 @@ def number_problems(task: Config) -> list[str]:
     positive = {
         "task.num_windows": task.num_windows,
         "task.head.num_channels": task.head.num_channels,
-        "task.unfreezing.depth_decay": task.unfreezing.depth_decay,
+        "task.head_learning_rate_scale": task.head_learning_rate_scale,
     }
     problems = [f"{key}: {value}; must be above 0" for key, value in positive.items() if value <= 0]
     if not 0 <= task.head.dropout < 1:
@@ -165,21 +167,21 @@ def plan(config: FinetuneConfig) -> dict[str, str]:
         "steps": f"{config.train.steps:,} of {config.data.batch_size} runs: {drawn / max(samples, 1):.1f} epochs",
         "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} per sample)",
         "a checkpoint": f"{saved / 2**20:,.1f} MiB, the last {config.train.checkpoint.keep_last} kept",
-        **{f"opens at step {step}": text for step, text in openings(task, config.train.steps).items()},
+        **{f"opens at {moment}": text for moment, text in openings(task, config.train.steps).items()},
         "workers": f"{config.cluster.num_workers} ({config.cluster.kind}), "
         f"{math.ceil(share / config.data.micro_batch_size)} forward passes per step on each",
     }
 
 
-def openings(task: Task, num_steps: int) -> dict[int, str]:
-    """Parameters by the step at which they start to move; those that never do are named as such."""
-    by_step: dict[int, list[str]] = {}
+def openings(task: Task, num_steps: int) -> dict[str, str]:
+    """Parameters by the moment from which they move; those that never do are named as such."""
+    by_moment: dict[str, list[str]] = {}
+    ending = {}
     for group in task.parameter_groups():
+        at = group.opens_at
+        moment = f"step {at}" if isinstance(at, int) else f"plateau {at.number} of {at.rule.metric}"
+        ending[moment] = " — never, the run ends before" if isinstance(at, int) and at >= num_steps else ""
         size = sum(parameter.numel() for parameter in group.parameters)
         rate = f"{group.name} ({size:,} parameters, {group.learning_rate_scale:.2g} of the learning rate)"
-        assert isinstance(group.opens_at, int)  # UnfreezingConfig of this task knows steps only
-        by_step.setdefault(group.opens_at, []).append(rate)
-    return {
-        step: ", ".join(names) + (" — never, the run ends before" if step >= num_steps else "")
-        for step, names in sorted(by_step.items())
-    }
+        by_moment.setdefault(moment, []).append(rate)
+    return {moment: ", ".join(names) + ending[moment] for moment, names in by_moment.items()}

@@ -24,7 +24,7 @@ from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, ValueLa
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, Outcome, ValueOutcome
 from finetune.tasks.subject_prediction.probe import ProbeConfig, ProbeResult, start_head
 from finetune.tasks.subject_prediction.scores import Scores, intervals
-from finetune.tasks.subject_prediction.task import SubjectPrediction, UnfreezingConfig, build_model
+from finetune.tasks.subject_prediction.task import SubjectPrediction, build_model
 from reports.page import Notice
 from training.collectives import this_process
 from training.engine.base import own_device
@@ -33,6 +33,7 @@ from training.loop import FitResult
 from training.registry.promotion import ChampionConfig
 from training.study import Conclusion, Model
 from training.task import Task
+from training.unfreezing import UnfreezingConfig
 
 MODEL = "fine-tuned model"
 SPLITS = ("validation", "test")
@@ -54,6 +55,7 @@ class Config:
     head: HeadConfig
     probe: ProbeConfig | None
     baselines: LinearConfig
+    head_learning_rate_scale: float  # as a share of the run's learning rate
     unfreezing: UnfreezingConfig
     champion: ChampionConfig | None  # what register.champion is, unless the run says otherwise
 
@@ -90,10 +92,16 @@ class SubjectStudy:
             self.labels,
             self.outcome,
             num_windows=self.config.num_windows,
+            head_learning_rate_scale=self.config.head_learning_rate_scale,
             unfreezing=self.config.unfreezing,
             weight_decay=self.config.weight_decay,
             batch_size=self.run.data.batch_size,
         )
+
+    def marks(self, chosen: int) -> dict[str, int]:
+        """Steps to point out in the learning curves."""
+        opens_at = self.config.unfreezing.first_layer_opens_at_step
+        return ({} if opens_at is None else {"encoder opens": opens_at}) | {"chosen": chosen}
 
     def make_source(self, task: Task) -> BatchSource:
         """This rank's view of the runs; a sample is as many frames as one prediction is made from."""
@@ -158,7 +166,7 @@ class SubjectStudy:
             sections=self.outcome.sections(of_models, first.details),
             numbers={"is_phantom": is_phantom},
             files={"scores.csv": scores_table(of_models, truth_column=self.outcome.truth_column)},
-            marks={"encoder opens": self.config.unfreezing.first_block_opens_at_step, "chosen": result.step},
+            marks=self.marks(result.step),
             lineage=self._counts(),
         )
 

@@ -5,14 +5,12 @@ Knows windows, labels and layers; nothing of files, ranks or the loop.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from brain_models.atlas import Atlas
 from brain_models.bundle import Bundle
@@ -23,20 +21,9 @@ from finetune.tasks.subject_prediction.labels import Labels
 from finetune.tasks.subject_prediction.outcomes import Outcome
 from finetune.tasks.subject_prediction.scores import Scores, subject_scores
 from training.task import Cost, ParameterGroup, Task
-from training.unfreezing import split_decay
+from training.unfreezing import UnfreezingConfig, layer_groups, split_decay
 
 NO_LABEL = -1
-
-
-@dataclass
-class UnfreezingConfig:
-    """When encoder blocks open, counted from the top, and learning rates as shares of the run's, falling with depth."""
-
-    head_learning_rate_scale: float
-    first_block_opens_at_step: int
-    steps_per_block: int
-    encoder_learning_rate_scale: float
-    depth_decay: float
 
 
 class SubjectPrediction(Task):
@@ -49,6 +36,7 @@ class SubjectPrediction(Task):
         outcome: Outcome,
         *,
         num_windows: int,
+        head_learning_rate_scale: float,
         unfreezing: UnfreezingConfig,
         weight_decay: float,
         batch_size: int,
@@ -58,6 +46,7 @@ class SubjectPrediction(Task):
         self.labels = labels
         self.outcome = outcome
         self.num_windows = num_windows
+        self.head_learning_rate_scale = head_learning_rate_scale
         self.unfreezing = unfreezing
         self.weight_decay = weight_decay
         self.batch_size = batch_size
@@ -76,10 +65,8 @@ class SubjectPrediction(Task):
         return {"loss": (batch.weight * is_labelled * losses).sum() / self.batch_size}
 
     def outputs(self, batch: Batch) -> Float[Tensor, "batch"]:
-        """One number per run; while the whole encoder is frozen, no gradient is kept for it."""
-        is_frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
-        with torch.no_grad() if is_frozen else contextlib.nullcontext():
-            tokens = self.model.tokens(batch.values, batch.is_measured, batch.repetition_time_s)
+        """One number per run."""
+        tokens = self.model.tokens(batch.values, batch.is_measured, batch.repetition_time_s)
         return self.model.head(tokens).float()
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
@@ -105,30 +92,16 @@ class SubjectPrediction(Task):
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The head first, then blocks from the top, each deeper one later and slower; stem and positions last."""
-        encoder, unfreezing = self.model.encoder, self.unfreezing
-        layers: list[tuple[str, list[nn.Module]]] = [
-            (f"encoder.{index}", [block]) for index, block in reversed(list(enumerate(encoder.blocks)))
-        ]
-        top_name, top = layers[0]
-        layers[0] = (top_name, [*top, encoder.norm])
-        layers.append(("encoder.stem", [encoder.stems, encoder.embed_position]))
-        groups = split_decay(
+        """The head, and the encoder's layers from the top, each deeper one later and slower."""
+        head = split_decay(
             "head",
             [self.model.head],
-            learning_rate_scale=unfreezing.head_learning_rate_scale,
+            learning_rate_scale=self.head_learning_rate_scale,
             weight_decay=self.weight_decay,
             opens_at=0,
         )
-        for depth, (name, modules) in enumerate(layers):
-            groups += split_decay(
-                name,
-                modules,
-                learning_rate_scale=unfreezing.encoder_learning_rate_scale * unfreezing.depth_decay**depth,
-                weight_decay=self.weight_decay,
-                opens_at=unfreezing.first_block_opens_at_step + depth * unfreezing.steps_per_block,
-            )
-        return groups
+        layers = self.model.encoder.layers()
+        return [*head, *layer_groups("encoder", layers, self.unfreezing, weight_decay=self.weight_decay)]
 
     def cost(self, batch: Batch) -> Cost:
         """The encoder over every window (backward only once a block is open); head and positions are left out."""

@@ -76,9 +76,9 @@ def test_a_cell_differs_from_another_only_by_encoder_seed_mode_and_place() -> No
     run = cell_config(config, all_cells[-1])
     assert (run.encoder, run.train.seed, run.data.seed, run.task["probe"]["seed"]) == ("t1@x", 5, 5, 5)
     assert run.run.folder == "b/cells/tube-1-full-seed5"
-    assert run.task["unfreezing"]["first_block_opens_at_step"] == 0
+    assert run.task["unfreezing"]["first_layer_opens_at_step"] == 0
     probe = cell_config(config, next(cell for cell in all_cells if cell.mode == "probe"))
-    assert probe.task["unfreezing"]["first_block_opens_at_step"] == config.train.steps
+    assert probe.task["unfreezing"]["first_layer_opens_at_step"] == config.train.steps
 
 
 def test_what_chooses_the_commit_of_a_cell_makes_it_another_cell_and_what_is_kept_does_not() -> None:
