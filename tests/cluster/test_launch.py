@@ -30,6 +30,7 @@ def local_cluster(folder: Path, *, max_failures: int = 1) -> ClusterConfig:
     return ClusterConfig("local", 2, 1, False, max_failures, 120, 60, None, str(folder / "ray"))
 
 
+@pytest.mark.timeout(900)  # one Ray, five runs: 265 s on a machine at load 18
 def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_driver_reaches_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
