@@ -315,10 +315,12 @@ def best_commit(config: CheckpointConfig, commits: Mapping[str, Commit]) -> str 
 
 def chosen_commit(store: Store, config: TrainConfig) -> tuple[str, Commit]:
     """What a finished run is judged by: the last commit, or under train.choose=best the best one if any has a score."""
-    commits = {folder: read_commit(store, folder) for folder in committed_folders(store)}
-    best = best_commit(config.checkpoint, commits) if config.choose == "best" else None
-    folder = best or max(commits, key=lambda folder: commits[folder].step)
-    return folder, commits[folder]
+    folders = committed_folders(store)
+    if config.choose == "best":
+        commits = {folder: read_commit(store, folder) for folder in folders}
+        if (best := best_commit(config.checkpoint, commits)) is not None:
+            return best, commits[best]
+    return folders[-1], read_commit(store, folders[-1])
 
 
 def _instead(point: StartingPoint, below: str) -> str:
