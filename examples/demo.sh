@@ -2,7 +2,7 @@
 # The whole chain on a laptop, on phantom scans, over the public commands: nothing here that a user could not type.
 #   make demo                        installs first
 #   OUT=elsewhere examples/demo.sh   with the virtual environment active
-# Running it again goes on where it stopped; remove $OUT to start afresh.
+# Running it again resumes where it stopped; remove $OUT to start afresh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -113,7 +113,7 @@ def test_a_stage_passes_its_variables_and_arguments_on() -> None:
 
 
 @pytest.mark.faults  # minutes: every stage is a process of its own
-def test_the_masking_experiment_and_both_stages_run_on_a_small_phantom_and_go_on_where_they_stopped(
+def test_the_masking_experiment_and_both_stages_run_on_a_small_phantom_and_resume_where_they_stopped(
     tmp_path: Path,
 ) -> None:
     scans, shards = tmp_path / "bids", tmp_path / "shards"

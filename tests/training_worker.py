@@ -204,7 +204,7 @@ def fork_ranks(jobs: list[dict], size: int, *, meeting_point: str) -> list[int]:
             try:
                 run_rank(jobs, rank, size, meeting_point=meeting_point)
                 code = 0
-            except Exception:  # noqa: BLE001 - a forked child must not go on as its parent
+            except Exception:  # noqa: BLE001 - a forked child must not continue as its parent
                 traceback.print_exc()
             finally:
                 os._exit(code)

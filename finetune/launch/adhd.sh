@@ -8,7 +8,7 @@
 #   SUBMIT=1 SHARDS=s3://brains/adhd200 OUT=s3://runs/adhd TRACKING=http://mlflow:5000 \
 #       bash finetune/launch/adhd.sh cluster=ray cluster.num_workers=4 task.atlas=aal3
 #
-# Arguments are overrides of python -m finetune (--validate and --plan too). The same command goes on where it stopped.
+# Arguments are overrides of python -m finetune (--validate and --plan too). The same command resumes where it stopped.
 # shellcheck disable=SC2086  # LAUNCH is several words
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -8,7 +8,7 @@
 #   SUBMIT=1 KIND=t1 SHARDS=s3://brains/adhd200 OUT=s3://runs/t1 TRACKING=http://mlflow:5000 \
 #       bash pretrain/launch/backbone.sh model=base engine=zero2 cluster=ray cluster.num_workers=16
 #
-# Arguments are overrides of python -m pretrain (--validate and --plan too). The same command goes on where it stopped.
+# Arguments are overrides of python -m pretrain (--validate and --plan too). The same command resumes where it stopped.
 # shellcheck disable=SC2086  # LAUNCH is several words
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -13,7 +13,7 @@
 #       PRETRAIN="model=base cluster=ray cluster.num_workers=16" FINETUNE="cluster=ray cluster.num_workers=4" \
 #       bash pretrain/launch/region_vs_random.sh
 #
-# Running it again goes on where it stopped: a finished backbone is not trained again, nor a finished cell scored again.
+# Running it again resumes where it stopped: a finished backbone is not trained again, nor a finished cell scored again.
 # So other overrides need another OUT and NAME. Several at once, each with some of ARMS and SEEDS, share the pretraining.
 # Windows of one tubelet (windows.bold) make tube and random the same: give them two or more.
 # shellcheck disable=SC2086  # PRETRAIN, FINETUNE and LAUNCH are several words each

@@ -202,7 +202,7 @@ def test_what_a_run_waits_for_or_starts_again_after_changes_no_bit_of_it(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("loss", ["killed", "cut off"])
-def test_where_fewer_workers_are_allowed_a_run_goes_on_without_a_lost_node(
+def test_where_fewer_workers_are_allowed_a_run_continues_without_a_lost_node(
     cluster: Cluster, undisturbed: list[float], record_property: Record, loss: str
 ) -> None:
     record_property("fault", f"a node {loss} for good, min_workers=1")
@@ -315,7 +315,7 @@ def test_a_tracking_server_that_is_away_stops_no_step_and_gets_every_row_once_la
 
 
 @pytest.mark.faults
-def test_a_full_checkpoint_disk_is_named_and_the_run_goes_on_once_there_is_room(
+def test_a_full_checkpoint_disk_is_named_and_the_run_resumes_once_there_is_room(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
     record_property("fault", "the disk of run.scratch fills up, is emptied, the same command again")
@@ -342,7 +342,7 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_a_driver_that_gets_sigterm_has_saved_and_the_same_command_goes_on(
+def test_a_driver_that_gets_sigterm_has_saved_and_the_same_command_resumes(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
     record_property("fault", "SIGTERM of the driver, the same command again")
@@ -358,7 +358,7 @@ def test_a_driver_that_gets_sigterm_has_saved_and_the_same_command_goes_on(
 
 
 @pytest.mark.faults
-def test_a_lost_head_loses_the_job_and_the_same_command_on_a_new_one_goes_on(
+def test_a_lost_head_loses_the_job_and_the_same_command_on_a_new_one_resumes(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:
     record_property("fault", "kill -9 of the head, a new cluster, the same command again")

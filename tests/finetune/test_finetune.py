@@ -355,7 +355,7 @@ def test_every_cell_is_scored_on_the_test_split_once_with_its_own_seed_and_mode(
             assert record["encoder"] == "models:/tiny/1"
 
 
-def test_a_comparison_goes_on_with_the_cells_that_are_missing(
+def test_a_comparison_runs_only_the_cells_that_are_missing(
     place: Place, compared: CompareConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = place.folder / "compare"

@@ -297,7 +297,7 @@ def test_a_backbone_has_seen_whom_the_weights_it_started_from_have_seen(
     assert numbers["overlap"] == [held_out]
     assert "The pretrained weights have seen 1 of the 5 test subjects" in " ".join(numbers["notices"])  # type: ignore
     shutil.rmtree(tmp_path / "second" / "run" / "bundle")
-    train(again)  # goes on from its own commit
+    train(again)  # resumes from its own commit
     (commit,) = (tmp_path / "second" / "run" / "checkpoints").iterdir()
     longer = ["train.steps=3", *overrides[1:], f"train.start.checkpoint={commit}"]
     train(config_of(shards, tmp_path / "third", *longer))

@@ -37,7 +37,7 @@ def on_s3(config: ToyConfig) -> ToyConfig:
 
 
 @pytest.mark.faults
-def test_a_run_on_s3_goes_on_from_its_commit_and_equals_the_local_run(proxy: FaultProxy, tmp_path: Path) -> None:
+def test_a_run_on_s3_resumes_from_its_commit_and_equals_the_local_run(proxy: FaultProxy, tmp_path: Path) -> None:
     config = toy_config(tmp_path, steps=6, checkpoint_every=4)
     local = run(config)
     proxy.faults = [Fault("answer", "PUT"), Fault("cut_upload", "PUT", path="checkpoints"), Fault("drop", "HEAD")]

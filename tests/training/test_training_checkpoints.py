@@ -75,7 +75,7 @@ def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(tmp_path: Path) -> 
     ]
     codes = run_launches(tmp_path, launches, timeout_s=280)
     assert codes == [[0], [0, 0], [9], [9, 9], [9, 9], [0], [0], [0, 0]]
-    check_one_rank_went_on(Path(copy["folder"]), uninterrupted=Path(whole["zero2"]["folder"]))
+    check_one_rank_resumed(Path(copy["folder"]), uninterrupted=Path(whole["zero2"]["folder"]))
 
     for engine in ENGINES:
         rerun, uninterrupted = tmp_path / f"{engine}-killed", tmp_path / f"{engine}-whole"
@@ -86,7 +86,7 @@ def test_a_run_killed_and_rerun_equals_the_uninterrupted_one(tmp_path: Path) -> 
         assert report(rerun)["metrics"] == report(uninterrupted)["metrics"]
 
 
-def check_one_rank_went_on(copy: Path, *, uninterrupted: Path) -> None:
+def check_one_rank_resumed(copy: Path, *, uninterrupted: Path) -> None:
     """What two killed ranks left, gone on with on one rank: the same losses up to rounding; and damage is named."""
     damaged = copy.with_name("damaged")
     assert report(copy)["start"] == "own"
@@ -160,7 +160,7 @@ def test_a_folder_without_commit_does_not_exist(trained: ToyConfig) -> None:
     assert (point.kind, point.step) == ("own", 4)
 
 
-def test_a_damaged_file_is_named_with_the_older_commit_to_go_on_from(trained: ToyConfig) -> None:
+def test_a_damaged_file_is_named_with_the_older_commit_to_resume_from(trained: ToyConfig) -> None:
     folder = newest(trained)
     with (folder / "plain.pt").open("r+b") as file:
         file.seek(100)
@@ -199,7 +199,7 @@ def test_a_store_that_is_away_or_a_full_disk_is_not_told_as_a_missing_file_to_be
     assert caught.value is cause
 
 
-def test_of_two_jobs_in_one_run_folder_the_later_goes_on_and_the_other_commits_nothing_more(tmp_path: Path) -> None:
+def test_of_two_jobs_in_one_run_folder_the_later_continues_and_the_other_commits_nothing_more(tmp_path: Path) -> None:
     """On two nodes: each has its own scratch. The later one prunes what the other is uploading."""
     store, rules = LocalStore(tmp_path / "run"), CheckpointConfig(100, 2, None, None, "lowest")
 
@@ -233,7 +233,7 @@ def test_a_commit_of_another_schema_is_refused(trained: ToyConfig) -> None:
         run(trained)
 
 
-def test_a_rank_that_sees_a_newer_commit_than_rank_0_goes_on_from_the_one_of_rank_0(
+def test_a_rank_that_sees_a_newer_commit_than_rank_0_resumes_from_the_one_of_rank_0(
     trained: ToyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = LocalStore(trained.run.folder)
@@ -264,7 +264,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_keys(train
     assert run(dataclasses.replace(trained, tracking=tracking)).start == "own"
 
 
-def test_a_named_checkpoint_is_where_another_run_goes_on(trained: ToyConfig, tmp_path: Path) -> None:
+def test_another_run_starts_from_a_named_checkpoint(trained: ToyConfig, tmp_path: Path) -> None:
     store = LocalStore(trained.run.folder)
     middle = store.join(committed_folders(store)[0])
     other = toy_config(tmp_path / "other", steps=6, checkpoint_every=2)

@@ -57,11 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.faults
 @pytest.mark.parametrize(("num_before", "num_after"), PAIRS)
 @pytest.mark.parametrize("engine", ZERO)
-def test_other_ranks_go_on_within_1e_5_and_end_inside_the_range_of_three_seeds(
+def test_another_number_of_ranks_resumes_within_1e_5_and_ends_inside_the_range_of_three_seeds(
     folder: Path, record_property: Callable[[str, object], None], engine: str, num_before: int, num_after: int
 ) -> None:
     found, whole = folder / f"{engine}-{num_before}-{num_after}", folder / f"{engine}-{num_before}"
-    record_property("fault", f"{engine}: {num_before} ranks break off, {num_after} resume")
+    record_property("fault", f"{engine}: {num_before} ranks stop, {num_after} resume")
     record_property("when", f"step {BROKEN_AT} of {STEPS}, commit of step 30")
     record_property("recovery_s", report(found)["seconds"])
     assert report(found)["start"] == "own"

@@ -50,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(NUM_KILLS))
-def test_a_run_killed_at_a_random_moment_goes_on_to_bit_equal_losses(
+def test_a_run_killed_at_a_random_moment_resumes_to_bit_equal_losses(
     runs: tuple[Path, dict[int, list[str]]], record_property: Callable[[str, object], None], seed: int
 ) -> None:
     folder, left = runs

@@ -80,7 +80,7 @@ def test_every_metric_of_a_run_is_one_row_there_with_the_spool_s_timestamps(tmp_
     assert history(server, result.mlflow_run_id, "train/loss") == expected
 
 
-def test_training_goes_on_while_the_server_is_down_and_a_later_run_sends_everything_once(
+def test_training_continues_while_the_server_is_down_and_a_later_run_sends_everything_once(
     tmp_path: Path, server: str, dead_server: str
 ) -> None:
     down = dataclasses.replace(toy_config(tmp_path), tracking=tracking(dead_server, drain_s=1))

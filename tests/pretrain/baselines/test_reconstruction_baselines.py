@@ -78,7 +78,7 @@ def test_voxel_statistics_are_those_of_the_measured_frames(generator: torch.Gene
     )
 
 
-def test_the_drift_is_the_polynomial_of_the_shown_frames_and_goes_on_where_nothing_is_shown() -> None:
+def test_the_drift_is_the_polynomial_of_the_shown_frames_and_extends_to_where_nothing_is_shown() -> None:
     time = torch.linspace(-1, 1, 6, dtype=torch.float64)
     is_shown = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     line = 2 + 3 * time

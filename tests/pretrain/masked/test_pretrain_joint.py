@@ -221,7 +221,7 @@ def check_bundle(folder: Path, config: PretrainConfig) -> None:
     assert narrowed.encoder.stem("bold").num_features == 216 * 2
 
 
-def test_a_run_that_stopped_goes_on_to_the_same_losses(places: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_that_stopped_resumes_to_the_same_losses(places: dict[str, str], tmp_path: Path) -> None:
     def losses(folder: Path) -> dict[int, float]:
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         return {row["step"]: row["value"] for row in rows if row["key"] == "train/loss"}
