@@ -5,26 +5,19 @@ Finished cells are read, not run again; knows nothing of intervals and verdicts.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster.ray.launch import ray_session, run_on_workers
 from cluster.storage.stores import Store, store_for
 from data_sharding.read.reader import open_set
 from finetune.backbone import GOLDEN
-from finetune.compare.paired import Readings
 from finetune.config import CompareConfig, FinetuneConfig
 from finetune.errors import FinetuneError
-from finetune.tasks.subject_prediction.scores import Scores
-from finetune.tasks.subject_prediction.study import MODEL
 from finetune.train import identity, train
 from training.checkpoint import file_sha256
 from training.identity import config_hash
@@ -46,14 +39,6 @@ class Cell:
     def folder(self) -> str:
         """Below the comparison's run folder."""
         return f"cells/{slug(self.arm)}-{self.number}-{self.mode}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a finished cell said: scores by classifier less the cut chosen for it, so that above 0 is a case."""
-
-    scores: dict[str, Scores]
-    num_seen: int | None  # test subjects its encoder was pretrained on; None: the encoder does not say
 
 
 def slug(text: str) -> str:
@@ -113,8 +98,8 @@ def pinned(encoder: str, uri: str | None) -> str:
     return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
 
 
-def answers(config: CompareConfig) -> dict[Cell, Answer]:
-    """Every cell's answer; those that have none yet are run, one after the other."""
+def answers(config: CompareConfig) -> dict[Cell, Store]:
+    """Every cell's finished run folder; those that are not finished yet are run, one after the other."""
     versions = {
         encoder: pinned(encoder, config.train.tracking.uri) for arm in arms_of(config).values() for encoder in arm
     }
@@ -128,7 +113,7 @@ def answers(config: CompareConfig) -> dict[Cell, Answer]:
             print(f"cell {position + 1}/{len(cells)}  {cell.folder}  {'is done' if is_done else 'runs'}", flush=True)
             if not is_done:
                 run_on_workers(train, run, cluster=config.cluster, name=run.run.name)
-            found[cell] = read_answer(store)
+            found[cell] = store
     return found
 
 
@@ -149,38 +134,3 @@ def is_finished(store: Store, run: FinetuneConfig) -> bool:
             + "); cells of both would be compared: choose another run.folder, or delete this one"
         )
     return True
-
-
-def read_answer(store: Store) -> Answer:
-    """What a finished cell wrote: its scores on the test split and the baselines', each less its own cut."""
-    numbers = json.loads(store.read(METRICS))
-    rows: dict[str, list[dict[str, str]]] = {}
-    for row in csv.DictReader(io.StringIO(store.read("scores.csv").decode())):
-        rows.setdefault(row["classifier"], []).append(row)
-    scores = {}
-    for name, theirs in rows.items():
-        values = np.array([float(row["score"]) for row in theirs]) - numbers["models"][name]["threshold"]
-        is_case = np.array([row["is_case"] == "1" for row in theirs])
-        subjects = tuple(row["subject"] for row in theirs)
-        scores[name] = Scores(subjects, values, is_case, np.array([row["site"] for row in theirs]))
-    overlap = numbers["overlap"]
-    return Answer(scores, None if overlap is None else len(overlap))
-
-
-def readings(found: dict[Cell, Answer], mode: str) -> Readings:
-    """A mode's scores of every arm as [unit, repeat, subject]: units are encoders, or seeds where an arm has one."""
-    first = next(iter(found.values())).scores[MODEL]
-    table: dict[str, dict[int, list[np.ndarray]]] = {}
-    for cell, answer in found.items():
-        if cell.mode == mode:
-            scores = answer.scores[MODEL]
-            if scores.subjects != first.subjects:
-                raise FinetuneError(
-                    f"{cell.folder}: was scored on other subjects than the first cell ({len(scores.subjects)} and "
-                    f"{len(first.subjects)}); delete the run folder and compare on one shard set"
-                )
-            table.setdefault(cell.arm, {}).setdefault(cell.number, []).append(scores.values)
-    stacked = {arm: np.stack([np.stack(seeds) for seeds in encoders.values()]) for arm, encoders in table.items()}
-    has_one = all(len(values) == 1 for values in stacked.values())
-    values = {arm: each.swapaxes(0, 1) if has_one else each for arm, each in stacked.items()}
-    return Readings(values, first.truth, first.sites)

@@ -7,28 +7,42 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from finetune.compare.cells import Answer, Cell, arms_of, readings, slug
+from cluster.storage.stores import Store
+from finetune.compare.cells import Cell, arms_of, slug
 from finetune.compare.paired import Readings, differences, estimate, resampled_metrics, spare_subjects
 from finetune.config import CompareConfig
+from finetune.errors import FinetuneError
+from finetune.tasks.subject_prediction.scores import Scores
 from finetune.tasks.subject_prediction.study import MODEL
 from reports.figures import COLOURS, style
 from training.statistics import BootstrapConfig
+from training.study import METRICS
 from training.watch.tracking import experiment_id, mlflow_environment
 
 CHANCE = 0.5  # of every metric there is
 GREY = "#999999"
 FOLDER_TAG = "callosum.comparison"
 FILES = ("comparison.csv", "cells.csv", "comparison.md", "comparison.png")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a finished cell said: scores by classifier less the cut chosen for it, so that above 0 is a case."""
+
+    scores: dict[str, Scores]
+    num_seen: int | None  # test subjects its encoder was pretrained on; None: the encoder does not say
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,41 @@ class Comparison:
     num_seeds: int
     rows: list[ComparisonRow]
     cells: list[tuple[str, str, str, int, float]]
+
+
+def read_answer(store: Store) -> Answer:
+    """What a finished cell wrote: its scores on the test split and the baselines', each less its own cut."""
+    numbers = json.loads(store.read(METRICS))
+    rows: dict[str, list[dict[str, str]]] = {}
+    for row in csv.DictReader(io.StringIO(store.read("scores.csv").decode())):
+        rows.setdefault(row["classifier"], []).append(row)
+    scores = {}
+    for name, theirs in rows.items():
+        values = np.array([float(row["score"]) for row in theirs]) - numbers["models"][name]["threshold"]
+        is_case = np.array([row["is_case"] == "1" for row in theirs])
+        subjects = tuple(row["subject"] for row in theirs)
+        scores[name] = Scores(subjects, values, is_case, np.array([row["site"] for row in theirs]))
+    overlap = numbers["overlap"]
+    return Answer(scores, None if overlap is None else len(overlap))
+
+
+def readings(found: dict[Cell, Answer], mode: str) -> Readings:
+    """A mode's scores of every arm as [unit, repeat, subject]: units are encoders, or seeds where an arm has one."""
+    first = next(iter(found.values())).scores[MODEL]
+    table: dict[str, dict[int, list[np.ndarray]]] = {}
+    for cell, answer in found.items():
+        if cell.mode == mode:
+            scores = answer.scores[MODEL]
+            if scores.subjects != first.subjects:
+                raise FinetuneError(
+                    f"{cell.folder}: was scored on other subjects than the first cell ({len(scores.subjects)} and "
+                    f"{len(first.subjects)}); delete the run folder and compare on one shard set"
+                )
+            table.setdefault(cell.arm, {}).setdefault(cell.number, []).append(scores.values)
+    stacked = {arm: np.stack([np.stack(seeds) for seeds in encoders.values()]) for arm, encoders in table.items()}
+    has_one = all(len(values) == 1 for values in stacked.values())
+    values = {arm: each.swapaxes(0, 1) if has_one else each for arm, each in stacked.items()}
+    return Readings(values, first.truth, first.sites)
 
 
 def compare(config: CompareConfig, found: Mapping[Cell, Answer]) -> Comparison:

@@ -13,7 +13,7 @@ from data_sharding.read.reader import open_set
 from finetune import planning
 from finetune.backbone import fetch_backbone
 from finetune.compare.cells import answers, arms_of, cell_config, cells_of, is_finished, pinned, slug
-from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, write
+from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, read_answer, write
 from finetune.compare.paired import Metric
 from finetune.config import CompareConfig, FinetuneConfig
 from finetune.tasks import parse_task
@@ -23,7 +23,7 @@ from training.registry.seen_subjects import overlap
 
 
 def run(config: CompareConfig) -> None:
-    found = compare(config, answers(config))
+    found = compare(config, {cell: read_answer(store) for cell, store in answers(config).items()})
     folder = Path(config.run.scratch) / f"{slug(config.run.name)}-comparison"
     write(found, folder)
     store = store_for(config.run.folder)

@@ -14,8 +14,8 @@ from cluster.storage.stores import LocalStore
 from configs.entry import compose
 from configs.parse import parse
 from finetune.compare import cells
-from finetune.compare.cells import Answer, Cell, arms_of, cell_config, cells_of, is_finished, readings
-from finetune.compare.comparison import Comparison, as_markdown, compare, draw
+from finetune.compare.cells import Cell, arms_of, cell_config, cells_of, is_finished
+from finetune.compare.comparison import Answer, Comparison, as_markdown, compare, draw, readings
 from finetune.compare.planning import pair_problems
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.storage.stores import LocalStore
-from finetune.compare.cells import read_answer
+from finetune.compare.comparison import read_answer
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, ValueLabel
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, ValueOutcome
 from finetune.tasks.subject_prediction.scores import Scores, intervals
