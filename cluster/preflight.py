@@ -1,4 +1,6 @@
-"""Check a cluster before hours are spent: nodes, links, storage, tracking and clocks, against what one run needs.
+"""Check a cluster before hours are spent on it.
+
+Nodes, links, storage, tracking and clocks are held against what one run needs.
 
 Example (as a job of the cluster itself):
 

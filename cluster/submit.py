@@ -1,4 +1,6 @@
-r"""Send one command of this project to a Ray cluster: check it here, submit it, follow its log, exit as it did.
+r"""Send one command of this project to a Ray cluster.
+
+It is checked here, submitted and followed; this command exits as the job did.
 
 Example:
 

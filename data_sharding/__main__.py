@@ -1,6 +1,6 @@
-"""Turns a folder of brain scans into a verified shard set that training reads.
+"""Turn a folder of brain scans into a shard set that training reads.
 
-Purpose: find the scans of a data set (BIDS derivatives such as fMRIPrep's, ADHD-200, ...), bring them onto one brain
+Find the scans of a data set (BIDS derivatives such as fMRIPrep's, ADHD-200, ...), bring them onto one brain
 space, and write them as WebDataset tars with an index and a manifest. Run the same command again to resume.
 
 Example:

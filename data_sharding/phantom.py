@@ -1,4 +1,6 @@
-"""Write a synthetic study: T1w and rest fMRI in MNI space, with a known truth, as a BIDS derivatives folder.
+"""Write a synthetic study with a known truth.
+
+T1w and rest fMRI in MNI space, as a folder of BIDS derivatives.
 
 Example (220 subjects on a 6 mm grid, half a minute on two cores):
   python -m data_sharding.phantom out=out/phantom

@@ -1,4 +1,6 @@
-"""Writes one HTML page about a shard set: contents, quality, refused scans, balance of the splits.
+"""Write one HTML page about a shard set.
+
+Its contents, quality, refused scans and balance of the splits.
 
 Example:
   python -m data_sharding.report out/shards

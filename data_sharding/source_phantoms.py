@@ -1,4 +1,6 @@
-"""Write a tiny phantom of one data set, in its exact layout: to try its source without the restricted data.
+"""Write a tiny phantom in the exact layout of one data set.
+
+It serves to try the data set's source without the restricted data.
 
 Example:
   python -m data_sharding.source_phantoms layout=adhd200 out=out/adhd200

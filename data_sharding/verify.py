@@ -1,4 +1,6 @@
-"""Reads a whole shard set and names the first bad byte range of each object that is not as written.
+"""Check every byte of a shard set; repair it from the scans.
+
+Names the first bad byte range of each object that is not as written.
 
 Examples:
   python -m data_sharding.verify out/shards

@@ -1,4 +1,6 @@
-r"""Adapt a registered backbone to a question about subjects; ends with an evaluated, registered model and a report.
+r"""Adapt a registered backbone to a question about subjects.
+
+It ends with an evaluated, registered model and a report.
 
 Example (two workers on this machine, the shards of `python -m data_sharding`, the backbone of `python -m pretrain`):
 

@@ -1,4 +1,6 @@
-r"""Ask a registered model about NIfTI files: a table on the screen and a CSV file.
+r"""Ask a registered model about NIfTI files.
+
+The answers are a table on the screen and a CSV file.
 
 Example:
 
@@ -45,8 +47,8 @@ def find_scans(patterns: list[str]) -> list[Path]:
     return sorted(scans)
 
 
-def scan_table(scans: list[Path], columns: Collection[str], *, brain_masks: bool) -> pd.DataFrame:
-    """The table of a model with these columns: one row per scan that it reads, with what BIDS says belongs to it.
+def scan_rows(scans: list[Path], columns: Collection[str], *, brain_masks: bool) -> list[dict[str, object]]:
+    """One row for each scan that a model with these columns reads, with what BIDS says belongs to it.
 
     A file whose name has no BIDS suffix is taken for BOLD. FinetuneError when the model reads none of the scans.
     """
@@ -59,7 +61,7 @@ def scan_table(scans: list[Path], columns: Collection[str], *, brain_masks: bool
     if not rows:
         wanted = sorted(set(columns) & set(COLUMN_OF_SUFFIX.values()))
         raise FinetuneError(f"scans: the model reads {' or '.join(wanted)}, none of the {len(scans)} scans is one")
-    return pd.DataFrame(rows)
+    return rows
 
 
 def _beside(scan: Path, *, brain_masks: bool) -> dict[str, object]:
@@ -98,7 +100,7 @@ def predict(config: PredictConfig) -> pd.DataFrame:
             f"'python -m training.runs {config.uri}' lists what is registered"
         ) from error
     columns = model.metadata.get_input_schema().input_names()
-    table = scan_table(scans, columns, brain_masks=config.brain_masks)
+    table = pd.DataFrame(scan_rows(scans, columns, brain_masks=config.brain_masks))
     answers = pd.concat([table[scan_columns(table)], model.predict(table)], axis=1)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     answers.to_csv(config.out, index=False)
@@ -114,7 +116,7 @@ def validate(config: PredictConfig) -> list[str]:
     """All problems that need no model."""
     problems = []
     try:
-        scan_table(find_scans(config.scans), COLUMN_OF_SUFFIX.values(), brain_masks=config.brain_masks)
+        scan_rows(find_scans(config.scans), COLUMN_OF_SUFFIX.values(), brain_masks=config.brain_masks)
     except FinetuneError as error:
         problems.append(str(error))
     if not config.out.endswith(".csv"):

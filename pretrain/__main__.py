@@ -1,4 +1,6 @@
-"""Pretrain an encoder on unlabelled brain scans: hide regions, predict their voxels, register the encoder.
+"""Pretrain an encoder on unlabelled brain scans.
+
+Regions are hidden, their voxels predicted, and the encoder is registered.
 
 Example (two workers on this machine, on a shard set written by `python -m data_sharding`):
 

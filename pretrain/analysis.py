@@ -1,5 +1,7 @@
-"""Analyse a finished pretraining run: how well each voxel is predicted, what each region contributes to the prediction,
-and how well site and repetition time can be read from the embedding.
+"""Analyse a finished pretraining run.
+
+How well each voxel is predicted, what each region contributes to the prediction, and how well site and repetition time
+can be read from the embedding.
 
 Example (the command line of the run, with the number of windows to analyse):
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float64
 from brain_models.errors import ScanError
 from data_sharding.registration.volumes import Volume
 
-INSTALL_HINT = "pip install 'callosum[registration]' (antspyx==0.6.3)"
+INSTALL_HINT = "pip install -e '.[registration]' (antspyx==0.6.3)"
 
 LPS_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's x and y run the other way
 

@@ -135,7 +135,7 @@ def in_space(files: list[ScanFile], space: BrainSpace, *, allow_mix: bool, accep
     raise SourceError(
         f"{files[0].path} is in raw space (no space- entity names a template); register it first, for example with "
         f"fMRIPrep --output-spaces {wanted}{':res-2' if space.kind == 'volume' else ''}, and give its derivatives "
-        "folder as source.root; volumes can also be registered here: pip install 'callosum[registration]' and "
+        "folder as source.root; volumes can also be registered here: pip install -e '.[registration]' and "
         "registration=affine"
     )
 

@@ -1,4 +1,6 @@
-r"""Which of several encoders answers a question about subjects better, if any; ends with verdicts, table and figure.
+r"""Compare how well several encoders answer a question.
+
+It ends with verdicts, a table and a figure.
 
 Example (frozen probe and full fine-tuning of each, three seeds, on the same splits):
 

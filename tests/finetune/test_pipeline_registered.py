@@ -146,4 +146,4 @@ def test_a_kill_while_scans_are_registered_loses_none_of_them_and_leaves_no_proc
 def test_without_the_extra_the_command_says_how_to_install_it(raw: Path, tmp_path: Path) -> None:
     refused = command("data_sharding", f"source.root={raw}", "dataset=bids", *SMALL[:3], f"out={tmp_path / 'set'}")
     assert refused.returncode == 2
-    assert "pip install 'callosum[registration]' and registration=affine" in refused.stderr
+    assert "pip install -e '.[registration]' and registration=affine" in refused.stderr
