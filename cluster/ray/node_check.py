@@ -22,6 +22,17 @@ from cluster.storage.files import PARTIAL_PREFIX
 from cluster.storage.stores import store_for
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "webdataset", "mlflow", "boto3")
+OUR_PACKAGES = (
+    "brain_models",
+    "callosum",
+    "cluster",
+    "configs",
+    "data_sharding",
+    "finetune",
+    "pretrain",
+    "reports",
+    "training",
+)
 PROBE_BYTES = 32 << 20
 CACHED_FILES = "*.whole"  # of data.cache_folder, which makes room there itself
 REDUCE_BYTES = 64 << 20
@@ -94,8 +105,8 @@ def versions() -> dict[str, str]:
             found[package] = "missing"
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
-    for part in ("brain_models", "cluster", "configs", "data_sharding", "finetune", "pretrain", "reports", "training"):
-        for path in sorted((root / part).rglob("*.py")):
+    for package in OUR_PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return found | {"callosum code": digest.hexdigest()[:12]}
 

@@ -19,7 +19,7 @@ from data_sharding.scans import SourceContents
 from data_sharding.write.prepare import Prepared
 from data_sharding.write.writer import Receipt
 
-VERSIONED_PACKAGES = ("callosum", "numpy", "scipy", "nibabel", "webdataset", "pyarrow")
+VERSIONED_PACKAGES = ("callosum-mri", "numpy", "scipy", "nibabel", "webdataset", "pyarrow")
 
 
 def saved_tables(prepared: Prepared, receipts: list[Receipt]) -> dict[str, bytes]:

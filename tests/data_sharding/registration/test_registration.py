@@ -267,7 +267,7 @@ def test_without_antspyx_a_raw_scan_is_refused_with_the_command_that_installs_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ants", None)
-    with pytest.raises(RegistrationError, match=r"antspyx is not installed .*pip install 'callosum\[registration\]'"):
+    with pytest.raises(RegistrationError, match=r"antspyx is not installed .*pip install -e '\.\[registration\]'"):
         register_t1(tmp_path / "T1w.nii.gz", CONFIG)
 
 
