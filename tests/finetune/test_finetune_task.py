@@ -24,7 +24,7 @@ from finetune.tasks import parse_task
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.outcomes import class_weights
 from finetune.tasks.subject_prediction.probe import principal_channels, start_head
-from finetune.tasks.subject_prediction.scores import auroc, within_site_auroc
+from finetune.tasks.subject_prediction.scores import CLASS_METRICS
 from finetune.tasks.subject_prediction.study import Config, make_outcome
 from finetune.tasks.subject_prediction.task import NO_LABEL, SubjectPrediction, build_model
 from tests.bundles import cubes, encoder_bundle
@@ -111,7 +111,7 @@ def test_without_an_effect_the_mean_auroc_of_three_seeds_is_at_chance(tmp_path: 
         task, result = fine_tune(phantom(seed, 0.0, num_subjects), config, seed)
         scores = task.scores(result.evaluations["test"].predictions)
         assert len(scores.subjects) == NUM_TEST
-        found.append((auroc(scores.values, scores.truth), within_site_auroc(scores.values, scores.truth, scores.sites)))
+        found.append([metric.value(scores) for metric in CLASS_METRICS[:2]])
     assert np.abs(np.mean(found, axis=0) - 0.5).max() <= 0.08, found
 
 
@@ -119,7 +119,7 @@ def test_an_effect_that_is_there_is_found_on_held_out_subjects(tmp_path: Path) -
     runs = phantom(34, 1.0, NUM_TRAIN + NUM_VALIDATION + NUM_TEST)
     task, result = fine_tune(runs, make_config(tmp_path), 34)
     scores = task.scores(result.evaluations["test"].predictions)
-    assert within_site_auroc(scores.values, scores.truth, scores.sites) >= 0.7
+    assert CLASS_METRICS[0].value(scores) >= 0.7
 
 
 def test_head_moves_first_then_blocks_from_the_top_each_slower(tmp_path: Path) -> None:

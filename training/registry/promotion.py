@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,9 @@ def reasons_against(
     reasons = []
     if config is None:
         reasons.append("register.champion is null")
-    elif not intervals[config.metric].low > config.above:
-        low = intervals[config.metric].low
+    elif math.isnan(low := intervals[config.metric].low):
+        reasons.append(f"{config.metric} has no interval: too few test subjects of one class")
+    elif not low > config.above:
         reasons.append(f"the lower end of {config.metric}, {low:.3f}, is not above {config.above}")
     if overlap is None:
         reasons.append("the backbone does not say which subjects it saw")

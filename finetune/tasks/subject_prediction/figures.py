@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune.tasks.subject_prediction.scores import Scores, auroc, roc_curve
+from finetune.tasks.subject_prediction.scores import AUROC, Scores, roc_curve
 from reports.figures import COLOURS, as_svg, new_axes
 
 
@@ -14,8 +14,8 @@ def roc(models: Mapping[str, Scores]) -> str:
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
     for colour, (name, scores) in zip(COLOURS, models.items(), strict=False):
         false_rate, true_rate = roc_curve(scores.values, scores.truth)
-        area = auroc(scores.values, scores.truth)
-        axes.plot(false_rate, true_rate, color=colour, linewidth=1.2, label=f"{name} ({area:.2f})")
+        label = f"{name} ({AUROC.value(scores):.2f})"
+        axes.plot(false_rate, true_rate, color=colour, linewidth=1.2, label=label)
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
     axes.legend(frameon=False, fontsize=7, loc="lower right")

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from finetune.errors import FinetuneError
-from training.statistics import BootstrapConfig, Interval, Metric
+from training.statistics import BootstrapConfig, Interval, Metric, joined_strata
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Scores:
             )
 
     def take(self, rows: np.ndarray) -> Scores:
-        """The scores of these rows, which may repeat."""
-        subjects = tuple(self.subjects[row] for row in rows)
+        """The scores of these rows, which may repeat; or of the rows with True."""
+        subjects = tuple(np.asarray(self.subjects)[rows].tolist())
         return replace(
             self, subjects=subjects, values=self.values[rows], truth=self.truth[rows], sites=self.sites[rows]
         )
@@ -55,31 +54,41 @@ def subject_scores(values: np.ndarray, subjects: list[str], *, truth: np.ndarray
     return Scores(tuple(names.tolist()), means, truth[first], np.asarray(sites)[first])
 
 
-def auroc(values: np.ndarray, is_case: np.ndarray) -> float:
+def auroc(scores: Scores, weights: np.ndarray) -> np.ndarray:
     """Share of (case, control) pairs in which the case scores higher, ties counted half; NaN without such pairs."""
-    won, pairs = _won_pairs(values, is_case)
-    return won / pairs if pairs else float("nan")
+    return _ratio(*_won_pairs(scores.values, scores.truth, weights))
 
 
-def within_site_auroc(values: np.ndarray, is_case: np.ndarray, sites: np.ndarray) -> float:
+def within_site_auroc(scores: Scores, weights: np.ndarray) -> np.ndarray:
     """The same share over pairs of one site only, pooled over sites: what site differences alone cannot raise."""
-    results = [_won_pairs(values[sites == site], is_case[sites == site]) for site in np.unique(sites)]
-    pairs = sum(count for _, count in results)
-    return sum(won for won, _ in results) / pairs if pairs else float("nan")
+    sites = [scores.sites == site for site in np.unique(scores.sites)]
+    of_sites = [_won_pairs(scores.values[here], scores.truth[here], weights[:, here]) for here in sites]
+    return _ratio(*np.sum(of_sites, axis=0))
 
 
-def _won_pairs(values: np.ndarray, is_case: np.ndarray) -> tuple[float, int]:
-    num_cases = int(is_case.sum())
-    pairs = num_cases * (len(is_case) - num_cases)
-    ranks = rankdata(values)
-    return float(ranks[is_case].sum() - num_cases * (num_cases + 1) / 2), pairs
+def _won_pairs(values: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weight [draw] of the pairs that a case wins, and of all pairs; from sums by level, so no pair is held."""
+    levels, order = np.unique(values, return_index=True)[0], np.argsort(values, kind="stable")
+    starts = np.searchsorted(values[order], levels)
+    is_case = truth.astype(bool)[order]
+    cases, controls = (np.add.reduceat(weights[:, order] * of, starts, axis=1) for of in (is_case, ~is_case))
+    below = controls.cumsum(axis=1) - controls / 2
+    return (cases * below).sum(axis=1), cases.sum(axis=1) * controls.sum(axis=1)
 
 
-def balanced_accuracy(is_called: np.ndarray, is_case: np.ndarray) -> float:
+def balanced_accuracy(scores: Scores, weights: np.ndarray) -> np.ndarray:
     """Mean of sensitivity and specificity; NaN when one class is absent."""
-    if is_case.all() or not is_case.any():
-        return float("nan")
-    return float((is_called[is_case].mean() + (~is_called[~is_case]).mean()) / 2)
+    is_case = scores.truth.astype(bool)
+    is_right = (scores.values > scores.reference) == is_case
+    return (_mean(is_right[is_case], weights[:, is_case]) + _mean(is_right[~is_case], weights[:, ~is_case])) / 2
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return _ratio((weights * values).sum(axis=1), weights.sum(axis=1))
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return part / np.where(whole > 0, whole, np.nan)
 
 
 def choose_threshold(values: np.ndarray, is_case: np.ndarray) -> float:
@@ -88,7 +97,8 @@ def choose_threshold(values: np.ndarray, is_case: np.ndarray) -> float:
         raise FinetuneError("cannot choose a threshold: the validation split has one class only; enlarge it")
     levels = np.unique(values.astype(np.float64))
     cuts = np.concatenate([[levels[0] - 1.0], (levels[1:] + levels[:-1]) / 2, [levels[-1] + 1.0]])
-    quality = np.array([balanced_accuracy(values > cut, is_case) for cut in cuts])
+    false_rate, true_rate = roc_curve(values, is_case)  # from the highest cut to the lowest
+    quality = (true_rate + 1 - false_rate)[::-1] / 2
     best = np.flatnonzero(quality >= quality.max() - 1e-12)
     return float(cuts[best[(len(best) - 1) // 2]])
 
@@ -102,70 +112,52 @@ def roc_curve(values: np.ndarray, is_case: np.ndarray) -> tuple[np.ndarray, np.n
     return np.append(0, false_alarms) / max(1, (~is_case).sum()), np.append(0, hits) / max(1, is_case.sum())
 
 
-def r2(scores: Scores) -> float:
+def r2(scores: Scores, weights: np.ndarray) -> np.ndarray:
     """Share of the values' variance about the training mean that predictions explain; negative when they add to it."""
-    total = float(np.square(scores.truth - scores.reference).sum())
-    return 1 - float(np.square(scores.truth - scores.values).sum()) / total if total > 0 else float("nan")
+    error, total = np.square(scores.truth - scores.values), np.square(scores.truth - scores.reference)
+    return 1 - _ratio((weights * error).sum(axis=1), (weights * total).sum(axis=1))
 
 
-def within_site_correlation(scores: Scores) -> float:
+def within_site_correlation(scores: Scores, weights: np.ndarray) -> np.ndarray:
     """Pearson correlation after each site's means are taken off: what site differences alone cannot raise."""
-    predicted, truth = _without_site_means(scores.values, scores.sites), _without_site_means(scores.truth, scores.sites)
-    length = float(np.sqrt(np.square(predicted).sum() * np.square(truth).sum()))
-    return float(predicted @ truth) / length if length > 1e-12 else float("nan")
+    _, of_subject = np.unique(scores.sites, return_inverse=True)
+    site = np.eye(of_subject.max() + 1)[of_subject]
+    # Without the sites' unweighted means first, which a resample's own differ little from, digits would be lost.
+    predicted, truth = (each - site @ (each @ site / site.sum(axis=0)) for each in (scores.values, scores.truth))
+
+    def product(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        sums = (weights @ (one[:, None] * site)) * (weights @ (other[:, None] * site))
+        return weights @ (one * other) - (sums / np.maximum(weights @ site, 1e-12)).sum(axis=1)
+
+    length = np.sqrt(np.maximum(product(predicted, predicted) * product(truth, truth), 0))
+    return product(predicted, truth) / np.where(length > 1e-12, length, np.nan)
 
 
-def _without_site_means(values: np.ndarray, sites: np.ndarray) -> np.ndarray:
-    _, of_subject = np.unique(sites, return_inverse=True)
-    means = np.bincount(of_subject, weights=values) / np.bincount(of_subject)
-    return values - means[of_subject]
+def mean_absolute_error(scores: Scores, weights: np.ndarray) -> np.ndarray:
+    """In the unit of the values."""
+    return _mean(np.abs(scores.truth - scores.values), weights)
 
 
-def _classes(scores: Scores) -> np.ndarray:
-    return scores.truth.astype(int)
+def sites_and_classes(scores: Scores) -> np.ndarray:
+    """[subject]: strata of class metrics."""
+    return joined_strata(scores.sites, scores.truth)
 
 
-def _sites_and_classes(scores: Scores) -> np.ndarray:
-    return np.char.add(np.asarray(scores.sites, dtype=str), _classes(scores).astype(str))
+def sites_alone(scores: Scores) -> np.ndarray:
+    """[subject]: strata of value metrics."""
+    return joined_strata(scores.sites, np.zeros(len(scores.sites)))
 
 
+AUROC = Metric("auroc", "AUROC", "highest", 0.5, auroc, sites_and_classes)
 CLASS_METRICS = (
-    Metric(
-        "within_site_auroc",
-        "AUROC within sites",
-        "highest",
-        0.5,
-        lambda scores: within_site_auroc(scores.values, scores.truth, scores.sites),
-        _sites_and_classes,
-    ),
-    Metric("auroc", "AUROC", "highest", 0.5, lambda scores: auroc(scores.values, scores.truth), _classes),
-    Metric(
-        "balanced_accuracy",
-        "balanced accuracy",
-        "highest",
-        0.5,
-        lambda scores: balanced_accuracy(scores.values > scores.reference, scores.truth),
-        _classes,
-    ),
+    Metric("within_site_auroc", "AUROC within sites", "highest", 0.5, within_site_auroc, sites_and_classes),
+    AUROC,
+    Metric("balanced_accuracy", "balanced accuracy", "highest", 0.5, balanced_accuracy, sites_and_classes),
 )
 VALUE_METRICS = (
-    Metric(
-        "within_site_correlation",
-        "correlation within sites",
-        "highest",
-        0.0,
-        within_site_correlation,
-        lambda scores: scores.sites,
-    ),
-    Metric("r2", "R² about the training mean", "highest", 0.0, r2, lambda scores: scores.sites),
-    Metric(
-        "mean_absolute_error",
-        "mean absolute error",
-        "lowest",
-        None,
-        lambda scores: float(np.abs(scores.truth - scores.values).mean()),
-        lambda scores: scores.sites,
-    ),
+    Metric("within_site_correlation", "correlation within sites", "highest", 0.0, within_site_correlation, sites_alone),
+    Metric("r2", "R² about the training mean", "highest", 0.0, r2, sites_alone),
+    Metric("mean_absolute_error", "mean absolute error", "lowest", None, mean_absolute_error, sites_alone),
 )
 
 
@@ -187,7 +179,7 @@ def class_details(scores: Scores) -> dict[str, Any]:
             "num_subjects": int(here.sum()),
             "num_cases": int(scores.truth[here].sum()),
             "accuracy": float(is_right[here].mean()),
-            "auroc": auroc(scores.values[here], scores.truth[here]),
+            "auroc": AUROC.value(scores.take(here)),
         }
     return {
         "num_subjects": len(scores.subjects),

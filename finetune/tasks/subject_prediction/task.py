@@ -88,7 +88,7 @@ class SubjectPrediction(Task):
         if not scores.subjects:
             return {}
         numbers = {"loss": self.outcome.mean_loss(scores)}
-        numbers |= {metric.name: metric.function(scores) for metric in self.outcome.metrics}
+        numbers |= {metric.name: metric.value(scores) for metric in self.outcome.metrics}
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -19,7 +19,7 @@ from finetune.compare.comparison import Answer, Comparison, as_markdown, compare
 from finetune.compare.planning import pair_problems
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
-from finetune.tasks.subject_prediction.scores import Scores, within_site_auroc
+from finetune.tasks.subject_prediction.scores import CLASS_METRICS, Scores
 from finetune.tasks.subject_prediction.study import MODEL
 from finetune.train import identity
 from training.checkpoint import file_sha256
@@ -111,7 +111,7 @@ def test_a_row_is_the_mean_of_its_cells_and_baselines_stand_beside(found: Compar
     of_cells = [value for mode, arm, _, _, value in found.cells if (mode, arm) == ("full", "region")]
     assert row.value == pytest.approx(np.mean(of_cells))
     scores = make_answer(Cell("region", 0, "g0@x", "full", 3), 2.0).scores[MODEL]
-    assert of_cells[0] == pytest.approx(within_site_auroc(scores.values, scores.truth, scores.sites))
+    assert of_cells[0] == pytest.approx(CLASS_METRICS[0].value(scores))
     site = next(row for row in found.rows if row.arm == "site alone")
     assert (site.mode, site.value) == ("baseline", 0.5)
 

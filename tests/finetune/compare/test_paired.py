@@ -19,7 +19,8 @@ from finetune.compare.paired import (
     subject_weights,
     verdict,
 )
-from finetune.tasks.subject_prediction.scores import BootstrapConfig, auroc, balanced_accuracy, within_site_auroc
+from finetune.tasks.subject_prediction.scores import CLASS_METRICS, Scores
+from training.statistics import BootstrapConfig
 
 NUM_STUDIES = 200
 CONFIG = BootstrapConfig(num_resamples=120, confidence=0.95, seed=0)
@@ -73,14 +74,14 @@ def test_metrics_without_resampling_are_those_of_the_evaluation_ties_included() 
     readings = draw_readings(generator, num_units=2, seed_spread=0.2, num_repeats=3)
     rounded = {arm: np.round(values, 0) for arm, values in readings.values.items()}
     readings = Readings(rounded, readings.is_case, readings.sites)
-    for metric, expected in {
-        "auroc": lambda values: auroc(values, readings.is_case),
-        "within_site_auroc": lambda values: within_site_auroc(values, readings.is_case, readings.sites),
-        "balanced_accuracy": lambda values: balanced_accuracy(values > 0, readings.is_case),
-    }.items():
-        found = resampled_metrics(readings, metric, CONFIG)["second"]  # type: ignore[arg-type]
+    names = tuple(map(str, range(60)))
+    for metric in CLASS_METRICS:
+        found = resampled_metrics(readings, metric.name, CONFIG)["second"]  # type: ignore[arg-type]
         assert found.shape == (1 + CONFIG.num_resamples, 2)
-        by_hand = [np.mean([expected(values) for values in unit]) for unit in rounded["second"]]
+        by_hand = [
+            np.mean([metric.value(Scores(names, values, readings.is_case, readings.sites)) for values in unit])
+            for unit in rounded["second"]
+        ]
         np.testing.assert_allclose(found[0], by_hand, atol=1e-12)
 
 

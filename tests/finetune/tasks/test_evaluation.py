@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
 from finetune.errors import FinetuneError
 from finetune.tasks.subject_prediction.scores import (
+    AUROC,
     CLASS_METRICS,
     VALUE_METRICS,
     Scores,
-    auroc,
-    balanced_accuracy,
     choose_threshold,
     class_details,
     intervals,
     roc_curve,
     subject_scores,
-    within_site_auroc,
 )
 from training.registry.promotion import ChampionConfig, reasons_against
-from training.statistics import BootstrapConfig
+from training.statistics import BootstrapConfig, Metric
 
+WITHIN_SITE_AUROC, _, BALANCED_ACCURACY = CLASS_METRICS
 BOOTSTRAP = BootstrapConfig(num_resamples=200, confidence=0.95, seed=3)
 
 
@@ -37,12 +38,10 @@ def draw_scores(seed: int, num_subjects: int = 80, shift: float = 0.8) -> Scores
 @pytest.mark.parametrize("seed", range(5))
 def test_auroc_balanced_accuracy_and_curve_equal_scikit_learn(seed: int) -> None:
     scores = draw_scores(seed)
-    assert auroc(scores.values, scores.truth) == pytest.approx(
-        sklearn_metrics.roc_auc_score(scores.truth, scores.values), abs=1e-12
-    )
-    is_called = scores.values > 0.3
-    assert balanced_accuracy(is_called, scores.truth) == pytest.approx(
-        sklearn_metrics.balanced_accuracy_score(scores.truth, is_called), abs=1e-12
+    assert AUROC.value(scores) == pytest.approx(sklearn_metrics.roc_auc_score(scores.truth, scores.values), abs=1e-12)
+    scores = replace(scores, reference=0.3)
+    assert BALANCED_ACCURACY.value(scores) == pytest.approx(
+        sklearn_metrics.balanced_accuracy_score(scores.truth, scores.values > 0.3), abs=1e-12
     )
     false_rate, true_rate, _ = sklearn_metrics.roc_curve(scores.truth, scores.values, drop_intermediate=False)
     ours = roc_curve(scores.values, scores.truth)
@@ -59,15 +58,16 @@ def test_within_site_auroc_counts_only_pairs_of_one_site() -> None:
                 pairs += 1
                 difference = scores.values[case] - scores.values[control]
                 won += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
-    assert within_site_auroc(scores.values, scores.truth, scores.sites) == pytest.approx(won / pairs, abs=1e-12)
+    assert WITHIN_SITE_AUROC.value(scores) == pytest.approx(won / pairs, abs=1e-12)
 
 
 def test_a_score_that_knows_only_the_site_is_worth_nothing_within_sites() -> None:
     sites = np.repeat(["low", "high"], 50)
     is_case = np.concatenate([np.arange(50) < 10, np.arange(50) < 40])
     prevalence = np.where(sites == "high", 0.8, 0.2)
-    assert auroc(prevalence, is_case) == pytest.approx(0.8)
-    assert within_site_auroc(prevalence, is_case, sites) == 0.5
+    scores = Scores(tuple(map(str, range(100))), prevalence, is_case, sites)
+    assert AUROC.value(scores) == pytest.approx(0.8)
+    assert WITHIN_SITE_AUROC.value(scores) == 0.5
 
 
 def test_bootstrap_is_seeded_holds_the_value_and_narrows_with_subjects() -> None:
@@ -87,9 +87,41 @@ def test_bootstrap_interval_covers_the_population_value_about_as_often_as_it_say
     covered = 0
     for seed in range(60):
         scores = draw_scores(seed + 100, 120)
-        interval = CLASS_METRICS[1].interval(scores, config)
+        interval = AUROC.interval(scores, config)
         covered += interval.low <= truth <= interval.high
     assert 0.78 <= covered / 60 <= 1.0
+
+
+@pytest.mark.parametrize("metric", [*CLASS_METRICS, *VALUE_METRICS], ids=lambda metric: metric.name)
+def test_a_subjects_weight_is_how_often_it_counts(metric: Metric) -> None:
+    scores = draw_scores(6)
+    if metric in VALUE_METRICS:
+        scores = replace(scores, truth=50 + 9 * scores.values[::-1], values=50 + 9 * scores.values, reference=48.0)
+    times = np.random.default_rng(0).integers(0, 4, size=(5, 80))
+    repeated = [scores.take(np.repeat(np.arange(80), row)) for row in times]
+    found = metric.function(scores, times.astype(float))
+    np.testing.assert_allclose(found, [metric.value(each) for each in repeated], atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", CLASS_METRICS, ids=lambda metric: metric.name)
+def test_with_one_case_alone_there_is_no_interval_and_nothing_is_promoted(metric: Metric) -> None:
+    is_case = np.arange(12) == 3
+    scores = Scores(tuple(map(str, range(12))), is_case.astype(float), is_case, np.full(12, "a"), reference=0.5)
+    found = metric.interval(scores, BOOTSTRAP)
+    assert (found.value, str(found)) == (1.0, "1.000")
+    (reason,) = reasons_against(ChampionConfig(metric.name, 0.5), {metric.name: found}, [])
+    assert reason == f"{metric.name} has no interval: too few test subjects of one class"
+
+
+def test_sites_of_one_case_and_one_control_open_the_gate_for_random_scores_as_rarely_as_they_should() -> None:
+    sites, is_case = np.arange(24) // 2, np.arange(24) % 2 == 0
+    names, opened = tuple(map(str, range(24))), 0
+    for seed in range(200):
+        scores = Scores(names, np.random.default_rng(seed).normal(size=24), is_case, sites)
+        found = CLASS_METRICS[0].interval(scores, BootstrapConfig(200, 0.95, seed))
+        assert found.low < found.high
+        opened += found.low > 0.5
+    assert opened <= 12  # 2.5 % of 200 are 5; 47 % before these subjects were drawn with others of their class
 
 
 def test_a_site_with_one_class_gives_no_pairs_and_a_split_with_one_class_gives_nan() -> None:
@@ -107,8 +139,8 @@ def test_threshold_is_the_best_cut_and_the_middle_of_ties() -> None:
     assert choose_threshold(values, is_case) == pytest.approx(0.4)
     scores = draw_scores(5)
     cut = choose_threshold(scores.values, scores.truth)
-    best = max(balanced_accuracy(scores.values > level, scores.truth) for level in np.arange(-4, 4, 0.05))
-    assert balanced_accuracy(scores.values > cut, scores.truth) == pytest.approx(best)
+    best = max(BALANCED_ACCURACY.value(replace(scores, reference=level)) for level in np.arange(-4, 4, 0.05))
+    assert BALANCED_ACCURACY.value(replace(scores, reference=cut)) == pytest.approx(best)
     with pytest.raises(FinetuneError, match="one class only; enlarge it"):
         choose_threshold(values, np.ones(4, dtype=bool))
 
@@ -154,7 +186,7 @@ def test_value_metrics_are_zero_for_the_training_mean_and_ignore_differences_bet
     sites = np.repeat(["old", "young"], 30)
     truth = np.where(sites == "old", 60.0, 20.0) + generator.normal(size=60)
     names = tuple(f"s{index:02d}" for index in range(60))
-    known = {metric.name: metric.function for metric in VALUE_METRICS}
+    known = {metric.name: metric.value for metric in VALUE_METRICS}
     mean = Scores(names, np.full(60, 40.0), truth, sites, reference=40.0)
     assert known["r2"](mean) == 0
     by_site = np.where(sites == "old", 60.0, 20.0)
