@@ -34,6 +34,8 @@ RELAY_INTERVAL_S = 0.2
 WATCH_INTERVAL_S = 2.0
 ELASTIC_START_TIMEOUT_S = 60.0
 LEAVING = "the announced end of node"
+START_ATTEMPTS = 3
+START_TIMEOUT = "timed out during startup"  # Ray waits 30 s for its own processes, which a busy machine exceeds
 
 # Ray Train polls its workers every 2 s by default: a run would end up to 2 s late.
 RAY_TRAIN_ENVIRONMENT = {
@@ -91,13 +93,25 @@ def _start_embedded_ray(cluster: ClusterConfig) -> None:
     num_cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
     # No dashboard and no usage report: they cost seconds at start, and an embedded Ray lives as long as one command.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,  # what rank 0 prints is relayed below, without a prefix on every line
-    )
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,  # what rank 0 prints is relayed below, without a prefix on every line
+            )
+        except Exception as error:  # noqa: BLE001 - Ray raises nothing narrower
+            if START_TIMEOUT not in str(error):
+                raise
+            if attempt + 1 == START_ATTEMPTS:
+                raise ClusterError(
+                    f"Ray did not start on this machine in {START_ATTEMPTS} attempts of 30 s ({os.getloadavg()[0]:.0f} "
+                    f"processes are running on {os.cpu_count()} CPUs); try again when it is less busy"
+                ) from error
+        else:
+            return
 
 
 def _check_gpus(cluster: ClusterConfig) -> None:

@@ -56,6 +56,28 @@ def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_
         assert REQUEST.reason is None
 
 
+def test_a_ray_that_a_busy_machine_starts_too_slowly_is_started_again_at_most_three_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    attempts: list[str] = []
+
+    def too_slow(**_: object) -> None:
+        attempts.append("x")
+        if len(attempts) != 2:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", too_slow)
+    with ray_session(local_cluster(tmp_path)):
+        assert len(attempts) == 2
+    with (
+        pytest.raises(ClusterError, match=r"Ray did not start on this machine in 3 attempts .* less busy"),
+        ray_session(local_cluster(tmp_path)),
+    ):
+        pass
+    assert len(attempts) == 5
+
+
 def test_a_cluster_that_does_not_answer_and_gpus_that_are_not_there_are_told_before_anything_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
