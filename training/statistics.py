@@ -94,7 +94,9 @@ def percentile_interval(draws: Float[np.ndarray, "draw"], confidence: float) -> 
     return Interval(value, float(low), float(high))
 
 
-def sign_flip_p(differences: Float[np.ndarray, "unit"], *, num_permutations: int, seed: int) -> float:
+def sign_flip_p(
+    differences: Float[np.ndarray, "unit"], *, num_permutations: int, generator: np.random.Generator
+) -> float:
     """One-sided p of the sum of differences, each as likely to have either sign: all signs where they are no more than
     `num_permutations`, else as many random ones, the true ones counted too."""
     found = stats.permutation_test(
@@ -105,7 +107,7 @@ def sign_flip_p(differences: Float[np.ndarray, "unit"], *, num_permutations: int
         alternative="greater",
         n_resamples=num_permutations,
         batch=max(1, BLOCK // max(1, len(differences))),
-        rng=np.random.default_rng(seed),
+        rng=generator,
     )
     return float(found.pvalue)
 

@@ -12,21 +12,21 @@ ones nearest to it, the same sets in every context. They are compact, because ne
 hiding scattered patches costs less than hiding a region, whatever they hold.
 
 The permutation null: each subject's difference between the region and the mean of its controls is as likely to have
-either sign. p is the share of random signs over subjects (the true ones counted too) whose sum is at least as large,
-one-sided; over regions the false discovery rate is controlled after Benjamini and Hochberg (1995). So a small p says
-that the region adds more than a control of its size does on average; that its interval lies above 0, that it adds
-something at all. Both are asked of a significant region. With few subjects no p is below 2^-subjects.
+either sign. p is the share of signs over subjects (all of them, or random ones with the true ones) whose sum is at
+least as large, one-sided; over regions the false discovery rate is controlled after Benjamini and Hochberg (1995). So a
+small p says that the region adds more than a control of its size does on average; that its interval lies above 0, that
+it adds something at all. Both are asked of a significant region. With few subjects no p is below 2^-subjects.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
+from scipy import stats
 
 from pretrain.report.config import ContributionConfig
-from pretrain.report.scores import UNKNOWN, interval, resamples
-from training.statistics import BootstrapConfig, Interval
+from pretrain.report.scores import UNKNOWN
+from training.statistics import BootstrapConfig, Interval, bootstrap, percentile_interval, sign_flip_p
 
 # Given the hidden patches [patch], each sample's squared error [sample, patch] (0 where visible).
 Errors = Callable[[np.ndarray], np.ndarray]
@@ -98,8 +98,12 @@ def contributions(
         for name, patches in regions.items()
     ]
     tested = [row for row in rows if row.p is not None]
-    is_found = false_discoveries([row.p for row in tested if row.p is not None], config.false_discovery_rate)
-    found = {row.region for row, is_one in zip(tested, is_found, strict=True) if is_one and row.contribution.low > 0}
+    corrected = stats.false_discovery_control([row.p for row in tested])
+    found = {
+        row.region
+        for row, p in zip(tested, corrected, strict=True)
+        if p <= config.false_discovery_rate and row.contribution.low > 0
+    }
     return [replace(row, is_significant=row.region in found) for row in rows]
 
 
@@ -150,45 +154,26 @@ def _contribution(
     loss = np.sum([experiment.loss(context, patches) for context in used], axis=0)
     total = np.sum([experiment.totals[context] for context in used], axis=0)
     others = np.sum([controls.losses(context, len(patches)) for context in used], axis=0)
+    sums = np.stack([summed(loss, subjects), summed(total, subjects)], axis=1)
+    draws = bootstrap(lambda weights: weights @ sums, np.zeros(len(sums)), intervals)
     return Contribution(
         region=name,
         num_patches=len(patches),
         num_contexts=len(used),
-        contribution=_interval(loss, total, subjects, intervals),
+        contribution=percentile_interval(draws[:, 0] / draws[:, 1], intervals.confidence),
         control_mean=float(others.mean(axis=0).sum() / total.sum()),
         control_share=float((others.sum(axis=1) < loss.sum()).mean()),
-        p=sign_flip_p(summed(loss - others.mean(axis=0), subjects), controls.config),
+        p=sign_flip_p(
+            summed(loss - others.mean(axis=0), subjects),
+            num_permutations=controls.config.num_permutations,
+            generator=np.random.default_rng((controls.config.seed, 2)),
+        ),
         is_significant=False,
         reason="",
     )
-
-
-def sign_flip_p(differences: np.ndarray, config: ContributionConfig) -> float:
-    """How often random signs give the differences [subject] a sum as large as theirs, their own signs counted too."""
-    generator = np.random.default_rng((config.seed, 2))
-    signs = generator.choice([-1.0, 1.0], size=(config.num_permutations, len(differences)))
-    reached = signs @ differences >= differences.sum() - 1e-12 * np.abs(differences).sum()
-    return float((1 + reached.sum()) / (1 + config.num_permutations))
 
 
 def summed(values: np.ndarray, subjects: Sequence[str]) -> np.ndarray:
     """Sums over each subject's windows."""
     _, of_row = np.unique(np.asarray(subjects), return_inverse=True)
     return np.bincount(of_row, weights=values)
-
-
-def _interval(loss: np.ndarray, total: np.ndarray, subjects: Sequence[str], config: BootstrapConfig) -> Interval:
-    sums = torch.from_numpy(np.stack([summed(loss, subjects), summed(total, subjects)], axis=1))
-    draws = resamples(len(sums), config) @ sums
-    return interval(draws[:, 0] / draws[:, 1], config)
-
-
-def false_discoveries(p_values: Sequence[float], rate: float) -> np.ndarray:
-    """True for the p-values that Benjamini and Hochberg's procedure calls discoveries at this rate."""
-    values = np.asarray(p_values, dtype=float)
-    order = np.argsort(values, kind="stable")
-    passes = values[order] <= rate * np.arange(1, len(values) + 1) / max(1, len(values))
-    num_found = int(np.flatnonzero(passes).max()) + 1 if passes.any() else 0
-    is_found = np.zeros(len(values), dtype=bool)
-    is_found[order[:num_found]] = True
-    return is_found

@@ -16,12 +16,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from brain_models.atlas import Atlas
-from training.statistics import BootstrapConfig, Interval
+from training.statistics import BootstrapConfig, Interval, bootstrap, percentile_interval
 
 MEAN_R2 = 0.0  # the mean baseline, by the definition of r2
 MODEL = "model"
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
-ROUNDING = 1e-12  # what draws of one subject differ by
 
 
 @dataclass(frozen=True)
@@ -97,23 +96,35 @@ def score_rows(
     }
     total, count = sums.pop("total"), sums.pop("count")
     errors = {MODEL if key == "error" else key.removeprefix("error_"): values for key, values in sums.items()}
-    draws = resamples(len(names), config)
-    drawn_total = draws @ total
-    # The first row is the split as it is, the others are resamples of its subjects.
-    r2 = {key: 1 - (draws @ error) / drawn_total for key, error in errors.items()}
+    num_subjects = (count > 0).sum(dim=0).tolist()
+    r2 = {key: r2_draws(error, total, config) for key, error in errors.items()}
     gain = {key: r2[MODEL] - found for key, found in r2.items() if key != MODEL}
     return [
         RegionScore(
             scope,
             name,
-            int((count[:, number] > 0).sum()),
+            num_subjects[number],
             int(count[:, number].sum()),
-            {key: interval(found[:, number], config) for key, found in r2.items()},
-            {key: interval(found[:, number], config) for key, found in gain.items()},
+            {key: percentile_interval(found[:, number], config.confidence) for key, found in r2.items()},
+            {key: percentile_interval(found[:, number], config.confidence) for key, found in gain.items()},
         )
         for number, (scope, name, _) in enumerate(scopes)
-        if count[:, number].sum() > 0
+        if num_subjects[number] > 0
     ]
+
+
+def r2_draws(
+    error: Float[Tensor, "subject scope"], total: Float[Tensor, "subject scope"], config: BootstrapConfig
+) -> Float[np.ndarray, "draw scope"]:
+    """r2 of all subjects (row 0) and of every resample of them; resamples are NaN where only one subject was scored."""
+
+    def r2(weights: np.ndarray) -> np.ndarray:
+        drawn = torch.from_numpy(weights)
+        return (1 - (drawn @ error) / (drawn @ total)).numpy()
+
+    draws = bootstrap(r2, np.zeros(len(total)), config)
+    draws[1:, (total > 0).sum(dim=0).numpy() < 2] = np.nan
+    return draws
 
 
 def scopes_of(regions: Regions) -> list[tuple[str, str, list[int]]]:
@@ -129,26 +140,6 @@ def by_subject(
     """Sums over each subject's samples."""
     sums = torch.zeros(num_subjects, values.shape[1], dtype=torch.float64)
     return sums.index_add_(0, of_row, values.double())
-
-
-def resamples(num_subjects: int, config: BootstrapConfig) -> Float[Tensor, "draw subject"]:
-    """How often each draw holds each subject: the first one every subject once, the others at random."""
-    generator = np.random.default_rng(config.seed)
-    drawn = generator.multinomial(num_subjects, np.full(num_subjects, 1 / num_subjects), size=config.num_resamples)
-    return torch.from_numpy(np.concatenate([np.ones((1, num_subjects)), drawn]))
-
-
-def interval(draws: Float[Tensor, "draw"], config: BootstrapConfig) -> Interval:
-    """The first draw with the percentile interval of the others; those without anything to explain are left out. NaN
-    where there is nothing to explain, and as ends where all draws are equal, because there is only one subject."""
-    value, drawn = float(draws[0]), draws[1:][torch.isfinite(draws[1:])].numpy()
-    if not math.isfinite(value):
-        return UNKNOWN
-    if not len(drawn) or np.ptp(drawn) <= ROUNDING * max(1.0, abs(value)):  # one subject: every draw is its own
-        return Interval(value, math.nan, math.nan)
-    tail = (1 - config.confidence) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
 
 
 def report_of(rows: Sequence[RegionScore], *, loss: float, num_samples: int) -> dict[str, object]:

@@ -71,10 +71,14 @@ def test_an_interval_holds_the_middle_of_the_defined_draws_and_is_undefined_with
 
 
 def test_signs_are_flipped_in_all_ways_where_these_are_few_and_at_random_where_they_are_many() -> None:
-    assert sign_flip_p(np.array([0.5, 1, 2]), num_permutations=999, seed=0) == 1 / 8
-    assert sign_flip_p(np.array([-0.5, 1, 2]), num_permutations=999, seed=0) == 2 / 8
-    assert sign_flip_p(np.zeros(3), num_permutations=999, seed=0) == 1
-    assert sign_flip_p(np.ones(30), num_permutations=99, seed=0) == 1 / 100
+    def p(differences: list[float], num_permutations: int) -> float:
+        generator = np.random.default_rng(0)
+        return sign_flip_p(np.array(differences), num_permutations=num_permutations, generator=generator)
+
+    assert p([0.5, 1, 2], 999) == 1 / 8
+    assert p([-0.5, 1, 2], 999) == 2 / 8
+    assert p([0, 0, 0], 999) == 1
+    assert p([1] * 30, 99) == 1 / 100
 
 
 def test_holm_is_the_step_down_of_its_paper() -> None:

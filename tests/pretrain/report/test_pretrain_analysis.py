@@ -15,7 +15,7 @@ from pretrain.baselines.guesses import RidgeOracle
 from pretrain.masked.config import PretrainConfig
 from pretrain.report.collapse import SentinelConfig, Sentinels, collapses, effective_rank, variance
 from pretrain.report.config import ConfoundProbeConfig, ContributionConfig, report_problems
-from pretrain.report.contribution import Contribution, Experiment, contexts, contributions, false_discoveries
+from pretrain.report.contribution import Contribution, Experiment, contexts, contributions
 from pretrain.report.maps import VoxelMaps, write_nifti
 from pretrain.report.pictures import draw_contributions, draw_maps
 from pretrain.report.probes import by_subject, probe, same_question
@@ -93,13 +93,6 @@ def test_every_region_is_visible_in_half_of_the_contexts() -> None:
         assert [is_hidden[patches].all() for is_hidden in found].count(True) == 3
         assert [is_hidden[patches].any() for is_hidden in found].count(True) == 3
     assert all(2 <= is_hidden.sum() <= 8 for is_hidden in found)
-
-
-def test_false_discoveries_follow_benjamini_and_hochberg() -> None:
-    p_values = [0.01, 0.04, 0.03, 0.005, 0.9]
-    assert false_discoveries(p_values, 0.05).tolist() == [True, True, True, True, False]
-    assert false_discoveries([0.02, 0.04, 0.06], 0.05).tolist() == [False, False, False]
-    assert false_discoveries([], 0.05).tolist() == []
 
 
 def test_a_region_without_a_patch_is_not_tested_and_says_why() -> None:
