@@ -168,10 +168,11 @@ def test_a_classifier_on_a_backbone_of_several_spaces_is_a_bundle(space: BrainSp
     }
 
 
+@pytest.mark.parametrize("num_frames", [8, 10])
 def test_a_scan_is_embedded_as_it_is_served_and_a_region_is_the_mean_of_its_voxels_patches(
-    encoder_alone: Bundle, stem: StemSpec, tmp_path: Path
+    num_frames: int, encoder_alone: Bundle, stem: StemSpec, tmp_path: Path
 ) -> None:
-    values = np.random.default_rng(0).normal(size=(*GRID_SHAPE, 10)) + 100
+    values = np.random.default_rng(0).normal(size=(*GRID_SHAPE, num_frames)) + 100
     path = str(save_scan(tmp_path / "scan_bold.nii.gz", values, GRID_AFFINE))
     model = served(bundles.save(tmp_path / "b", encoder_alone))
     row = {"bold": path, "repetition_time_s": 2.0}

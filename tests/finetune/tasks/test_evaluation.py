@@ -81,6 +81,20 @@ def test_bootstrap_is_seeded_holds_the_value_and_narrows_with_subjects() -> None
     assert large[2] - large[0] < 0.5 * (small[2] - small[0])
 
 
+def test_every_resample_has_as_many_cases_and_controls_of_each_site_as_the_split() -> None:
+    """Cases win all 3 x 5 pairs of one site and none of the 2 x 4 of the other, whoever is drawn inside them."""
+    sites = np.repeat(["a", "b"], [8, 6])
+    is_case = np.concatenate([np.arange(8) < 3, np.arange(6) < 2])
+    names = tuple(f"s{index:02d}" for index in range(14))
+    scores = Scores(names, np.where(is_case == (sites == "a"), 1.0, 0.0), is_case, sites)
+    found = intervals(scores, CLASS_METRICS, BOOTSTRAP)["within_site_auroc"]
+    assert [found.low, found.value, found.high] == pytest.approx([15 / 23] * 3, abs=1e-12)
+
+    errors = np.where(sites == "a", 1.0, 8.0)
+    found = intervals(Scores(names, errors, np.zeros(14), sites), VALUE_METRICS, BOOTSTRAP)["mean_absolute_error"]
+    assert [found.low, found.value, found.high] == pytest.approx([4.0] * 3, abs=1e-12)
+
+
 def test_bootstrap_interval_covers_the_population_value_about_as_often_as_it_says() -> None:
     truth = 0.7143  # normal shift .8: Phi(.8 / sqrt 2)
     config = BootstrapConfig(num_resamples=150, confidence=0.9, seed=0)
