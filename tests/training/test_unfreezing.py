@@ -13,7 +13,7 @@ from test_training_engines import ZERO, exported, largest_difference, report, ru
 from torch import Tensor, nn
 from training_toys import ToyLayers, ToyTask, toy_batch, toy_config
 
-from training.config import DecayConfig, PlateauConfig, validate_train
+from training.config import DecayConfig, PlateauConfig
 from training.engine.optimizer import learning_rate_share
 from training.engine.plain import PlainEngine
 from training.errors import TrainingError
@@ -203,17 +203,8 @@ def test_adam_adds_weight_decay_to_the_gradient_and_adamw_to_the_weight(tmp_path
         assert largest_difference(engine.task.state_dict(), reference.state_dict()) < 1e-7
 
 
-def test_wrong_plateaus_are_refused_by_their_full_key(tmp_path: Path) -> None:
+def test_a_wrong_unfreezing_is_refused_by_its_full_key(tmp_path: Path) -> None:
     config = toy_config(tmp_path)
-    config.schedule.kind = "plateau"
-    assert "train.schedule.plateau: is null with kind plateau" in validate_train(config, "train", num_workers=1)[0]
-    config.schedule.plateau = DecayConfig("test/loss", "lowest", 0, -1.0, 1.0)
-    assert [problem.partition(":")[0] for problem in validate_train(config, "train", num_workers=1)] == [
-        "train.schedule.plateau.patience",
-        "train.schedule.plateau.min_change",
-        "train.schedule.plateau.metric",
-        "train.schedule.plateau.factor",
-    ]
     both = UnfreezingConfig(**{**AT_STEPS, "plateau": PlateauConfig(**RULE)})
     problems = unfreezing_problems(both, "task.unfreezing", config.evaluation)
     assert len(problems) == 1
