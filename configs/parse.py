@@ -15,6 +15,7 @@ from brain_models.errors import UserError
 Schema = TypeVar("Schema")
 
 MISSING = "???"  # how a required value is written in YAML
+FREE = {"is_free": True}  # metadata of a field that cannot change a number of a run: where it executes, what it reports
 
 
 class ConfigError(UserError):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.config import ClusterConfig
+from configs.parse import FREE
 from data_sharding.read.config import DataConfig
 from training.config import RunConfig, TrainConfig
 from training.statistics import BootstrapConfig
@@ -18,13 +19,13 @@ class FinetuneConfig:
 
     shards: str
     encoder: str  # a registered backbone, 'models:/name@alias' or 'name@alias', or a bundle folder
-    run: RunConfig
+    run: RunConfig = field(metadata=FREE)
     task: dict[str, Any]  # {name, module, ...}: the rest is what the module of finetune/tasks/ says
     data: DataConfig
     bootstrap: BootstrapConfig
     train: TrainConfig
-    register: RegisterConfig | None  # null: the bundle is only written to the run folder
-    cluster: ClusterConfig
+    register: RegisterConfig | None = field(metadata=FREE)  # null: the bundle is only written to the run folder
+    cluster: ClusterConfig = field(metadata=FREE)
 
 
 @dataclass

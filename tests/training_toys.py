@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from configs.parse import FREE
 from training.collectives import this_process
 from training.config import (
     CheckpointConfig,
@@ -270,12 +270,11 @@ ENGINES = {
 
 @dataclass
 class ToyConfig(TrainConfig):
-    run: RunConfig
+    run: RunConfig = field(metadata=FREE)
 
 
 def services(config: ToyConfig, export: Callable[[Task], None] | None = None) -> Services:
-    values = dataclasses.asdict(config)
-    return Services(config.run, {"run": values.pop("run"), "train": values}, export)
+    return Services(config.run, {"train": config}, export)
 
 
 def toy_config(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from configs.parse import FREE
 
 
 @dataclass
@@ -63,7 +65,7 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3]
     precision: Literal["fp32", "bf16"]  # bf16: autocast, weights and optimiser stay fp32
     compile: bool  # torch.compile of the task's forward pass
-    activation_checkpointing: bool  # less memory, about a third more computation, the same losses
+    activation_checkpointing: bool = field(metadata=FREE)  # less memory, a third more computation, the same losses
 
 
 @dataclass
@@ -128,12 +130,12 @@ class TrainConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     engine: EngineConfig
-    checkpoint: CheckpointConfig
+    checkpoint: CheckpointConfig = field(metadata=FREE)  # but what chooses the commit: training.identity
     evaluation: EvaluationConfig
-    tracking: TrackingConfig
-    spikes: SpikeConfig
-    profile: ProfileConfig
-    peak_tflops: dict[str, float]  # dense bf16 peak of a device, by how its name begins
+    tracking: TrackingConfig = field(metadata=FREE)
+    spikes: SpikeConfig = field(metadata=FREE)
+    profile: ProfileConfig = field(metadata=FREE)
+    peak_tflops: dict[str, float] = field(metadata=FREE)  # dense bf16 peak of a device, by how its name begins
 
 
 def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[str]:

@@ -2,62 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import uuid
 from collections.abc import Mapping
+from typing import Any, cast
 
 from cluster.storage.stores import Store
+from configs.parse import FREE
 from training.errors import TrainingError
 
 RECORD = "run.json"
-
-# Keys that cannot change a number of the run.
-FREE_KEYS = (
-    "cluster",
-    "run",
-    "train.tracking",
-    "train.checkpoint",
-    "train.spikes",
-    "train.profile",
-    "train.peak_tflops",
-    "train.engine.activation_checkpointing",
-    "data.num_workers",
-    "data.prefetch",
-    "data.cache_folder",
-    "data.cache_bytes",
-    "register",
-    "report",
-)
+METRICS = "metrics.json"  # uploaded last: a run folder that holds it is finished
+CHOOSES = ("every_steps", "best_metric", "best_is")  # of train.checkpoint
 
 
-def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one level with dotted keys; lists stay values."""
+def flatten(config: object, prefix: str = "", *, with_free: bool = True) -> dict[str, object]:
+    """Every value of a configuration by its dotted key; lists stay values."""
+    if isinstance(config, Mapping):
+        values = dict(config)
+    else:
+        fields = [each for each in dataclasses.fields(cast(Any, config)) if with_free or each.metadata != FREE]
+        values = {each.name: getattr(config, each.name) for each in fields}
     flat: dict[str, object] = {}
-    for key, value in config.items():
+    for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
+        if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{name}.", with_free=with_free)
         else:
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
 
 
-def decisive(config: Mapping[str, object]) -> dict[str, object]:
-    """The flattened configuration without the keys that cannot change a number."""
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-    }
+def decisive(config: object) -> dict[str, object]:
+    """The flattened configuration without what cannot change a number. When commits are saved and scored changes no
+    number of a training, but under train.choose=best it decides which of them is chosen."""
+    values = flatten(config, with_free=False)
+    if values.get("train.choose") == "best":
+        whole = flatten(config)
+        values |= {f"chosen_by.{name}": whole[f"train.checkpoint.{name}"] for name in CHOOSES}
+    return values
 
 
-def config_hash(config: Mapping[str, object]) -> str:
+def config_hash(config: object) -> str:
     """Hex sha256 of the decisive configuration."""
     return hashlib.sha256(json.dumps(decisive(config), sort_keys=True).encode()).hexdigest()
 
 
-def claim(store: Store, config: Mapping[str, object]) -> str:
+def claim(store: Store, config: object) -> str:
     """The run folder's id, by which its MLflow run is found again; an unclaimed folder becomes this configuration's.
 
     Every rank may call it: the first one writes. TrainingError when the folder belongs to another configuration.
@@ -65,15 +58,20 @@ def claim(store: Store, config: Mapping[str, object]) -> str:
     record = {"config": decisive(config), "config_hash": config_hash(config), "run_key": uuid.uuid4().hex}
     if not store.exists(RECORD):
         store.put_if_absent(RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
+    check_claim(store, config)
+    return json.loads(store.read(RECORD))["run_key"]
+
+
+def check_claim(store: Store, config: object) -> None:
+    """TrainingError when the folder, which has been claimed, belongs to another configuration."""
     if differing := differences(store, config):
         raise TrainingError(
             f"{store.join(RECORD)} belongs to another configuration; choose another run.folder, delete this one, "
             "or go back to:\n" + "\n".join(f"  - {line}" for line in differing)
         )
-    return json.loads(store.read(RECORD))["run_key"]
 
 
-def differences(store: Store, config: Mapping[str, object]) -> list[str]:
+def differences(store: Store, config: object) -> list[str]:
     """The decisive keys in which this configuration differs from the one that claimed the folder, with both values."""
     stored = json.loads(store.read(RECORD))["config"]
     mine = json.loads(json.dumps(decisive(config)))

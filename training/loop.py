@@ -58,7 +58,7 @@ class Services:
     """What the loop gets from the part that calls it."""
 
     run: RunConfig  # where the run lives
-    identity: Mapping[str, object]  # the whole configuration, as plain mappings
+    identity: object  # the whole configuration: a dataclass, or a mapping of dataclasses
     # Called on rank 0 at the end, with whole parameters and the evaluations of the final splits.
     export: Callable[[Task, Mapping[str, Evaluation]], None] | None
     tags: Mapping[str, str] = field(default_factory=dict)  # of the MLflow run

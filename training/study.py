@@ -19,14 +19,13 @@ from reports.figures import curves
 from reports.page import Notice, Page, Section, render
 from training.config import RunConfig, TrainConfig
 from training.evaluation import Evaluation
+from training.identity import METRICS
 from training.loop import FitResult, Services, fit
 from training.registry import models as registry
 from training.registry.promotion import ChampionConfig, promote, reasons_against
 from training.registry.seen_subjects import overlap, seen_before, write_seen
 from training.statistics import Interval
 from training.task import Source, Task
-
-METRICS = "metrics.json"  # uploaded last: a run folder that holds it is finished
 
 
 @dataclass
@@ -98,7 +97,7 @@ def run(
     config: TrainConfig,
     run_config: RunConfig,
     *,
-    identity: Mapping[str, object],
+    identity: object,
     register: RegisterConfig | None,
 ) -> dict[str, Any]:
     """The numbers of <run.folder>/metrics.json; every rank calls it, those other than 0 get an empty mapping."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.parse import FREE
 from data_sharding.splits import ReadingSplit
 
 
@@ -16,10 +17,10 @@ class DataConfig:
     micro_batch_size: int  # samples of one forward pass on one rank
     seed: int  # of order, window phases and whatever else a sample's number decides
     shuffle_shards: int  # shards mixed with one another at a time
-    num_workers: int  # loader processes of a rank; 0 reads in a thread
-    prefetch: int  # batches prepared ahead, by each process or by the thread
+    num_workers: int = field(metadata=FREE)  # loader processes of a rank; 0 reads in a thread
+    prefetch: int = field(metadata=FREE)  # batches prepared ahead, by each process or by the thread
     reader: Literal["indexed", "stream"]
     max_bad_fraction: float  # damaged samples, as a share of a split, before the run stops
-    cache_folder: str | None  # of every node: keeps whole shards there; null reads each window from the store
-    cache_bytes: int  # what it may hold; not used where a shuffle block does not fit
+    cache_folder: str | None = field(metadata=FREE)  # of every node, for whole shards; null reads from the store
+    cache_bytes: int = field(metadata=FREE)  # what it may hold; not used where a shuffle block does not fit
     split: ReadingSplit  # who is trained on, validated on and tested

@@ -18,7 +18,7 @@ from data_sharding.read.reader import open_set
 from finetune.backbone import GOLDEN
 from finetune.config import CompareConfig, FinetuneConfig
 from finetune.errors import FinetuneError
-from finetune.train import identity, train
+from finetune.train import train
 from training.checkpoint import file_sha256
 from training.identity import config_hash
 from training.study import METRICS
@@ -122,7 +122,7 @@ def is_finished(store: Store, run: FinetuneConfig) -> bool:
     if not store.exists(METRICS):
         return False
     lineage = json.loads(store.read(METRICS))["lineage"]
-    if lineage["config hash"] != config_hash(identity(run)):
+    if lineage["config hash"] != config_hash(run):
         return False
     now = {"callosum.set_fingerprint": open_set(run.shards, split=run.data.split).fingerprint}
     if (Path(run.encoder) / GOLDEN).exists():  # a registered version cannot change, a folder can

@@ -1,6 +1,5 @@
 """The report on a finished run, made again as the configuration now asks."""
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -49,7 +48,7 @@ def check_is_of_run(store: Store, config: PretrainConfig) -> None:
                 f"run.folder={config.run.folder} holds no {name}: not a finished run; finish it with 'python -m "
                 "pretrain' and the same run.folder"
             )
-    if differing := differences(store, dataclasses.asdict(config)):
+    if differing := differences(store, config):
         raise PretrainError(
             f"{store.join(RECORD)} belongs to another configuration; repeat the run's own command and change "
             "only report.*:\n" + "\n".join(f"  - {line}" for line in differing)

@@ -1,9 +1,10 @@
 """The schema of configs/pretrain.yaml: every value is in the YAML, none has a second default here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.config import ClusterConfig
+from configs.parse import FREE
 from data_sharding.read.config import DataConfig
 from pretrain.baselines.guesses import BaselineConfig
 from pretrain.masked.costs import ModelConfig
@@ -38,7 +39,7 @@ class PretrainConfig:
     shards: str | None
     sets: dict[str, SetConfig] | None  # instead of the two: a joint run, by name
     atlas: str | None  # an atlas of every set: regions for masking and for scores; None: pseudo-regions
-    run: RunConfig
+    run: RunConfig = field(metadata=FREE)
     windows: dict[str, WindowConfig]  # by kind, or by the name of a set that has its own
     model: ModelConfig
     masking: MaskingConfig
@@ -50,10 +51,10 @@ class PretrainConfig:
     )
     deviation_floor: float  # no voxel's deviation counts as less than this share of the median voxel's
     baselines: BaselineConfig
-    report: ReportConfig
+    report: ReportConfig = field(metadata=FREE)
     train: TrainConfig
-    register: RegisterConfig | None  # null: the bundle is only written to the run folder
-    cluster: ClusterConfig
+    register: RegisterConfig | None = field(metadata=FREE)  # null: the bundle is only written to the run folder
+    cluster: ClusterConfig = field(metadata=FREE)
 
     @property
     def named_sets(self) -> dict[str, SetConfig]:

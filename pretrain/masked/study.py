@@ -138,7 +138,7 @@ def train(config: PretrainConfig) -> dict[str, object]:
         open_study(config),
         config.train,
         config.run,
-        identity=dataclasses.asdict(config),
+        identity=config,
         register=register,
     )
 
@@ -184,7 +184,7 @@ def reconstruction(scores: Mapping[str, SetScores]) -> dict[str, object]:
 def preparation_key(config: PretrainConfig, fingerprints: str) -> str:
     """What the preparation of a run depends on; the sentinels' tokens are no part of the configuration's hash."""
     tokens = config.report.sentinels.tokens_per_sample
-    return f"{config_hash(dataclasses.asdict(config))} {fingerprints} {tokens}"
+    return f"{config_hash(config)} {fingerprints} {tokens}"
 
 
 def score_split(

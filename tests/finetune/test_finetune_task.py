@@ -99,7 +99,7 @@ def fine_tune(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> tuple[Sub
     assert probe is not None
     batches = source.evaluation("train", limit=None)
     start_head(task.model, batches, labels=task.labels, outcome=task.outcome, config=probe)
-    services = Services(config.run, dataclasses.asdict(config), export=None)
+    services = Services(config.run, config, export=None)
     return task, fit(task, source, config.train, services)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
-from training_toys import toy_config
 
 from cluster.storage.stores import LocalStore
+from configs.entry import compose
+from configs.parse import parse
+from finetune.config import FinetuneConfig
+from pretrain.masked.config import PretrainConfig
 from training.errors import TrainingError
 from training.identity import claim, config_hash, flatten
 
@@ -42,40 +45,58 @@ FREE = {
 }
 
 
-def whole_config(folder: Path) -> dict:
-    """The train part as it is, and a few keys of every other part."""
-    train = dataclasses.asdict(dataclasses.replace(toy_config(folder), peak_tflops={"NVIDIA H100": 989.0}))
-    return {
-        "train": train,
-        "data": {"batch_size": 8, "seed": 0, "num_workers": 1, "prefetch": 2, "cache_folder": None, "cache_bytes": 1},
-        "cluster": {"num_workers": 2},
-        "model": {"width": 32},
-        "register": None,
-        "report": {"probes": {"num_folds": 5}},
-        "reports": 1,
-    }
+WHOLLY_FREE = ("cluster", "register", "report", "run")
 
 
-def changed(config: dict, key: str) -> dict:
+def config_of(part: str, schema: type, *overrides: str) -> Any:
+    """A part's configuration as its command composes it, registering nothing."""
+    required = {"pretrain": ["kind=bold"], "finetune": ["task=adhd_classification", "encoder=models:/a@x"]}[part]
+    raw = compose(part, [*required, "shards=a", "run.folder=b", "register=null", *overrides])
+    raw["train"]["peak_tflops"] = {"NVIDIA H100": 989.0}
+    return parse(raw, schema)
+
+
+def changed(config: Any, key: str) -> Any:
     """The configuration with another value at a dotted key."""
     result = copy.deepcopy(config)
     *groups, name = key.split(".")
     group = result
     for each in groups:
-        group = group[each]
-    group[name] = "another value"
+        group = group[each] if isinstance(group, dict) else getattr(group, each)
+    if isinstance(group, dict):
+        group[name] = "another value"
+    else:
+        setattr(group, name, "another value")
     return result
 
 
-def test_exactly_the_free_keys_leave_a_run_the_same(tmp_path: Path) -> None:
-    config = whole_config(tmp_path)
-    same = {key for key in flatten(config) if config_hash(changed(config, key)) == config_hash(config)}
-    assert same == FREE
+@pytest.mark.parametrize(("part", "schema"), [("pretrain", PretrainConfig), ("finetune", FinetuneConfig)])
+def test_exactly_the_free_keys_leave_a_run_the_same(part: str, schema: type) -> None:
+    config = config_of(part, schema, "train.choose=last")
+    own, whole = config_hash(config), flatten(config)
+    same = {key for key in whole if config_hash(changed(config, key)) == own}
+    assert same == {key for key in whole if key in FREE or key.partition(".")[0] in WHOLLY_FREE}
+    assert FREE - same <= {"report.probes.num_folds"}  # fine-tuning has no report of its own
+
+
+@pytest.mark.parametrize(("part", "schema"), [("pretrain", PretrainConfig), ("finetune", FinetuneConfig)])
+def test_under_choose_best_what_chooses_the_commit_makes_another_run_and_what_is_kept_does_not(
+    part: str, schema: type
+) -> None:
+    config = config_of(part, schema, "train.choose=best")
+    rules = [key for key in flatten(config) if key.startswith("train.checkpoint.")]
+    assert {key for key in rules if config_hash(changed(config, key)) != config_hash(config)} == {
+        "train.checkpoint.every_steps",
+        "train.checkpoint.best_metric",
+        "train.checkpoint.best_is",
+    }
 
 
 def test_a_claimed_folder_keeps_its_key_and_refuses_another_configuration_naming_both_values(tmp_path: Path) -> None:
-    store, config = LocalStore(str(tmp_path / "run")), whole_config(tmp_path)
+    store, config = LocalStore(str(tmp_path / "run")), config_of("pretrain", PretrainConfig)
     key = claim(store, config)
     assert claim(store, changed(config, "train.tracking.uri")) == key
-    with pytest.raises(TrainingError, match=r"run\.json belongs to another(.|\n)*model\.width: 32 there, 'an"):
-        claim(store, changed(config, "model.width"))
+    with pytest.raises(
+        TrainingError, match=r"run\.json belongs to another(.|\n)*model\.encoder\.width: 128 there, 'an"
+    ):
+        claim(store, changed(config, "model.encoder.width"))
