@@ -33,6 +33,7 @@ class Needs:
     scratch_bytes: Callable[[], int] = lambda: 0  # worked out when asked: it may have to build a model
     cache: tuple[str, int] | None = None  # of every node: folder and bytes
     tracking: str | None = None
+    contents: Callable[[], Mapping[str, str]] = dict  # hashes of the inputs now, by their names in a result's lineage
 
 
 def validate_cluster(config: ClusterConfig, key: str) -> list[str]:

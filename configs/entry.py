@@ -7,6 +7,7 @@ needs, so that `--help` imports nothing else.
 import difflib
 import importlib
 import importlib.util
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -85,14 +86,42 @@ def user_errors() -> Iterator[None]:
         sys.exit(error.exit_status)
 
 
-def load(name: str, overrides: list[str]) -> tuple[Command, Any]:
+def load(name: str, words: list[str]) -> tuple[Command, Any]:
     """Returns a command by its name and its checked configuration; ConfigError for what it refuses."""
     known = sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"{name}: unknown command; choose one of {', '.join(known)}")
+    overrides, values = _split(words, getattr(_module(name), "POSITIONAL", ()))
+    command = command_named(name)
+    return command, _checked(command, compose(name, overrides) | values)
+
+
+def command_named(name: str) -> Command:
+    """Returns the command that `python -m <name>` runs."""
+    return _module(name).command()
+
+
+def _module(name: str) -> Any:
     is_package = importlib.util.find_spec(name).submodule_search_locations is not None  # type: ignore[union-attr]
-    command = importlib.import_module(f"{name}.__main__" if is_package else name).command()
-    return command, _checked(command, compose(name, overrides))
+    return importlib.import_module(f"{name}.__main__" if is_package else name)
+
+
+def combinations(overrides: list[str]) -> list[list[str]]:
+    """Returns overrides without choices: of `a=1,2 b=3` these are [a=1, b=3] and [a=2, b=3]."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise ConfigError(_explain(error, "")) from error
+    choices = [
+        [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+        if each.is_sweep_override()
+        else [each.input_line]
+        for each in parsed
+    ]
+    return [list(each) for each in itertools.product(*choices)]
 
 
 def _checked(command: Command[Schema], raw: Mapping[str, Any]) -> Schema:

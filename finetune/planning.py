@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.config import Needs, validate_cluster
-from data_sharding.read.shard_set import copied_index_bytes
+from data_sharding.read.shard_set import copied_index_bytes, open_set
 from data_sharding.schema import MANIFEST
 from data_sharding.splits import validate_splits
+from finetune.backbone import GOLDEN
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.tasks import task_module
+from training.checkpoint import file_sha256
 from training.config import CheckpointConfig, validate_train
 from training.engine.engines import scratch_bytes
 
@@ -111,6 +113,12 @@ def needs(config: FinetuneConfig) -> Needs:
         run = scratch_bytes(task, config.train.engine, num_ranks=config.cluster.num_workers)
         return run + copied_index_bytes(config.shards)
 
+    def contents() -> dict[str, str]:
+        found = {"callosum.set_fingerprint": open_set(config.shards, split=config.data.split).fingerprint}
+        if (golden := Path(config.encoder) / GOLDEN).exists():  # a registered version cannot change, a folder can
+            found["callosum.backbone_output"] = file_sha256(golden)
+        return found
+
     return Needs(
         results=config.run.folder,
         cluster=config.cluster,
@@ -119,6 +127,7 @@ def needs(config: FinetuneConfig) -> Needs:
         scratch_bytes=scratch,
         cache=(config.data.cache_folder, config.data.cache_bytes) if config.data.cache_folder else None,
         tracking=config.train.tracking.uri,
+        contents=contents,
     )
 
 

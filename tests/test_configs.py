@@ -22,6 +22,7 @@ from data_sharding.source_phantoms import SourcePhantomConfig
 from data_sharding.verify import VerifyConfig
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from pretrain.masked.config import PretrainConfig
+from training.grid import GridConfig
 from training.pull import PullConfig
 from training.runs import RunsConfig
 
@@ -85,6 +86,7 @@ PARTS = {
     "data_sharding.verify": (VerifyConfig, ["set=a"]),
     "pretrain": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
     "pretrain.analysis": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
+    "training.grid": (GridConfig, ["part=pretrain"]),
     "training.pull": (PullConfig, ["name=a@b", "folder=c"]),
     "training.runs": (RunsConfig, ["uri=http://a"]),
     "cluster.preflight": (PreflightConfig, ["part=pretrain"]),

@@ -219,6 +219,13 @@ def _read_stacks(processes: list[RankProcess]) -> Iterator[tuple[RankProcess, st
             yield process, f"its node does not answer ({type(error).__name__})"
 
 
+def folder_of_workers(cluster: ClusterConfig) -> str | None:
+    """The folder that workers change to: this one, on an embedded Ray. On other nodes the job's working_dir is current
+    already: None."""
+    is_embedded = cluster.kind == "local" and "RAY_ADDRESS" not in os.environ
+    return os.getcwd() if is_embedded else None
+
+
 def _on_node(node: str) -> dict[str, str]:
     """A label selector that matches only this node."""
     return {"ray.io/node-id": node}
@@ -235,12 +242,11 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
 
     here = _on_node(ray.get_runtime_context().get_node_id())  # a worker's node may be lost, and this with it
     outcome: Any = ray.remote(num_cpus=0, label_selector=here)(Outcome).remote()
-    is_embedded = cluster.kind == "local" and "RAY_ADDRESS" not in os.environ
     job = {
         "function": function,
         "config": config,
         "outcome": outcome,
-        "folder": os.getcwd() if is_embedded else None,  # on other nodes the job's working_dir is current already
+        "folder": folder_of_workers(cluster),
         "num_threads": cluster.cpus_per_worker,
         "is_terminal": sys.stdout.isatty(),
         "report_after_s": REPORT_AT_SHARE * cluster.collective_timeout_s,

@@ -6,22 +6,13 @@ Finished cells are read, not run again; knows nothing of intervals and verdicts.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.ray.launch import ray_session, run_on_workers
-from cluster.storage.stores import Store, store_for
-from data_sharding.read.reader import open_set
-from finetune.backbone import GOLDEN
 from finetune.config import CompareConfig, FinetuneConfig
-from finetune.errors import FinetuneError
-from finetune.train import train
-from training.checkpoint import file_sha256
-from training.identity import config_hash
-from training.study import METRICS
+from training.grid import GridRun
 from training.watch.tracking import mlflow_environment
 
 
@@ -98,39 +89,11 @@ def pinned(encoder: str, uri: str | None) -> str:
     return f"models:/{name}/{client.get_model_version_by_alias(name, alias).version}"
 
 
-def answers(config: CompareConfig) -> dict[Cell, Store]:
-    """Every cell's finished run folder; those that are not finished yet are run, one after the other."""
-    versions = {
-        encoder: pinned(encoder, config.train.tracking.uri) for arm in arms_of(config).values() for encoder in arm
+def runs_of(config: CompareConfig) -> dict[Cell, GridRun]:
+    """Every cell's run, with its encoder by version."""
+    encoders = [encoder for arm in arms_of(config).values() for encoder in arm]
+    versions = {encoder: pinned(encoder, config.train.tracking.uri) for encoder in encoders}
+    return {
+        cell: GridRun("finetune", cell_config(config, dataclasses.replace(cell, encoder=versions[cell.encoder])))
+        for cell in cells_of(config)
     }
-    cells = cells_of(config)
-    found = {}
-    with ray_session(config.cluster):
-        for position, cell in enumerate(cells):
-            run = cell_config(config, dataclasses.replace(cell, encoder=versions[cell.encoder]))
-            store = store_for(run.run.folder)
-            is_done = is_finished(store, run)
-            print(f"cell {position + 1}/{len(cells)}  {cell.folder}  {'is done' if is_done else 'runs'}", flush=True)
-            if not is_done:
-                run_on_workers(train, run, cluster=config.cluster, name=run.run.name)
-            found[cell] = store
-    return found
-
-
-def is_finished(store: Store, run: FinetuneConfig) -> bool:
-    """True when the folder holds this configuration's results; finetune itself refuses to resume another's."""
-    if not store.exists(METRICS):
-        return False
-    lineage = json.loads(store.read(METRICS))["lineage"]
-    if lineage["config hash"] != config_hash(run):
-        return False
-    now = {"callosum.set_fingerprint": open_set(run.shards, split=run.data.split).fingerprint}
-    if (Path(run.encoder) / GOLDEN).exists():  # a registered version cannot change, a folder can
-        now["callosum.backbone_output"] = file_sha256(Path(run.encoder) / GOLDEN)
-    if changed := [name for name, value in now.items() if lineage.get(name, value) != value]:
-        raise FinetuneError(
-            f"{store.location}: was made before {run.shards} or {run.encoder} was written anew ("
-            + ", ".join(f"{name} {lineage[name][:12]}, now {now[name][:12]}" for name in changed)
-            + "); cells of both would be compared: choose another run.folder, or delete this one"
-        )
-    return True

@@ -12,18 +12,21 @@ from cluster.storage.stores import store_for
 from data_sharding.read.reader import open_set
 from finetune import planning
 from finetune.backbone import fetch_backbone
-from finetune.compare.cells import answers, arms_of, cell_config, cells_of, is_finished, pinned, slug
+from finetune.compare.cells import arms_of, cell_config, cells_of, runs_of, slug
 from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, read_answer, write
 from finetune.compare.paired import Metric
 from finetune.config import CompareConfig, FinetuneConfig
 from finetune.tasks import parse_task
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.study import Config
+from training.grid import is_finished, run_all
 from training.registry.seen_subjects import overlap
 
 
 def run(config: CompareConfig) -> None:
-    found = compare(config, {cell: read_answer(store) for cell, store in answers(config).items()})
+    runs = runs_of(config)
+    run_all([*runs.values()])
+    found = compare(config, {cell: read_answer(store_for(each.folder)) for cell, each in runs.items()})
     folder = Path(config.run.scratch) / f"{slug(config.run.name)}-comparison"
     write(found, folder)
     store = store_for(config.run.folder)
@@ -106,17 +109,16 @@ def overlap_problems(config: FinetuneConfig) -> list[str]:
 
 def plan(config: CompareConfig) -> str:
     """The cells and how many are done, and what one of them does."""
-    cells = cells_of(config)
-    uri = config.train.tracking.uri
-    runs = [cell_config(config, replace(cell, encoder=pinned(cell.encoder, uri))) for cell in cells]
-    num_done = sum(is_finished(store_for(each.run.folder), each) for each in runs)
+    runs = runs_of(config)
+    num_finished = sum(map(is_finished, runs.values()))
+    last, last_run = [*runs.items()][-1]
     arms = arms_of(config)
     shape = (
         f"{len(arms)} arms x {len(next(iter(arms.values())))} encoders x {len(config.modes)} modes x "
         f"{len(config.seeds)} seeds"
     )
-    lines = [f"cells           {len(cells)}: {shape}; {num_done} done", f"reference       {next(iter(arms))}"]
-    return "\n".join([*lines, f"each, as {cells[-1].folder}:", planning.plan(runs[-1])])
+    lines = [f"cells           {len(runs)}: {shape}; {num_finished} finished", f"reference       {next(iter(arms))}"]
+    return "\n".join([*lines, f"each, as {last.folder}:", planning.plan(last_run.config)])
 
 
 def needs(config: CompareConfig) -> Needs:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cluster.config import Needs
 from data_sharding.read.joint import sets_of_steps
-from data_sharding.read.shard_set import copied_index_bytes
+from data_sharding.read.shard_set import copied_index_bytes, open_set
 from data_sharding.schema import MANIFEST
 from pretrain.baselines.guesses import ridge_bytes
 from pretrain.masked.config import PretrainConfig
@@ -48,6 +48,10 @@ def needs(config: PretrainConfig) -> Needs:
         run = scratch_bytes(task, config.train.engine, num_ranks=config.cluster.num_workers)
         return run + sum(map(copied_index_bytes, shards))
 
+    def contents() -> dict[str, str]:
+        fingerprints = [open_set(location, split=config.data.split).fingerprint for location in shards]
+        return {"callosum.set_fingerprint": ", ".join(fingerprints)}
+
     return Needs(
         results=config.run.folder,
         cluster=config.cluster,
@@ -56,6 +60,7 @@ def needs(config: PretrainConfig) -> Needs:
         scratch_bytes=scratch,
         cache=(config.data.cache_folder, config.data.cache_bytes) if config.data.cache_folder else None,
         tracking=config.train.tracking.uri,
+        contents=contents,
     )
 
 

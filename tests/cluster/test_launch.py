@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+from grid_toy import grid_run
 from launch_functions import die_or_lose_the_store, refuse, stop_when_asked, sum_of_ranks, wait_to_be_asked
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -22,38 +24,13 @@ from cluster.ray.launch import _repeating, ray_session, run_on_workers
 from cluster.stopping import REQUEST
 from configs.entry import compose
 from training.errors import TrainingError
+from training.grid import is_finished, run_all
 
 FAULT_SECTION = "Workers on Ray"
 
 
 def local_cluster(folder: Path, *, max_failures: int = 1) -> ClusterConfig:
     return ClusterConfig("local", 2, 1, False, max_failures, 120, 60, None, str(folder / "ray"))
-
-
-@pytest.mark.timeout(900)  # one Ray, five runs: 265 s on a machine at load 18
-def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_driver_reaches_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # workers must import launch_functions
-    cluster = local_cluster(tmp_path)
-    with ray_session(cluster):
-        found = run_on_workers(sum_of_ranks, {"marker": str(tmp_path / "died")}, cluster=cluster, name="sum")
-        assert (tmp_path / "died").exists()
-        assert found["sum"] == 3.0
-        assert found["num_threads"] == 1
-        assert found["interface"] in ("lo", "lo0")
-        assert found["folder"] == os.getcwd()
-        assert "\na line of rank 0\n" in "\n" + capsys.readouterr().out
-
-        attempts, before = tmp_path / "attempts", num_workers_started()
-        with pytest.raises(TrainingError, match=r"^a message for the user$"):
-            run_on_workers(refuse, {"attempts": str(attempts)}, cluster=cluster, name="refuse")
-        assert attempts.read_text() == "x"
-        assert num_workers_started() == before + 2
-
-        asked = run_on_workers(wait_to_be_asked, {"driver": os.getpid()}, cluster=cluster, name="asked")
-        assert asked == "SIGTERM to the driver"
-        assert REQUEST.reason is None
 
 
 def test_a_ray_that_a_busy_machine_starts_too_slowly_is_started_again_at_most_three_times(
@@ -100,6 +77,53 @@ def test_a_cluster_that_does_not_answer_and_gpus_that_are_not_there_are_told_bef
     ):
         pass
     assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterConfig]:
+    """An embedded Ray of two workers, which import modules beside this folder."""
+    cluster = local_cluster(tmp_path_factory.mktemp("ray"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        with ray_session(cluster):
+            yield cluster
+
+
+@pytest.mark.timeout(900)  # five runs: 265 s on a machine at load 18
+def test_workers_meet_deaths_are_retried_our_errors_are_not_and_a_signal_to_the_driver_reaches_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], local_ray: ClusterConfig
+) -> None:
+    cluster = local_ray
+    found = run_on_workers(sum_of_ranks, {"marker": str(tmp_path / "died")}, cluster=cluster, name="sum")
+    assert (tmp_path / "died").exists()
+    assert found["sum"] == 3.0
+    assert found["num_threads"] == 1
+    assert found["interface"] in ("lo", "lo0")
+    assert found["folder"] == os.getcwd()
+    assert "\na line of rank 0\n" in "\n" + capsys.readouterr().out
+
+    attempts, before = tmp_path / "attempts", num_workers_started()
+    with pytest.raises(TrainingError, match=r"^a message for the user$"):
+        run_on_workers(refuse, {"attempts": str(attempts)}, cluster=cluster, name="refuse")
+    assert attempts.read_text() == "x"
+    assert num_workers_started() == before + 2
+
+    asked = run_on_workers(wait_to_be_asked, {"driver": os.getpid()}, cluster=cluster, name="asked")
+    assert asked == "SIGTERM to the driver"
+    assert REQUEST.reason is None
+
+
+@pytest.mark.timeout(300)
+def test_runs_of_a_grid_start_together_on_ray_and_one_that_fails_is_named_with_what_it_printed(
+    tmp_path: Path, local_ray: ClusterConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = dataclasses.replace(local_ray, num_workers=1)
+    runs = [grid_run(tmp_path, value, cluster=cluster, num_together=2) for value in (1, -1)]
+    with pytest.raises(TrainingError, match=r"^1 of 2 runs failed(.|\n)*/-1/failure\.txt: ValueError: -1 is negative$"):
+        run_all(runs)
+    assert [is_finished(one) for one in runs] == [True, False]
+    assert (tmp_path / "-1/failure.txt").read_text().startswith("running -1\nTraceback ")
+    assert "2 runs, 0 finished\nrun 1/2 " in capsys.readouterr().out
 
 
 def num_workers_started() -> int:

@@ -361,10 +361,10 @@ def test_a_comparison_runs_only_the_cells_that_are_missing(
     folder = place.folder / "compare"
     before = (folder / "cells.csv").read_bytes()
     (folder / "cells/other-0-full-seed1/metrics.json").unlink()
-    assert "8: 2 arms x 1 encoders x 2 modes x 2 seeds; 7 done" in compare.plan(compared)
+    assert "8: 2 arms x 1 encoders x 2 modes x 2 seeds; 7 finished" in compare.plan(compared)
     compare.run(compared)
-    printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("cell ")]
-    assert printed == ["done"] * 7 + ["runs"]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "finished" in line]
+    assert printed == ["8 runs, 7 finished", f"run 1/1  {folder}/cells/other-0-full-seed1  finished"]
     assert (folder / "cells.csv").read_bytes() == before
 
 

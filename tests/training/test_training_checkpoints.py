@@ -124,7 +124,7 @@ def test_however_long_an_upload_takes_no_more_than_an_interval_lies_between_a_st
         put(store, name, source)
 
     def watched_forward(task: ToyTask, batch: ToyBatch) -> dict[str, Tensor]:
-        committed = [read_commit(store, folder).step for folder in committed_folders(store)]
+        committed = [int(folder.split("-")[1]) for folder in committed_folders(store)]  # one may be deleted meanwhile
         at_risk.append(len(at_risk) // ToySource().num_micro_batches - max(committed, default=0))
         return forward(task, batch)
 

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cluster.storage.stores import LocalStore
 from configs.entry import compose
 from configs.parse import parse
-from finetune.compare import cells
-from finetune.compare.cells import Cell, arms_of, cell_config, cells_of, is_finished
+from finetune import planning
+from finetune.compare.cells import Cell, arms_of, cell_config, cells_of
 from finetune.compare.comparison import Answer, Comparison, as_markdown, compare, draw, readings
 from finetune.compare.planning import pair_problems
 from finetune.config import CompareConfig
@@ -22,6 +21,8 @@ from finetune.errors import FinetuneError
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS, Scores
 from finetune.tasks.subject_prediction.study import MODEL
 from training.checkpoint import file_sha256
+from training.errors import TrainingError
+from training.grid import GridRun, is_finished
 from training.identity import config_hash
 
 NUM_SUBJECTS = 48
@@ -135,17 +136,17 @@ def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_writt
     (tmp_path / "golden.npy").write_bytes(b"one")
     config = make_config(encoders=f"[{tmp_path},b@x]")
     run = cell_config(config, cells_of(config)[0])
-    monkeypatch.setattr(cells, "open_set", lambda location, split: SimpleNamespace(fingerprint="11"))
+    run = dataclasses.replace(run, run=dataclasses.replace(run.run, folder=str(tmp_path)))
+    monkeypatch.setattr(planning, "open_set", lambda location, split: SimpleNamespace(fingerprint="11"))
     made_of = {"callosum.set_fingerprint": "11", "callosum.backbone_output": file_sha256(tmp_path / "golden.npy")}
     lineage = {"config hash": config_hash(run), **made_of}
     (tmp_path / "metrics.json").write_text(json.dumps({"lineage": lineage}))
-    (tmp_path / "scores.csv").touch()
-    store = LocalStore(tmp_path)
-    assert is_finished(store, run)
-    assert not is_finished(store, dataclasses.replace(run, train=dataclasses.replace(run.train, choose="last")))
+    assert is_finished(GridRun("finetune", run))
+    other = dataclasses.replace(run, train=dataclasses.replace(run.train, choose="last"))
+    assert not is_finished(GridRun("finetune", other))
     (tmp_path / "golden.npy").write_bytes(b"other")
-    with pytest.raises(FinetuneError, match=r"written anew \(callosum.backbone_output 7692c3ad3540, now d9298a10d1b0"):
-        is_finished(store, run)
-    monkeypatch.setattr(cells, "open_set", lambda location, split: SimpleNamespace(fingerprint="22"))
-    with pytest.raises(FinetuneError, match=r"\(callosum.set_fingerprint 11, now 22, callosum.backbone_output"):
-        is_finished(store, run)
+    with pytest.raises(TrainingError, match=r"written anew \(callosum.backbone_output 7692c3ad3540, now d9298a10d1b0"):
+        is_finished(GridRun("finetune", run))
+    monkeypatch.setattr(planning, "open_set", lambda location, split: SimpleNamespace(fingerprint="22"))
+    with pytest.raises(TrainingError, match=r"\(callosum.set_fingerprint 11, now 22, callosum.backbone_output"):
+        is_finished(GridRun("finetune", run))
