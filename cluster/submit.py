@@ -17,6 +17,7 @@ Stopping this command (Ctrl-C) leaves the job running.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import glob
 import hashlib
 import logging
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from cluster.config import Needs
 from cluster.errors import SubmitError
-from configs.entry import Command, compose, load, main
+from configs.entry import Command, load, main
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -101,11 +102,11 @@ def checked_job(part: str, overrides: list[str]) -> Job:
     if command.needs is None:
         raise SubmitError(f"python -m {part} has no results of its own; run it here")
     needs: Needs = command.needs(config)
-    values = list(leaves(compose(part, overrides)))
-    if relative := [f"{key}={value}" for key, value in values if is_relative(value, needs)]:
+    values = [*leaves(dataclasses.asdict(config)), *(("a location", each) for each in locations(needs))]
+    if relative := {value: key for key, value in reversed(values) if is_relative(value, needs)}:
         raise SubmitError(
             "these locations are relative, and a job runs in a copy of this folder that is thrown away:\n"
-            + "\n".join(f"  - {each}" for each in relative)
+            + "\n".join(f"  - {key}={value}" for value, key in reversed(relative.items()))
             + "\ngive s3://bucket/prefix, http://server, or a path (from /) on a disk that every node mounts"
         )
     return Job(part, tuple(overrides), needs.results)
@@ -122,6 +123,11 @@ def leaves(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
+def locations(needs: Needs) -> list[str]:
+    """Every location that all nodes must reach."""
+    return [each for each in (needs.results, *needs.inputs, needs.cache and needs.cache[0], needs.tracking) if each]
+
+
 def is_relative(value: object, needs: Needs) -> bool:
     """True for a location that means something else on every machine and in every folder: one that the command says it
     needs, or a path of something that is here. What belongs to each node alone may be relative."""
@@ -132,8 +138,7 @@ def is_relative(value: object, needs: Needs) -> bool:
     scheme, separator, rest = value.partition("://")
     if separator:
         return scheme == "sqlite" and not rest.startswith("//")  # sqlite:///file is relative, sqlite:////file is not
-    is_needed = value in {needs.results, *needs.inputs, needs.cache and needs.cache[0]}
-    return is_needed or ("/" in value and bool(glob.glob(value)))
+    return value in locations(needs) or ("/" in value and bool(glob.glob(value)))
 
 
 def connect(address: str | None) -> JobSubmissionClient:

@@ -20,14 +20,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from brain_models import bids
 from brain_models.errors import ScanError
 from configs.entry import Command, main
 from finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from finetune.config import PredictConfig
 
 COLUMN_OF_SUFFIX = {"bold": "bold", "T1w": "t1w"}
@@ -83,6 +83,7 @@ def _text(path: Path | None) -> str | None:
 def predict(config: PredictConfig) -> pd.DataFrame:
     """The model's answers, one row per scan; also written to config.out."""
     import mlflow
+    import pandas as pd
 
     from training.watch.tracking import known_server, mlflow_environment
 

@@ -1,15 +1,15 @@
-r"""Run one command for every combination of values: a grid of runs, each in its own folder and done once.
+r"""Run one command for every combination of values, a grid of runs.
 
 Example (three ways of masking with three seeds each, nine runs):
 
   python -m training.grid pretrain kind=bold shards=out/shards masking=random,tube,region train.seed=0,1,2 \
       'data.seed=${train.seed}' 'run.name=${masking.kind}-${train.seed}' 'run.folder=out/masks/${run.name}'
 
-Required: the command (pretrain, finetune) and its arguments. Values with commas between them are combined; ${key} is
-          the value of another key. run.folder must differ between runs
+Required: the command (pretrain, finetune) and its arguments, run.folder among them: values with commas between them
+          are combined, ${key} is the value of another key, and every run needs a folder of its own
 
-Runs of one worker each start together as tasks on Ray (cluster=local|ray), where it has room; others run one after
-another. A run that fails stops no other. Run the same command again to resume: finished runs are left alone.
+With cluster=local|ray runs of one worker are tasks of Ray, as many at once as it has room for; other runs wait for one
+another. A run that fails stops no other. Run the same command again to resume: what is finished is not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.config import Needs
 from cluster.ray.launch import folder_of_workers, ray_session
@@ -32,53 +32,43 @@ from configs.entry import Command, combinations, command_named, load, main
 from training.errors import StoppedError, TrainingError
 from training.identity import METRICS, RECORD, check_claim, config_hash
 
-if TYPE_CHECKING:
-    from cluster.config import ClusterConfig
-
 FAILURE = "failure.txt"
 POSITIONAL = ("part", "overrides...")
 
 
-@dataclass
+@dataclass(frozen=True)
 class GridConfig:
-    """A command and its arguments, of which some are swept."""
+    """A command and its arguments, with the values to combine."""
 
     part: str
-    overrides: list[str]
+    overrides: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class GridRun:
-    """One cell of a grid: a command and its whole configuration, of which `cluster` is a part."""
+    """One run of a grid: a command and its whole configuration, with `cluster` in it."""
 
     part: str
     config: Any
 
     @functools.cached_property
     def needs(self) -> Needs:
-        needs = command_named(self.part).needs
-        assert needs is not None, f"python -m {self.part} has no results"
+        if (needs := command_named(self.part).needs) is None:
+            raise TrainingError(f"python -m {self.part} has no results of its own; a grid is of pretrain or finetune")
         return needs(self.config)
 
     @property
     def folder(self) -> str:
         return self.needs.results
 
-    @property
-    def cluster(self) -> ClusterConfig:
-        assert self.needs.cluster is not None
-        return self.needs.cluster
-
 
 def is_finished(one: GridRun) -> bool:
     """True when the folder holds this configuration's results. TrainingError when it belongs to another configuration,
-    or its results were made from other contents of the same inputs."""
+    or when an input has been written anew since."""
     store = store_for(one.folder)
     if store.exists(RECORD):
         check_claim(store, one.config)
-    if not store.exists(METRICS):
-        return False
-    lineage = json.loads(store.read(METRICS))["lineage"]
+    lineage = json.loads(store.read(METRICS))["lineage"] if store.exists(METRICS) else {"config hash": "none yet"}
     if lineage["config hash"] != config_hash(one.config):
         return False
     now = one.needs.contents()
@@ -100,7 +90,7 @@ def run_all(runs: Sequence[GridRun]) -> None:
     print(f"{len(runs)} runs, {len(runs) - len(unfinished)} finished", flush=True)
     if not unfinished:
         return
-    cluster, failed = unfinished[0].cluster, []
+    cluster, failed = unfinished[0].config.cluster, []
     run_them = together if cluster.kind != "inline" and cluster.num_workers == 1 else in_turn
     with ray_session(cluster):
         for number, (one, failure) in enumerate(run_them(unfinished), start=1):
@@ -131,7 +121,7 @@ def together(runs: Sequence[GridRun]) -> Iterator[tuple[GridRun, str]]:
     task: Any = ray.remote(failure_in_task)
     pending = {}
     for one in runs:
-        cluster = one.cluster
+        cluster = one.config.cluster
         resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": int(cluster.use_gpu)}
         alone = dataclasses.replace(one.config, cluster=dataclasses.replace(cluster, kind="inline"))
         options = task.options(**resources, max_retries=cluster.max_failures)
@@ -167,38 +157,33 @@ def failure_of(part: str, config: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def runs_of(part: str, overrides: tuple[str, ...]) -> list[GridRun]:
+def runs_of(config: GridConfig) -> list[GridRun]:
     """A run for every combination of values; ConfigError for the first that its command refuses."""
-    return [GridRun(part, load(part, each)[1]) for each in combinations(list(overrides))]
+    return [GridRun(config.part, load(config.part, each)[1]) for each in combinations(list(config.overrides))]
 
 
 def validate(config: GridConfig) -> list[str]:
-    folders = [one.folder for one in runs_of(config.part, tuple(config.overrides))]
+    folders = [one.folder for one in runs_of(config)]
     if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
         return [f"run.folder: several runs have {', '.join(twice)}; give each its own: '<folder>/${{train.seed}}'"]
     return []
 
 
 def plan(config: GridConfig) -> str:
-    runs = runs_of(config.part, tuple(config.overrides))
-    num_finished = sum(map(is_finished, runs))
-    lines = [f"runs   {len(runs)}, {num_finished} finished", f"each, as {runs[-1].folder}:"]
+    """How many runs there are and how many are finished, and what one of them does."""
+    runs = runs_of(config)
+    lines = [f"runs   {len(runs)}, {sum(map(is_finished, runs))} finished", f"each, as {runs[-1].folder}:"]
     return "\n".join([*lines, command_named(config.part).plan(runs[-1].config)])
 
 
 def needs(config: GridConfig) -> Needs:
     """What one run needs, with the inputs of all."""
-    runs = runs_of(config.part, tuple(config.overrides))
-    inputs = {location: name for one in runs for location, name in one.needs.inputs.items()}
-    return dataclasses.replace(runs[0].needs, inputs=inputs)
-
-
-def run(config: GridConfig) -> None:
-    run_all(runs_of(config.part, tuple(config.overrides)))
+    runs = runs_of(config)
+    return dataclasses.replace(runs[0].needs, inputs={k: v for one in runs for k, v in one.needs.inputs.items()})
 
 
 def command() -> Command:
-    return Command(GridConfig, run, plan, validate, needs)
+    return Command(GridConfig, lambda config: run_all(runs_of(config)), plan, validate, needs)
 
 
 if __name__ == "__main__":

@@ -33,32 +33,16 @@ FINETUNE=${FINETUNE:-}                           # and of python -m finetune.com
 LAUNCH=${LAUNCH:-${SUBMIT:+bash cluster/submit.sh}}  # a Ray job that is checked, followed, and taken up again
 LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS; echo: only show commands
 
-# A finished backbone has written metrics.json, wherever it lives; training it again would register a new version. A
-# store that does not answer ends the script: it says nothing about what is finished.
-is_finished() {
-    local found
-    found=$(python - "$1" <<'PYTHON'
-import sys
-from cluster.storage.stores import store_for
-print(store_for(sys.argv[1]).exists("metrics.json"))
-PYTHON
-    ) || exit 1
-    [[ $found == True ]]
-}
+# shellcheck disable=SC2016  # ${...} are for the command: it fills them in for every backbone
+$LAUNCH training.grid pretrain kind=bold $PRETRAIN shards="$SHARDS" masking="${ARMS// /,}" \
+    masking.hidden_share="$HIDDEN" train.seed="${SEEDS// /,}" data.seed='${train.seed}' \
+    run.name="$NAME"'-${masking.kind}-${train.seed}' run.folder="$OUT"'/pretrain/${masking.kind}-${train.seed}' \
+    register.names.bold='${run.name}' register.alias=candidate train.tracking.uri="$TRACKING"
 
 ENCODERS=""
 for arm in $ARMS; do
-    OF_ARM=""
-    for seed in $SEEDS; do
-        folder=$OUT/pretrain/$arm-$seed
-        if ! is_finished "$folder"; then
-            $LAUNCH pretrain kind=bold $PRETRAIN shards="$SHARDS" masking="$arm" masking.hidden_share="$HIDDEN" \
-                train.seed="$seed" data.seed="$seed" run.name="$NAME-$arm-$seed" run.folder="$folder" \
-                register.names.bold="$NAME-$arm-$seed" register.alias=candidate train.tracking.uri="$TRACKING"
-        fi
-        OF_ARM+="${OF_ARM:+,}models:/$NAME-$arm-$seed@candidate"
-    done
-    ENCODERS+="${ENCODERS:+,}$arm:[$OF_ARM]"
+    OF_ARM=$(printf ",models:/$NAME-$arm-%s@candidate" $SEEDS)
+    ENCODERS+="${ENCODERS:+,}$arm:[${OF_ARM:1}]"
 done
 
 $LAUNCH finetune.compare $FINETUNE encoders="{$ENCODERS}" seeds="[${FINETUNE_SEEDS// /,}]" shards="$SHARDS" \

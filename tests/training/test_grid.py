@@ -92,8 +92,8 @@ def test_the_plan_counts_runs_and_finished_ones_and_runs_of_one_folder_are_refus
 
     monkeypatch.setattr(grid, "load", load)
     run_all([grid_run(tmp_path, 2, name="b")])
-    config = GridConfig("grid_toy", ["value=2", "folder=a,b"])
+    config = GridConfig("grid_toy", ("value=2", "folder=a,b"))
     assert validate(config) == []
     assert plan(config) == f"runs   2, 1 finished\neach, as {tmp_path}/b:\nvalue 2"
-    (problem,) = validate(dataclasses.replace(config, overrides=["value=2,3", "folder=c"]))
+    (problem,) = validate(dataclasses.replace(config, overrides=("value=2,3", "folder=c")))
     assert problem.startswith(f"run.folder: several runs have {tmp_path}/c; give each its own")
