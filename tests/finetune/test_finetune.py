@@ -26,7 +26,7 @@ from finetune.compare import planning as compare
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
 from finetune.errors import FinetuneError
 from finetune.planning import plan, validate
-from finetune.predict import find_scans, predict, scan_table
+from finetune.predict import find_scans, predict, scan_rows
 from finetune.predict import validate as predict_problems
 from finetune.tasks.subject_prediction import open_study
 from finetune.tasks.subject_prediction.connectomes import read_connectomes
@@ -299,9 +299,9 @@ def test_scans_are_found_in_folders_and_patterns_and_nothing_found_is_an_error(p
     assert [path.name for path in one] == ["sub-0001_task-rest_space-MNI152NLin6Asym_res-12_desc-preproc_bold.nii.gz"]
     assert find_scans([f"{place.scans}/sub-*/func/*_bold.nii.gz", str(one[0])])[0] == one[0]
     assert len(find_scans([f"{place.scans}/sub-*/func"])) == NUM_SUBJECTS
-    table = scan_table(one, ["bold"], brain_masks=True)
-    assert table["repetition_time_s"][0] == 2.0
-    assert table["brain_mask"][0].endswith("_desc-brain_mask.nii.gz")
+    (row,) = scan_rows(one, ["bold"], brain_masks=True)
+    assert row["repetition_time_s"] == 2.0
+    assert str(row["brain_mask"]).endswith("_desc-brain_mask.nii.gz")
     with pytest.raises(FinetuneError, match=r"nothing matches .*/nobody; give files"):
         find_scans([f"{place.scans}/nobody"])
 

@@ -16,13 +16,17 @@ from configs.parse import parse
 from data_sharding.config import ShardingConfig
 from data_sharding.sources import bids
 from finetune.errors import FinetuneError
-from finetune.predict import find_scans, scan_table
+from finetune.predict import find_scans, scan_rows
 
 NAMES = {
     "plain": "sub-01_task-rest_space-MNI152NLin6Asym_desc-preproc_bold",
     "echo": "sub-02_task-rest_echo-1_part-mag_space-MNI152NLin6Asym_desc-preproc_bold",
     "anatomy": "sub-01_space-MNI152NLin6Asym_desc-preproc_T1w",
 }
+
+
+def scan_table(scans: list[Path], columns: list[str], *, brain_masks: bool) -> pd.DataFrame:
+    return pd.DataFrame(scan_rows(scans, columns, brain_masks=brain_masks))
 
 
 def write(path: Path, num_frames: int = 3) -> Path:
