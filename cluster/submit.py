@@ -17,7 +17,6 @@ Stopping this command (Ctrl-C) leaves the job running.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import glob
 import hashlib
 import logging
@@ -28,13 +27,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.config import Needs
 from cluster.errors import SubmitError
 from configs.entry import Command, load, main
+from configs.parse import flatten
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -102,25 +101,21 @@ def checked_job(part: str, overrides: list[str]) -> Job:
     if command.needs is None:
         raise SubmitError(f"python -m {part} has no results of its own; run it here")
     needs: Needs = command.needs(config)
-    values = [*leaves(dataclasses.asdict(config)), *(("a location", each) for each in locations(needs))]
-    if relative := {value: key for key, value in reversed(values) if is_relative(value, needs)}:
+    if relative := relative_locations(config, needs):
         raise SubmitError(
             "these locations are relative, and a job runs in a copy of this folder that is thrown away:\n"
-            + "\n".join(f"  - {key}={value}" for value, key in reversed(relative.items()))
+            + "\n".join(f"  - {each}" for each in relative)
             + "\ngive s3://bucket/prefix, http://server, or a path (from /) on a disk that every node mounts"
         )
     return Job(part, tuple(overrides), needs.results)
 
 
-def leaves(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every value of nested mappings under its dotted key; of a list, each of its values."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield from ((f"{prefix}{key}", each) for each in value)
-        else:
-            yield f"{prefix}{key}", value
+def relative_locations(config: object, needs: Needs) -> list[str]:
+    """What only this machine and this folder have, each with the key that names it, if any does."""
+    values = {"a location": locations(needs)} | flatten(config)
+    named = ((key, each) for key, value in values.items() for each in (value if isinstance(value, list) else [value]))
+    key_of = {value: key for key, value in named if is_relative(value, needs)}
+    return [f"{key}={value}" for value, key in key_of.items()]
 
 
 def locations(needs: Needs) -> list[str]:

@@ -33,6 +33,23 @@ def parse(raw: Mapping[str, Any], schema: type[Schema]) -> Schema:
     return value
 
 
+def flatten(config: Any, prefix: str = "", *, with_free: bool = True) -> dict[str, object]:
+    """Every value of a configuration by its dotted key; lists stay values."""
+    if isinstance(config, Mapping):
+        values = dict(config)
+    else:
+        fields = [each for each in dataclasses.fields(config) if with_free or each.metadata != FREE]
+        values = {each.name: getattr(config, each.name) for each in fields}
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{name}.", with_free=with_free)
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
 def refuse(problems: list[str]) -> None:
     """Raises one ConfigError that lists all `problems`, if there are any."""
     if problems:

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping
-from typing import Any, cast
 
 from cluster.storage.stores import Store
-from configs.parse import FREE
+from configs.parse import flatten
 from training.errors import TrainingError
 
 RECORD = "run.json"
 METRICS = "metrics.json"  # uploaded last: a run folder that holds it is finished
 CHOOSES = ("every_steps", "best_metric", "best_is")  # of train.checkpoint
-
-
-def flatten(config: object, prefix: str = "", *, with_free: bool = True) -> dict[str, object]:
-    """Every value of a configuration by its dotted key; lists stay values."""
-    if isinstance(config, Mapping):
-        values = dict(config)
-    else:
-        fields = [each for each in dataclasses.fields(cast(Any, config)) if with_free or each.metadata != FREE]
-        values = {each.name: getattr(config, each.name) for each in fields}
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) or dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{name}.", with_free=with_free)
-        else:
-            flat[name] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def decisive(config: object) -> dict[str, object]:

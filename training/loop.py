@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster.hanging import HEARTBEAT
 from cluster.stopping import REQUEST, listening
 from cluster.storage.stores import Store, store_for
+from configs.parse import flatten
 from training import identity
 from training.checkpoint import (
     SCHEMA,
@@ -273,7 +274,7 @@ def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_pa
     spool = Spool(spool_path, start=start)
     if config.tracking.uri is None:
         return Tracker(spool, None, config.tracking)
-    label = RunLabel(services.run.name, run_key, identity.flatten(services.identity), dict(services.tags))
+    label = RunLabel(services.run.name, run_key, flatten(services.identity), dict(services.tags))
     return Tracker(spool, Sender(config.tracking, spool.path, label), config.tracking)
 
 

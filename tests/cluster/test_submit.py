@@ -19,7 +19,7 @@ from yarl import URL
 from cluster import submit
 from cluster.config import ClusterConfig, Needs
 from cluster.errors import SubmitError
-from cluster.submit import Job, connect, follow, is_relative, leaves, runtime_environment
+from cluster.submit import Job, connect, follow, relative_locations, runtime_environment
 from configs.entry import compose
 from configs.parse import ConfigError
 
@@ -61,15 +61,19 @@ def test_a_location_that_only_this_folder_has_is_told_from_the_names_of_models_a
         cache=("cache", 5),
         tracking="sqlite:///out/mlflow.db",
     )
-    assert [f"{key}={value}" for key, value in leaves(config) if is_relative(value, needs)] == [
-        "encoder=out/bundle",
-        "encoders.a=first",
-        "atlas=out/atlas.nii",
-        "scans=out/*.nii",
-        "run.folder=out/run",
-        "data.cache_folder=cache",
-        "tracking.uri=sqlite:///out/mlflow.db",
-    ]
+    assert sorted(relative_locations(config, needs)) == sorted(
+        [
+            "encoder=out/bundle",
+            "encoders.a=first",
+            "atlas=out/atlas.nii",
+            "scans=out/*.nii",
+            "run.folder=out/run",
+            "data.cache_folder=cache",
+            "tracking.uri=sqlite:///out/mlflow.db",
+        ]
+    )
+    grid = relative_locations({"part": "pretrain", "overrides": ["run.folder=out/run"]}, Needs(results="out/run"))
+    assert grid == ["a location=out/run"]
 
 
 def test_a_job_that_is_stopped_gets_minutes_to_save_with_and_without_git(

@@ -10,11 +10,11 @@ import pytest
 
 from cluster.storage.stores import LocalStore
 from configs.entry import compose
-from configs.parse import parse
+from configs.parse import flatten, parse
 from finetune.config import FinetuneConfig
 from pretrain.masked.config import PretrainConfig
 from training.errors import TrainingError
-from training.identity import claim, config_hash, flatten
+from training.identity import claim, config_hash
 
 # Everything here changes where a run executes, what it reports or how fast it is; no weight depends on it.
 FREE = {
