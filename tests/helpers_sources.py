@@ -66,6 +66,15 @@ def document(shard_set: ShardSet, scan_id: str) -> dict[str, object]:
     return json.loads(member(shard_set, scan_id, schema.META))
 
 
+def events_of(shard_set: ShardSet, scan_id: str) -> list[schema.Event]:
+    """What the set says happened during a run."""
+    index = shard_set.index
+    has_events = ((index.scan_id == scan_id) & (index.kind == schema.EVENTS)).any()
+    return (
+        [schema.Event(**event) for event in json.loads(member(shard_set, scan_id, schema.EVENTS))] if has_events else []
+    )
+
+
 def run_values(shard_set: ShardSet, scan_id: str) -> tuple[np.ndarray, np.ndarray]:
     """A run in its own units [time, voxel] (NaN where not measured), and half a stored unit [voxel]."""
     mean, scale = array(shard_set, scan_id, schema.MEAN), array(shard_set, scan_id, schema.SCALE)

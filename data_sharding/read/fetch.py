@@ -10,7 +10,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,22 +42,22 @@ class FrameSpan:
 
 
 @dataclass(frozen=True)
+class ImageRead:
+    """The tar member of a stimulus."""
+
+    member: str
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
 class WindowRead:
     """One window: one span, or two across a chunk boundary; fewer frames than a window where it is padded."""
 
     shard: str
     spans: tuple[FrameSpan, ...]
-
-
-@dataclass(frozen=True)
-class ResponseRead:
-    """One response, and the tar member of its image."""
-
-    betas: WindowRead
-    member: str
-    offset: int
-    size: int
-    crc32: int
+    image: ImageRead | None = None  # of a response
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,11 @@ class Fetched:
 
     stored: Shaped[Tensor, "batch time voxel"]  # int8 or float16; 0 where a short run is padded
     damaged: dict[int, str]  # why a row could not be read; it is marked as not measured
+    images: UInt8[Tensor, "batch y x rgb"]  # of responses; 1 x 1 pixels where there are none
 
-    def put(self, row: int, other: Self) -> None:
+    def put(self, row: int, other: Fetched) -> None:
         """Replaces a row by the only one of another read."""
         self.stored[row] = other.stored[0]
-
-
-@dataclass
-class FetchedResponses(Fetched):
-    """Checked responses with their images."""
-
-    images: UInt8[Tensor, "batch y x rgb"]
-
-    def put(self, row: int, other: Self) -> None:
-        super().put(row, other)
         if self.images.shape[1:] != other.images.shape[1:]:  # no image of this batch could be read
             self.images = self.images.new_zeros((len(self.images), *other.images.shape[1:]))
         self.images[row] = other.images[0]
@@ -112,7 +103,10 @@ class FetchedPairs:
 
 
 class Fetcher:
-    """Reads batches of windows. Usable as a map-style dataset whose indices are lists of WindowRead."""
+    """Reads batches of windows, and decodes the images of responses here, in the process that reads.
+
+    Usable as a map-style dataset whose indices are lists of WindowRead.
+    """
 
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
@@ -130,25 +124,37 @@ class Fetcher:
     def __getitem__(self, reads: list[WindowRead]) -> Fetched:
         return self.fetch(reads)
 
-    def fresh(self) -> Self:
+    def fresh(self) -> Fetcher:
         """A fetcher of the same settings with nothing open, for another thread."""
-        return type(self)(self.settings)
+        return Fetcher(self.settings)
 
     def fetch(self, reads: list[WindowRead]) -> Fetched:
-        """The windows, each frame checked against its crc32."""
+        """The windows, each frame and image checked against its crc32; ShardError where images differ in size."""
         shape = (len(reads), self.settings.window_frames, self.settings.num_voxels)
         stored = _empty(shape, self.frame_type)
         frames = stored.numpy()
+        images: dict[int, np.ndarray] = {}
         damaged = {}
         for row, read in enumerate(reads):
             try:
                 self._read_window(read, frames[row])
+                if read.image is not None:
+                    images[row] = self._image(read.shard, read.image)
             except StoreUnavailableError:
                 raise  # a network that is down says nothing about samples
             except (ShardError, StorageError) as error:
                 damaged[row] = str(error)
                 frames[row] = NOT_MEASURED if self.frame_type == np.int8 else np.nan
-        return Fetched(stored, damaged)
+        sizes = {image.shape for image in images.values()} or {(1, 1, 3)}
+        if len(sizes) > 1:
+            raise ShardError(
+                f"{self.settings.location} holds images of {len(sizes)} sizes, such as {sorted(sizes)[:2]} (y, x, "
+                "colours); bring the stimuli to one size and write the set again"
+            )
+        stacked = np.zeros((len(reads), *sizes.pop()), dtype=np.uint8)
+        for row, image in images.items():
+            stacked[row] = image
+        return Fetched(stored, damaged, torch.from_numpy(stacked))
 
     def close(self) -> None:
         while self._open:
@@ -207,34 +213,8 @@ class Fetcher:
         frames = np.frombuffer(data, dtype=self.frame_type, offset=schema.NPY_HEADER_BYTES)
         return frames.reshape(-1, self.settings.num_voxels)
 
-
-class ResponseFetcher(Fetcher):
-    """Reads responses, and decodes their images here, in the process that reads."""
-
-    def fetch(self, reads: list[ResponseRead]) -> FetchedResponses:  # type: ignore[override]
-        """The responses with their images, all of one size; ShardError where images differ in size."""
-        fetched = super().fetch([read.betas for read in reads])
-        images: dict[int, np.ndarray] = {}
-        for row, read in enumerate(reads):
-            try:
-                images[row] = self._image(read)
-            except StoreUnavailableError:
-                raise
-            except (ShardError, StorageError) as error:
-                fetched.damaged[row] = str(error)
-        sizes = {image.shape for image in images.values()} or {(1, 1, 3)}
-        if len(sizes) > 1:
-            raise ShardError(
-                f"{self.settings.location} holds images of {len(sizes)} sizes, such as {sorted(sizes)[:2]} (y, x, "
-                "colours); bring the stimuli to one size and write the set again"
-            )
-        (size,) = sizes
-        stacked = [images.get(row, np.zeros(size, dtype=np.uint8)) for row in range(len(reads))]
-        return FetchedResponses(fetched.stored, fetched.damaged, torch.from_numpy(np.stack(stacked)))
-
-    def _image(self, read: ResponseRead) -> np.ndarray:
+    def _image(self, shard: str, read: ImageRead) -> np.ndarray:
         """uint8 [y, x, rgb]."""
-        shard = read.betas.shard
         if self.settings.reader == "indexed":
             data = bytearray(read.size)
             self._range_reader(shard).read_into(read.offset, memoryview(data))

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
-
-WAIT_S = 0.2  # how often a waiting thread looks whether its consumer is gone
 
 
 def fetched_in_order(
@@ -60,42 +58,17 @@ def _as_it_is(fetched: Any) -> Any:
 
 
 def _in_a_thread(fetcher: Any, reads: Iterator[Any], prefetch: int) -> Generator[Any, None, None]:
-    ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, prefetch))
-    is_wanted = threading.Event()
-    is_wanted.set()
-    thread = threading.Thread(target=_fill, args=(ready, is_wanted, fetcher, reads), name="shard-reader", daemon=True)
-    thread.start()
+    end = object()
+
+    def fetch_next() -> Any:
+        read = next(reads, end)
+        return end if read is end else fetcher.fetch(read)
+
+    pool = ThreadPoolExecutor(1, "shard-reader")
+    ahead = deque(pool.submit(fetch_next) for _ in range(max(1, prefetch) + 1))
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        while (fetched := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(fetch_next))
+            yield fetched
     finally:
-        is_wanted.clear()
-        thread.join()
-
-
-def _fill(
-    ready: queue.Queue[Any],
-    is_wanted: threading.Event,
-    fetcher: Any,
-    reads: Iterator[Any],
-) -> None:
-    last: BaseException | None = None
-    try:
-        for read in reads:
-            if not _put(ready, fetcher.fetch(read), is_wanted):
-                return
-    except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-        last = error
-    _put(ready, last, is_wanted)
-
-
-def _put(ready: queue.Queue[Any], item: Any, is_wanted: threading.Event) -> bool:
-    while is_wanted.is_set():
-        try:
-            ready.put(item, timeout=WAIT_S)
-            return True
-        except queue.Full:
-            continue
-    return False
+        pool.shutdown(cancel_futures=True)  # waits for the read under way, no other

@@ -20,9 +20,8 @@ from data_sharding.read.batch import ResponseBatch
 from data_sharding.read.config import DataConfig
 from data_sharding.read.order import SampleOrder, Samples
 from data_sharding.read.reader import Drawn
-from data_sharding.read.responses import Responses
 from data_sharding.read.shard_set import Kind, open_set
-from data_sharding.read.windows import Windows
+from data_sharding.read.windows import Responses, Windows
 from data_sharding.splits import AS_WRITTEN, ReadingSplit
 
 SHUFFLED_SHARDS = 16  # mixed with one another at a time

@@ -9,22 +9,42 @@ import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from data_sharding.errors import ShardError
-from data_sharding.read.batch import Batch
+from data_sharding.hashing import hash_name
+from data_sharding.read.batch import AnyBatch, Batch
 from data_sharding.read.config import DataConfig
 from data_sharding.read.loading import fetched_in_order
 from data_sharding.read.order import RunTable, SampleOrder, Samples, micro_batches, substitute, tiled
 from data_sharding.read.shard_set import ShardSet, open_set
-from data_sharding.read.state import NOTHING_TAKEN, DataState, digest_of, sum_of_digests
 from data_sharding.read.windows import Windows
 
 __all__ = ["Batch", "BatchSource", "DataConfig", "DataState", "ShardSet", "Windows", "open_set"]
 
 MAX_SUBSTITUTES = 16  # damaged samples in a row before the set itself is called damaged
+NOTHING_TAKEN = f"{0:016x}"
+
+
+@dataclass
+class DataState:
+    """Where a source resumes."""
+
+    fingerprint: str
+    seed: int
+    samples_consumed: int
+    samples_digest: str  # of what was read for them, 64 bits in hexadecimal; the ranks' digests add up to the run's
+    quarantine: list[str]  # damaged samples met so far, as <scan_id>:<slot>
+
+    def to_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> DataState:
+        return cls(**raw)
 
 
 class Drawn(Protocol):
@@ -198,3 +218,21 @@ class BatchSource:
                 fetched.put(row, read)
                 return run, first
         raise ShardError(f"{MAX_SUBSTITUTES} samples in a row are damaged; last: {read.damaged[0]}")
+
+
+def digest_of(batches: Iterable[AnyBatch], *, position: int) -> str:
+    """The sum of a hash of every sample that counts: its scan, first frame, seed, and the step's `position`."""
+    rows = [
+        (scan_id, first_frame, seed)
+        for batch in batches
+        for scan_id, first_frame, seed, weight in zip(
+            batch.scan_ids, batch.first_frame, batch.sample_seed.tolist(), batch.weight.tolist(), strict=True
+        )
+        if weight > 0
+    ]
+    return sum_of_digests(f"{hash_name(position, *row):016x}" for row in rows)
+
+
+def sum_of_digests(digests: Iterable[str]) -> str:
+    """The digest of all samples of these digests together."""
+    return f"{sum(int(digest, 16) for digest in digests) % 2**64:016x}"

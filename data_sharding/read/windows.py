@@ -6,7 +6,7 @@ The rank process holds a few columns of the index as arrays; loader processes ar
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,10 @@ import torch
 from data_sharding import schema
 from data_sharding.errors import ShardError
 from data_sharding.hashing import hash_names
-from data_sharding.read.batch import StoredBatch
+from data_sharding.read.batch import ResponseBatch, StoredBatch
 from data_sharding.read.censored import CensoredRuns
 from data_sharding.read.config import DataConfig
-from data_sharding.read.fetch import Fetched, Fetcher, FetchSettings, FrameSpan, WindowRead
+from data_sharding.read.fetch import Fetched, Fetcher, FetchSettings, FrameSpan, ImageRead, WindowRead
 from data_sharding.read.file_cache import CacheSettings
 from data_sharding.read.index_file import IndexFile
 from data_sharding.read.order import RunTable, Samples
@@ -128,6 +128,45 @@ class Windows:
             window_frames=self.window_frames,
             max_censored_fraction=self.shard_set.max_censored_fraction,
             pads_short_runs=self.pads_short_runs,
+        )
+
+
+class Responses(Windows):
+    """The images of a set with the response to each, a window of one frame; splits are by image."""
+
+    def __init__(self, shard_set: ShardSet) -> None:
+        super().__init__(shard_set, kind="response", window_frames=1)
+        images = shard_set.index_file.rows(schema.IMAGE, ["scan_id", "offset", "size", "crc32"])
+        self._images = images.set_index("scan_id")
+        self._stimuli = shard_set.scans("response").set_index("scan_id").stimulus
+
+    def reads(self, split: str, samples: Samples) -> list[WindowRead]:
+        names = self.names(split)
+        return [
+            replace(read, image=self._image(names[run]))
+            for run, read in zip(samples.run, super().reads(split, samples), strict=True)
+        ]
+
+    def _image(self, scan_id: str) -> ImageRead:
+        row = self._images.loc[scan_id]
+        member = f"{schema.stats_key(scan_id)}.{schema.IMAGE}"
+        return ImageRead(member, offset=int(row.offset), size=int(row["size"]), crc32=int(row.crc32))
+
+    def batch(  # type: ignore[override]
+        self, split: str, samples: Samples, weight: np.ndarray, fetched: Fetched
+    ) -> ResponseBatch:
+        """The batch of these samples, read as `fetched`."""
+        windows = super().batch(split, samples, weight, fetched)
+        return ResponseBatch(
+            image=fetched.images,
+            betas=windows.values[:, 0],
+            is_measured=windows.is_measured,
+            weight=windows.weight,
+            sample_seed=windows.sample_seed,
+            scan_ids=windows.scan_ids,
+            subjects=windows.subjects,
+            stimuli=self._stimuli.loc[windows.scan_ids].tolist(),
+            first_frame=windows.first_frame,
         )
 
 

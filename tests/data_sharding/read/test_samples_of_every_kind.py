@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from dataclasses import replace
@@ -9,25 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_sharding import schema
 from data_sharding.errors import ShardError, SplitError
 from data_sharding.hashing import hash_names
 from data_sharding.phantoms import algonauts2023
-from data_sharding.read import samples
 from data_sharding.read.censored import CensoredRuns
 from data_sharding.read.order import RunTable, SampleOrder, tiled
 from data_sharding.read.reader import BatchSource, Windows, open_set
-from data_sharding.read.responses import Responses
 from data_sharding.read.shard_set import ShardSet
+from data_sharding.read.windows import Responses
 from data_sharding.write.build import build
 from tests.data_sharding.read.test_reader import DATA, rows_of, steps_of
 from tests.data_sharding.test_shards import copy_set, flip
 from tests.data_sharding.test_splits import READING
 from tests.helpers_scans import sharding_config, write_study
-from tests.helpers_sources import set_of, write_phantom
+from tests.helpers_sources import array, member, set_of, write_phantom
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +59,11 @@ def test_windows_of_region_series_are_the_frames_of_their_scan(series: str) -> N
     for batch in itertools.chain(*taken):
         assert batch.values.shape[2] == len(atlas.region_ids)
         for row, scan_id in enumerate(batch.scan_ids):
-            whole = samples.region_series(shard_set, scan_id)
             first = batch.first_frame[row]
-            np.testing.assert_array_equal(batch.values[row].numpy(), whole.values[first : first + 6])
-            np.testing.assert_array_equal(batch.is_measured[row].numpy(), whole.is_measured)
+            stored = array(shard_set, scan_id, schema.PARCELS)[first : first + 6].astype(np.float32)
+            is_measured = np.isfinite(stored).all(axis=0)
+            np.testing.assert_array_equal(batch.values[row].numpy(), np.where(is_measured, stored, 0))
+            np.testing.assert_array_equal(batch.is_measured[row].numpy(), is_measured)
     expected = [rows_of(batches) for batches in taken]
     assert [rows_of(batches) for batches in steps_of(series_source(series, reader="stream"), 4)] == expected
 
@@ -129,9 +129,10 @@ def test_images_come_with_the_responses_to_them_and_only_those_of_the_split(resp
         found = []
         for batch in batches:
             for row in np.flatnonzero(batch.weight.numpy()):
-                sample = samples.response(responses, batch.scan_ids[row])
-                assert torch.equal(batch.image[row], torch.from_numpy(sample.image.copy()))
-                assert torch.equal(batch.betas[row], torch.from_numpy(sample.betas).nan_to_num())
+                image = Image.open(io.BytesIO(member(responses, batch.scan_ids[row], schema.IMAGE)))
+                np.testing.assert_array_equal(batch.image[row].numpy(), np.asarray(image))
+                (betas,) = array(responses, batch.scan_ids[row], schema.BETAS).astype(np.float32)
+                np.testing.assert_array_equal(batch.betas[row].numpy(), np.nan_to_num(betas))
                 assert table.split[batch.scan_ids[row]] == split
                 found.append(batch.stimuli[row])
         assert sorted(found) == sorted(responses.stimuli.index[responses.stimuli.split == split])

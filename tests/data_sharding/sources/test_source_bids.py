@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from brain_models.surfaces import SurfaceSpaceConfig, surface_space
-from data_sharding import sources
+from data_sharding import schema, sources
 from data_sharding.errors import SourceError
 from data_sharding.phantoms import bids as phantom
 from data_sharding.phantoms.fields import bold_values, vertex_values
-from data_sharding.read import samples
 from data_sharding.scans import SourceContents, scan_id_of
 from data_sharding.schema import Event
 from data_sharding.sources.bids_tables import is_by_fmriprep
@@ -22,7 +21,7 @@ from data_sharding.write.prepare import prepare
 from data_sharding.write.tables import alignment_of
 from tests.helpers_scans import TEMPLATE, save_nifti, write_bold, write_t1
 from tests.helpers_scans import bold_values as scan_values
-from tests.helpers_sources import AS_IT_IS, config_of, found_by, run_values, set_of, write_phantom
+from tests.helpers_sources import AS_IT_IS, array, config_of, events_of, found_by, run_values, set_of, write_phantom
 
 RUN = "sub-01_ses-1_task-rest_run-1"
 
@@ -115,7 +114,7 @@ def test_voxels_come_back_as_the_phantoms_field_at_their_places(root: Path, tmp_
     is_clipped = np.abs(truth.T - truth.mean(axis=1))[:, is_measured] > 6 * 42 * half_unit[is_measured]
     assert ((error <= half_unit[is_measured] * 1.01 + 0.01) | is_clipped).all()
     assert is_clipped.mean() < 0.05
-    assert samples.events(shard_set, scan_id) == []
+    assert events_of(shard_set, scan_id) == []
 
 
 def test_a_gifti_pair_becomes_a_run_on_fsaverage5(root: Path, tmp_path: Path) -> None:
@@ -127,7 +126,7 @@ def test_a_gifti_pair_becomes_a_run_on_fsaverage5(root: Path, tmp_path: Path) ->
     truth = vertex_values(2 * phantom.FSAVERAGE5_VERTICES, phantom.NUM_FRAMES, (0, RUN))
     assert np.median(np.abs(values - truth) / half_unit) < 1
     assert (np.abs(values - truth) <= half_unit * 1.01 + 0.01).mean() > 0.99
-    assert [event.name for event in samples.events(shard_set, f"{RUN}_bold")] == ["face", "house"]
+    assert [event.name for event in events_of(shard_set, f"{RUN}_bold")] == ["face", "house"]
 
 
 def test_a_cifti_run_is_found_on_fslr_and_a_mesh_of_another_size_is_refused(root: Path, tmp_path: Path) -> None:
@@ -321,6 +320,6 @@ def test_the_plan_knows_the_bytes_of_events_series_and_dropped_frames(root: Path
     shard_set = set_of(tmp_path / "set", *overrides)
     runs = shard_set.runs("bold", ["train"]).set_index("scan_id").num_frames
     assert runs.to_dict() == {f"{RUN}_bold": 19, "sub-01_ses-1_task-rest_run-2_bold": 20}
-    assert samples.events(shard_set, f"{RUN}_bold")[0] == Event(0.0, 1.5, "face"), "one frame of 2 s was dropped"
-    assert len(samples.region_series(shard_set, f"{RUN}_parcels").values) == 19
+    assert events_of(shard_set, f"{RUN}_bold")[0] == Event(0.0, 1.5, "face"), "one frame of 2 s was dropped"
+    assert len(array(shard_set, f"{RUN}_parcels", schema.PARCELS)) == 19
     assert prepare(config_of("out=unused", *overrides)).plan.num_bytes == shard_set.manifest.counts["bytes"]

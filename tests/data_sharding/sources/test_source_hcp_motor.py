@@ -13,10 +13,9 @@ from data_sharding.errors import SourceError
 from data_sharding.phantoms import hcp_motor as phantom
 from data_sharding.phantoms.bids import FSLR_VERTICES, fslr_cortex
 from data_sharding.phantoms.fields import cifti_axis, vertex_values
-from data_sharding.read import samples
 from data_sharding.schema import Event
 from data_sharding.write.prepare import prepare
-from tests.helpers_sources import AS_IT_IS, config_of, found_by, run_values, set_of, write_phantom
+from tests.helpers_sources import AS_IT_IS, config_of, events_of, found_by, run_values, set_of, write_phantom
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_vertices_of_a_network_come_back_band_passed_and_detrended(root: Path, t
     assert (np.abs(values - (filtered + raw.mean(axis=0))) < 1.01 * half_unit + 0.01).mean() > 0.999
     planned = prepare(config_of("out=unused", *motor(root, *overrides))).plan.num_bytes
     assert planned == shard_set.manifest.counts["bytes"], "events have their place in the plan"
-    hands = [event for event in samples.events(shard_set, "sub-100307_task-motor_dir-LR_bold") if "hand" in event.name]
+    hands = [event for event in events_of(shard_set, "sub-100307_task-motor_dir-LR_bold") if "hand" in event.name]
     assert hands == [
         Event(11.0, 12.0, "right_hand"),
         Event(71.0, 12.0, "left_hand"),
