@@ -26,7 +26,6 @@ from webdataset.writer import TarWriter
 
 from brain_models.preprocess import NOT_MEASURED
 from data_sharding import schema
-from data_sharding.checksums import crc32_of_frames
 from data_sharding.read.batch import decode
 from data_sharding.read.fetch import Fetcher, FetchSettings, FrameSpan, WindowRead
 from data_sharding.read.loading import fetched_in_order
@@ -77,7 +76,7 @@ def write_shards(folder: Path, num_shards: int, num_frames: int) -> list[list[Fr
             for chunk, (first, stop) in enumerate(schema.chunk_bounds(num_frames, 64)):
                 frames = generator.integers(-60, 60, size=(stop - first, NUM_VOXELS), dtype=np.int8)
                 frames[:, ::50] = NOT_MEASURED
-                key, checksums = schema.chunk_key(f"run{shard}", chunk), crc32_of_frames(frames)
+                key, checksums = schema.chunk_key(f"run{shard}", chunk), schema.crc32_of_frames(frames)
                 offset = writer.tarstream.offset + schema.TAR_BLOCK_BYTES
                 # Members are written in the order of their kinds: bold.npy, then crc.npy.
                 writer.write({"__key__": key, schema.BOLD: npy_bytes(frames), schema.CRC: npy_bytes(checksums)})

@@ -27,11 +27,11 @@ from brain_models.preprocess import pack_bold, pack_t1
 from brain_models.resample import FWHM_PER_SIGMA
 from brain_models.space import BrainSpace, SpaceConfig, fsl_grid, space_from_mask, volume_space
 from brain_models.transform import Transform, apply_matrix
-from data_sharding.registration import RegistrationConfig, estimate_motion, register_bold, require_ants
-from data_sharding.registration.config import PACKAGED, PACKAGED_NAME
-from data_sharding.registration.skull import solid
-from data_sharding.registration.structural import AlignedT1, align_t1
-from data_sharding.registration.template import template_of
+from data_sharding.registration.ants_calls import require_ants
+from data_sharding.registration.config import PACKAGED, PACKAGED_NAME, RegistrationConfig
+from data_sharding.registration.motion import estimate_motion
+from data_sharding.registration.register import AlignedT1, align_t1, register_bold
+from data_sharding.registration.template import solid, template_of
 from data_sharding.registration.volumes import Volume
 
 CONFIG = RegistrationConfig(

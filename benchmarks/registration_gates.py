@@ -21,7 +21,8 @@ from registration import CONFIG, distances, saved
 from scipy import ndimage
 
 from brain_models.transform import Transform, apply_matrix
-from data_sharding.registration import RegistrationError, register_bold, register_t1
+from data_sharding.registration.ants_calls import RegistrationError
+from data_sharding.registration.register import register_bold, register_t1
 from data_sharding.registration.template import template_of
 from data_sharding.registration.volumes import read_volume
 

@@ -28,8 +28,8 @@ from brain_models.space import SpaceConfig
 from data_sharding import schema
 from data_sharding.read.order import SampleOrder, rank_share
 from data_sharding.read.reader import BatchSource, DataConfig, ShardSet, Windows, open_set
-from data_sharding.spaces import make_space
 from data_sharding.splits import AS_WRITTEN
+from data_sharding.write.prepare import make_space
 
 NUM_FRAMES, CHUNK_FRAMES, WINDOW_FRAMES = 300, 64, 20
 RUNS_A_SHARD = 6

@@ -3,7 +3,6 @@
 Promise: labels are never used as indices (AAL3 has 166 labels within 1..170). Knows no model.
 """
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -209,8 +208,8 @@ def halved(
             yield voxels
 
 
-def atlas_from_image(path: Path | str, space: BrainSpace, names_csv: Path | None = None) -> Atlas:
-    """Returns the atlas of a label NIfTI on `space` by the nearest voxel; `names_csv` has columns label and name.
+def atlas_from_image(path: Path | str, space: BrainSpace) -> Atlas:
+    """Returns the atlas of a label NIfTI on `space` by the nearest voxel.
 
     An image with AAL3's label range gets AAL3's groups.
     """
@@ -222,8 +221,6 @@ def atlas_from_image(path: Path | str, space: BrainSpace, names_csv: Path | None
     if not labels.any():
         raise SpaceError(f"{path}: no label falls into space {space.name}; is it in {space.template} millimetres?")
     names = {int(label): f"region {label}" for label in np.unique(labels) if label}
-    if names_csv is not None:
-        names |= _names(names_csv)
     present = set(np.unique(values).tolist()) - {0}
     is_aal3 = present <= set(range(1, 171)) - {35, 36, 81, 82} and len(present) == 166
     return Atlas(Path(path).name.split(".")[0], labels, names, aal3_groups() if is_aal3 else {})
@@ -283,11 +280,3 @@ def aal3_groups() -> dict[str, list[int]]:
         group: [label for low, high in ranges for label in range(low, high + 1) if label not in unused]
         for group, ranges in AAL3_GROUPS.items()
     }
-
-
-def _names(names_csv: Path) -> dict[int, str]:
-    with open(names_csv, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"label", "name"} <= rows[0].keys():
-        raise SpaceError(f"{names_csv}: expected columns label and name, got {list(rows[0]) if rows else 'no rows'}")
-    return {int(row["label"]): row["name"] for row in rows}

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float16, Float32, Int8, UInt8
 
-from brain_models.cube import NO_TEMPLATE, centred
 from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header, stream_frames, stream_stored
 from brain_models.recipe import BoldType, UnknownOrientation
 from brain_models.resample import HeldScan, Piece, direct_pieces, resampler_for
-from brain_models.space import BrainSpace
+from brain_models.space import NO_TEMPLATE, BrainSpace
 from brain_models.transform import Transform
 
 UNITS_PER_SCALE = 21
 CLIP_AT = 6.0
 NOT_MEASURED = -128
 MAD_TO_SIGMA = 1.4826  # of a Gaussian
+BRIGHTEST_PERCENT = 99.0  # of a head: fat and vessels beyond it must not pull its centre
 
 Cleaner = Callable[[np.ndarray], np.ndarray]  # [voxel, time] float32 -> the same shape; may overwrite what it is given
 
@@ -125,10 +125,32 @@ def pack_t1(
     header = read_header(path, "t1w")
     _require_orientation(header, unknown_orientation)
     if space.template == NO_TEMPLATE:
-        assert brain_mask is None
-        assert transform is None
+        if brain_mask is not None or transform is not None:
+            raise ScanError(
+                f"{header.path}: space {space.name} is a cube around each head as it lies in its scan; give neither a "
+                "brain mask nor a transform with it"
+            )
         header = centred(header)
     return _pack(header, space, brain_mask, transform)
+
+
+def centred(header: ScanHeader) -> ScanHeader:
+    """Returns the header of a T1 with its millimetres moved so that the head's centre of mass is 0, 0, 0.
+
+    That is the mean position of the voxels brighter than the volume's mean, weighted by intensities that are clipped at
+    their 99th percentile. Air lies below that mean in any head scan.
+    """
+    volume = next(stream_frames(header))[0].astype(np.float64).reshape(header.shape, order="F")
+    volume = np.where(np.isfinite(volume), volume, 0.0)
+    is_head = volume > volume.mean()
+    if not is_head.any():
+        raise ScanError(f"{header.path}: all voxels have the same value; this is not a T1 image")
+    weights = np.where(is_head, np.minimum(volume, np.percentile(volume[is_head], BRIGHTEST_PERCENT)), 0.0)
+    sums = [weights.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+    index = np.array([(np.arange(len(along)) * along).sum() / along.sum() for along in sums])
+    affine = header.affine.copy()
+    affine[:3, 3] -= header.affine[:3, :3] @ index + header.affine[:3, 3]
+    return replace(header, affine=affine)
 
 
 def _require_orientation(header: ScanHeader, policy: UnknownOrientation) -> None:

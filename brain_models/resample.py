@@ -172,25 +172,12 @@ def resampler_for(
 
 def grid_resampler(affine: np.ndarray, shape: tuple[int, int, int], space: BrainSpace) -> Resampler:
     """Returns the resampler of a grid; those of the last few are kept, a data set usually has one or two."""
-    return _cached(affine.tobytes(), shape, _Keyed(space))
-
-
-class _Keyed:
-    """A space that hashes by its fingerprint."""
-
-    def __init__(self, space: BrainSpace) -> None:
-        self.space = space
-
-    def __hash__(self) -> int:
-        return hash(self.space.fingerprint)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed) and other.space.fingerprint == self.space.fingerprint
+    return _cached(affine.tobytes(), shape, space)
 
 
 @lru_cache(maxsize=4)
-def _cached(affine: bytes, shape: tuple[int, int, int], keyed: _Keyed) -> Resampler:
-    return Resampler(np.frombuffer(affine, dtype=np.float64).reshape(4, 4), shape, keyed.space)
+def _cached(affine: bytes, shape: tuple[int, int, int], space: BrainSpace) -> Resampler:
+    return Resampler(np.frombuffer(affine, dtype=np.float64).reshape(4, 4), shape, space)
 
 
 def _coordinates(

@@ -20,6 +20,8 @@ Kind = Literal["volume", "surface", "parcels"]
 FSL_ORIGIN_MM = (90.0, -126.0, -72.0)
 FSL_EXTENT_MM = (180.0, 216.0, 180.0)
 
+NO_TEMPLATE = "none"  # of a cube around a head, whose middle is each scan's own centre of mass
+
 
 @dataclass
 class SpaceConfig:
@@ -30,6 +32,16 @@ class SpaceConfig:
     spacing_mm: float
     mask: str
     dilate_mm: float
+
+
+@dataclass
+class CubeSpaceConfig:
+    """A cube of `edge_voxels`^3 voxels of `spacing_mm`, axes to the right, the front and the top."""
+
+    name: str
+    template: str  # "none": nothing is aligned but the centre
+    spacing_mm: float
+    edge_voxels: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +84,12 @@ class BrainSpace:
             digest.update(str(self.mesh_sizes).encode())
             digest.update(self.hemispheres.astype("<i1").tobytes() + self.vertices.astype("<i4").tobytes())
         return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BrainSpace) and other.fingerprint == self.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     def save(self, path: Path | str) -> None:
         """Writes space.npz, without pickle."""
@@ -152,6 +170,14 @@ def volume_space(config: SpaceConfig, *, atlas_images: Sequence[Path] = ()) -> B
     if not in_brain.any():
         raise SpaceError(f"space {config.name}: mask {config.mask} has no voxel on the {config.spacing_mm} mm grid")
     return space_from_mask(in_brain, affine, name=config.name, template=config.template)
+
+
+def cube_space(config: CubeSpaceConfig) -> BrainSpace:
+    """Returns the space of all voxels of the cube; its millimetres count from the head's centre of mass."""
+    affine = np.diag([config.spacing_mm] * 3 + [1.0])
+    affine[:3, 3] = -config.spacing_mm * (config.edge_voxels - 1) / 2
+    everywhere = np.ones((config.edge_voxels,) * 3, dtype=bool)
+    return space_from_mask(everywhere, affine, name=config.name, template=NO_TEMPLATE)
 
 
 def space_from_mask(in_brain: np.ndarray, affine: np.ndarray, *, name: str, template: str) -> BrainSpace:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from brain_models.recipe import BoldType, CleaningConfig, UnknownOrientation, validate_cleaning
+from brain_models.space import CubeSpaceConfig, SpaceConfig
+from brain_models.surfaces import SurfaceSpaceConfig
 from cluster.config import ClusterConfig, validate_cluster
-from data_sharding.registration import RegistrationConfig, validate_registration
+from data_sharding.registration.config import RegistrationConfig, validate_registration
 from data_sharding.sources import SourceConfig, validate_source
 from data_sharding.sources.privacy import PrivacyConfig, validate_privacy
-from data_sharding.spaces import AnySpaceConfig, validate_space
 from data_sharding.splits import SplitConfig, validate_splits
+
+AnySpaceConfig = SpaceConfig | SurfaceSpaceConfig | CubeSpaceConfig
 
 
 @dataclass
@@ -110,4 +113,23 @@ def validate_config(config: ShardingConfig) -> list[str]:
                 "registration.template, or set source.allow_template_mix=true (recorded in the manifest)"
             )
     problems += validate_cleaning(config.preprocessing.cleaning, "preprocessing.cleaning")
+    return problems
+
+
+def validate_space(config: AnySpaceConfig) -> list[str]:
+    """All problems that need no file: each names its key and what to give instead."""
+    if isinstance(config, SurfaceSpaceConfig):
+        problems = []
+        if len(config.surfaces) not in (0, 2):
+            problems.append(f"space.surfaces: {config.surfaces}; give the left and the right surface, or []")
+        if len(config.vertices) not in (0, 1, 2):
+            problems.append(
+                f"space.vertices: {config.vertices}; give one CIFTI file, the left and the right file, or [] for all"
+            )
+        if config.labels and not config.vertices:
+            problems.append("space.labels: needs space.vertices, the file that holds the labels")
+        return problems
+    problems = [f"space.spacing_mm: {config.spacing_mm}; give a voxel edge in mm"] if config.spacing_mm <= 0 else []
+    if isinstance(config, CubeSpaceConfig) and not 8 <= config.edge_voxels <= 512:
+        problems.append(f"space.edge_voxels: {config.edge_voxels}; give 8 to 512 (128 at 2 mm holds a whole head)")
     return problems

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from isal import isal_zlib
+
 from data_sharding.errors import ShardError
 
 SCHEMA_VERSION = 2
@@ -270,3 +273,13 @@ def scan_bytes(
         total += tar_bytes(NPY_HEADER_BYTES + (stop - first) * num_voxels * voxel_bytes)
         total += tar_bytes(NPY_HEADER_BYTES + 4 * (stop - first))
     return total
+
+
+def crc32_of_frames(frames: np.ndarray) -> np.ndarray:
+    """uint32 [time]: crc32 of each frame's bytes; `frames` is C-contiguous [time, voxel]."""
+    return np.array([isal_zlib.crc32(frame) for frame in np.ascontiguousarray(frames)], dtype=np.uint32)
+
+
+def crc32(data: bytes) -> int:
+    """crc32 of the bytes."""
+    return isal_zlib.crc32(data)

@@ -26,8 +26,7 @@ class VerifyConfig:
 
 
 def run(config: VerifyConfig) -> int:
-    from data_sharding.check.repair import repair
-    from data_sharding.check.verify import verify
+    from data_sharding.check.verify import repair, verify
     from data_sharding.read.shard_set import open_set
 
     problems = verify(config.set)

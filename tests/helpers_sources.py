@@ -17,8 +17,8 @@ from data_sharding import schema, sources
 from data_sharding.config import ShardingConfig
 from data_sharding.read.shard_set import ShardSet, open_set
 from data_sharding.scans import SourceContents
-from data_sharding.spaces import make_space
 from data_sharding.write.build import build
+from data_sharding.write.prepare import make_space
 
 AS_IT_IS = [  # cleaning that changes no value
     "preprocessing.cleaning.high_pass_hz=null",

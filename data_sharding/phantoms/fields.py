@@ -16,7 +16,7 @@ import numpy as np
 from brain_models.space import fsl_grid
 from data_sharding.hashing import hash_name
 
-MNI_CODE = 4
+MNI_CODE = 4  # NIfTI's xform code for MNI 152 coordinates
 
 
 def generator(*names: object) -> np.random.Generator:
@@ -69,8 +69,9 @@ def write_volume(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, keys in the order given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_gifti_series(path: Path, series: np.ndarray, *, repetition_time_s: float) -> Path:

@@ -22,7 +22,6 @@ from torch.utils.data import get_worker_info
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage.stores import LocalRangeReader, RangeReader, Store, store_for
 from data_sharding import schema
-from data_sharding.checksums import crc32, crc32_of_frames
 from data_sharding.errors import ShardError
 from data_sharding.read.batch import NOT_MEASURED
 from data_sharding.read.file_cache import CachedFile, CacheSettings, FileCache
@@ -175,7 +174,7 @@ class Fetcher:
         frames[done:] = 0
 
     def _check(self, shard: str, span: FrameSpan, frames: np.ndarray) -> None:
-        for row in np.flatnonzero(crc32_of_frames(frames) != np.frombuffer(span.crc32, dtype="<u4")):
+        for row in np.flatnonzero(schema.crc32_of_frames(frames) != np.frombuffer(span.crc32, dtype="<u4")):
             frame = frames[row]
             first_byte = span.offset + schema.NPY_HEADER_BYTES + (span.first + row) * frame.nbytes
             location = self.settings.location
@@ -220,7 +219,7 @@ class Fetcher:
             self._range_reader(shard).read_into(read.offset, memoryview(data))
         else:
             data = bytearray(self._streamed_member(shard, read.member))
-        if crc32(bytes(data)) != read.crc32:
+        if schema.crc32(bytes(data)) != read.crc32:
             raise ShardError(
                 f"{self.settings.location}/{shard} member {read.member} does not match its checksum; run 'python -m "
                 f"data_sharding.verify {self.settings.location}' and restore the shard"

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brain_models import bids
-from brain_models.cube import NO_TEMPLATE
 from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header
-from brain_models.space import BrainSpace
+from brain_models.space import NO_TEMPLATE, BrainSpace
 from brain_models.surface_scans import is_surface_run, read_surface_header
 from data_sharding.errors import SourceError
 from data_sharding.scans import Scan, SourceContents, scan_id_of
@@ -28,10 +27,12 @@ from data_sharding.sources.bids_files import (
     ScanFile,
     fitting,
     in_space,
+    is_by_fmriprep,
     listed,
     of_one_echo,
+    read_events,
+    read_participants,
 )
-from data_sharding.sources.bids_tables import is_by_fmriprep, read_events, read_participants
 
 
 @dataclass

@@ -1,12 +1,15 @@
 """The whole run of `python -m data_sharding`: find, plan, write shards as Ray tasks, and commit by the manifest.
 
-A run that was stopped anywhere is finished by running it again; nothing that is complete is written twice.
+A run that was stopped anywhere is finished by running it again; nothing that is complete is written twice. Registration
+is not reproducible bit by bit, so the first transform of a raw scan that is stored counts, whoever made it; for a scan
+that cannot be registered the reason is stored instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,17 @@ from cluster.storage.files import PARTIAL_PREFIX
 from cluster.storage.stores import Store, store_for
 from configs.parse import MISSING
 from data_sharding import schema
-from data_sharding.config import ShardingConfig
+from data_sharding.config import LimitsConfig, ShardingConfig
 from data_sharding.errors import ShardError
-from data_sharding.write.alignment import find_transforms
-from data_sharding.write.dispatch import write_shards
-from data_sharding.write.isolation import close_helpers
-from data_sharding.write.plan import SetPlan
+from data_sharding.registration.config import RegistrationConfig
+from data_sharding.registration.register import ScanGroup
+from data_sharding.write.dispatch import anywhere, each_result, write_shards
+from data_sharding.write.isolation import close_helpers, helper_for
+from data_sharding.write.packing import PackRequest, PackSettings
+from data_sharding.write.plan import SetPlan, pack_settings
 from data_sharding.write.prepare import Prepared, prepare, refusal_lines
 from data_sharding.write.tables import all_refused, make_manifest, saved_arrays, saved_tables
+from data_sharding.write.writer import scratch_folder
 
 
 def build(config: ShardingConfig) -> schema.Manifest:
@@ -57,6 +63,57 @@ def complete(store: Store, prepared: Prepared, config: ShardingConfig) -> schema
     _remove_partial_files(config.out)
     print("\n".join([f"{config.out} is complete: {_in_words(manifest.counts)}", *refusal_lines(refused)]), flush=True)
     return manifest
+
+
+def find_transforms(store: Store, plan: SetPlan, config: ShardingConfig) -> None:
+    """Every raw scan of the plan then has its transform in the set, or the reason why not."""
+    if config.registration is None:  # then no raw scan came as far as the plan
+        return
+    groups = _groups([request for shard in plan.shards for request in shard.requests if request.is_raw])
+    present = {Path(name).stem for name in store.list(schema.TRANSFORMS)}
+    missing = [group for group in groups if not set(group.names) <= present]
+    register = partial(
+        register_missing,
+        out=anywhere(config.out),
+        registration=config.registration,
+        settings=pack_settings(config),
+        limits=config.limits,
+    )
+    num_done = len(groups) - len(missing)
+    for _ in each_result(register, missing, config.cluster, label=lambda group: group.t1_name):
+        num_done += 1
+        print(f"registered {num_done}/{len(groups)} T1 images and their runs", flush=True)
+
+
+def _groups(requests: list[PackRequest]) -> list[ScanGroup]:
+    by_t1: dict[str, list[PackRequest]] = {}
+    for request in requests:
+        by_t1.setdefault(request.path if request.kind == "t1" else request.files["t1w"], []).append(request)
+    groups = []
+    for path, members in sorted(by_t1.items()):
+        runs = {request.scan_id: request.path for request in members if request.kind != "t1"}
+        own = [request.scan_id for request in members if request.kind == "t1"]
+        groups.append(ScanGroup(path, own[0] if own else f"{min(runs)}_t1w", runs))
+    return groups
+
+
+def register_missing(
+    group: ScanGroup, out: str, registration: RegistrationConfig, settings: PackSettings, limits: LimitsConfig
+) -> None:
+    """Registers those scans of a group that have no transform in the set, and stores the transforms and reasons."""
+    store = store_for(out)
+    with scratch_folder() as scratch:
+        for name in group.names:
+            if store.exists(schema.transform_name(name)):
+                store.get_file(schema.transform_name(name), scratch / f"{name}.npz")
+        outcome = helper_for(store, settings, limits).register(group, registration, scratch)
+        for name in group.names:
+            transform = scratch / f"{name}.npz"
+            if transform.exists():
+                store.put_if_absent(schema.transform_name(name), transform.read_bytes())
+            elif not store.exists(schema.transform_name(name)):
+                reason = outcome["reason"] if "reason" in outcome else outcome["reasons"][name]
+                store.put_if_absent(schema.no_transform_name(name), json.dumps({"reason": reason}).encode())
 
 
 def config_to_record(config: ShardingConfig) -> dict[str, Any]:

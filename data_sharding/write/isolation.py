@@ -34,7 +34,8 @@ from configs.parse import parse
 from data_sharding import schema
 from data_sharding.config import LimitsConfig
 from data_sharding.errors import ShardError
-from data_sharding.registration import RegistrationConfig, ScanGroup, register_group
+from data_sharding.registration.config import RegistrationConfig
+from data_sharding.registration.register import ScanGroup, register_group
 from data_sharding.sources.remote import UnreachableError, fetched
 from data_sharding.write.packing import PackContext, PackRequest, PackSettings, write_segment
 

@@ -33,7 +33,6 @@ from brain_models.space import BrainSpace
 from brain_models.surface_scans import pack_cifti, pack_gifti
 from brain_models.transform import Transform
 from data_sharding import schema
-from data_sharding.checksums import crc32, crc32_of_frames
 from data_sharding.config import AcceptanceConfig
 from data_sharding.scans import NEVER_IN_A_KEY
 from data_sharding.write.quality import ScanQuality, region_coverage, run_quality, scan_quality, why_refused
@@ -143,7 +142,7 @@ def write_segment(request: PackRequest, context: PackContext, path: Path) -> Seg
                 start, data = position + schema.TAR_BLOCK_BYTES, entry[kind]
                 frame_crc32 = checksums if kind in schema.CHECKED_BY_FRAME else ""
                 censored = accepted.quality.censored if kind in (schema.MEAN, schema.PARCELS) else ""
-                numbers = (start, len(data), crc32(data), first_frame, num_frames)
+                numbers = (start, len(data), schema.crc32(data), first_frame, num_frames)
                 members.append(Member(name, key, kind, *numbers, frame_crc32, censored))
                 position += schema.tar_bytes(len(data))
             writer.write(entry)
@@ -178,7 +177,7 @@ def _run_entries(
         entry = {
             "__key__": schema.chunk_key(request.scan_id, chunk),
             schema.BOLD: npy_bytes(values),
-            schema.CRC: npy_bytes(crc32_of_frames(values)),
+            schema.CRC: npy_bytes(schema.crc32_of_frames(values)),
         }
         yield entry, first, stop - first
 
@@ -190,7 +189,7 @@ def _pack_t1(request: PackRequest, context: PackContext) -> AcceptedScan:
     quality = _accepted(quality, request, context)
     stored = standardise_t1(packed)
     described = {"mean": stored.mean, "std": stored.std, **_quality_fields(quality)}
-    arrays = {schema.T1: stored.values, schema.CRC: crc32_of_frames(stored.values[None])}
+    arrays = {schema.T1: stored.values, schema.CRC: schema.crc32_of_frames(stored.values[None])}
     return AcceptedScan(iter([(_first_entry(request, context, described, arrays), 0, 1)]), quality, regions)
 
 
@@ -213,7 +212,7 @@ def _pack_parcels(request: PackRequest, context: PackContext) -> AcceptedScan:
         "region_ids": atlas.region_ids,
         **_quality_fields(quality),
     }
-    arrays = {schema.PARCELS: series, schema.CRC: crc32_of_frames(series), schema.FRAMES: frames}
+    arrays = {schema.PARCELS: series, schema.CRC: schema.crc32_of_frames(series), schema.FRAMES: frames}
     arrays |= {schema.REGION_MEAN: mean, schema.REGION_SCALE: scale}
     entry = _first_entry(request, context, described, arrays)
     return AcceptedScan(iter([(entry, 0, len(series))]), quality, regions)
@@ -255,7 +254,7 @@ def _pack_response(request: PackRequest, context: PackContext) -> AcceptedScan:
     quality = _accepted(scan_quality(is_measured, regions), request, context)
     stored = betas.astype(np.float16)[None]
     described = {"stimulus": request.stimulus, **_quality_fields(quality)}
-    arrays = {schema.BETAS: stored, schema.CRC: crc32_of_frames(stored)}
+    arrays = {schema.BETAS: stored, schema.CRC: schema.crc32_of_frames(stored)}
     entry = _first_entry(request, context, described, arrays) | {schema.IMAGE: image}
     return AcceptedScan(iter([(entry, 0, 1)]), quality, regions)
 

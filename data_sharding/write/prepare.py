@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brain_models.atlas import Atlas, aal3, atlas_from_image, template_parcellation
-from brain_models.space import BrainSpace
+from brain_models.space import BrainSpace, CubeSpaceConfig, cube_space, volume_space
+from brain_models.surfaces import SurfaceSpaceConfig, surface_space
 from data_sharding import schema, sources
-from data_sharding.config import ShardingConfig, atlas_choices
+from data_sharding.config import AnySpaceConfig, ShardingConfig, atlas_choices
 from data_sharding.errors import ShardError, SourceError
 from data_sharding.scans import SourceContents
 from data_sharding.sources.remote import source_view
-from data_sharding.spaces import make_space
 from data_sharding.splits import SPLITS, assign_splits
 from data_sharding.write.plan import SetPlan, make_plan
 
@@ -47,6 +47,15 @@ def prepare(config: ShardingConfig) -> Prepared:
         for refusal in contents.refused:
             refusal.path, refusal.reason = view.reworded(refusal.path), view.reworded(refusal.reason)
     return Prepared(contents, space, atlases, split_of_unit, plan)
+
+
+def make_space(config: AnySpaceConfig, *, atlas_images: list[Path]) -> BrainSpace:
+    """The space of a configuration; a volume is joined with the atlases' voxels."""
+    if isinstance(config, SurfaceSpaceConfig):
+        return surface_space(config)
+    if isinstance(config, CubeSpaceConfig):
+        return cube_space(config)
+    return volume_space(config, atlas_images=atlas_images)
 
 
 def describe(config: ShardingConfig) -> str:

@@ -9,7 +9,7 @@ from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 
 from brain_models.transform import apply_matrix
-from data_sharding.registration.skull import solid
+from data_sharding.registration.template import solid
 from data_sharding.registration.volumes import Volume, on_upright_grid
 from tests.scans import grid_positions_mm
 

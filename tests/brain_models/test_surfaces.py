@@ -11,11 +11,10 @@ import pytest
 from nibabel.cifti2 import BrainModelAxis
 
 from brain_models.atlas import cluster_labels
-from brain_models.cube import CubeSpaceConfig, cube_space
 from brain_models.errors import ScanError, SpaceError
 from brain_models.patches import PatchLayout
 from brain_models.preprocess import pack_t1
-from brain_models.space import BrainSpace
+from brain_models.space import BrainSpace, CubeSpaceConfig, cube_space
 from brain_models.surface_scans import pack_cifti, pack_gifti, read_surface_header
 from brain_models.surfaces import SurfaceSpaceConfig, surface_space
 from data_sharding.phantoms.fields import write_cifti_series, write_gifti_series
@@ -168,3 +167,10 @@ def test_a_head_gives_the_same_cube_wherever_it_lies_in_the_field_of_view(tmp_pa
     is_both = np.isfinite(cubes[0]) & np.isfinite(cubes[1])
     assert is_both.mean() > 0.7
     assert np.abs(cubes[0] - cubes[1])[is_both].max() < 1e-2
+
+
+def test_a_cube_refuses_a_brain_mask_and_says_to_leave_it_out(tmp_path: Path) -> None:
+    space = cube_space(CubeSpaceConfig("cube", "none", 8.0, 20))
+    path = save_scan(tmp_path / "T1w.nii.gz", np.ones((8, 8, 8)), np.eye(4))
+    with pytest.raises(ScanError, match=r"T1w\.nii\.gz: space cube is a cube around .*; give neither a brain mask"):
+        pack_t1(path, space, brain_mask=path)

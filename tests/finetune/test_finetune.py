@@ -18,7 +18,8 @@ from configs.parse import parse
 from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.errors import ShardError
-from data_sharding.phantoms.study import PhantomConfig, write_phantom
+from data_sharding.phantoms.study.config import PhantomConfig
+from data_sharding.phantoms.study.write import write_phantom
 from data_sharding.read.reader import ShardSet, open_set
 from data_sharding.write.build import build
 from finetune.backbone import fetch_backbone

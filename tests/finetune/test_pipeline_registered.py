@@ -20,7 +20,7 @@ from brain_models.transform import Transform
 from data_sharding import schema
 from data_sharding.check.verify import verify
 from data_sharding.read.shard_set import open_set
-from data_sharding.registration.skull import solid
+from data_sharding.registration.template import solid
 from tests.brain_models.helpers_heads import (
     BOLD_AFFINE,
     SCAN_TO_TEMPLATE,

@@ -1,18 +1,25 @@
-"""Writes a phantom: subjects in parallel processes, then the tables; the truth file comes last and means complete."""
+"""Writes a phantom: subjects in parallel processes, then the tables; the truth file comes last and means complete.
 
+Files are named as fMRIPrep names them, and byte-reproducible (no time in gzip).
+"""
+
+import gzip
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from . import files
+from data_sharding.phantoms.fields import MNI_CODE, write_json
+
 from .config import PhantomConfig, PhantomError, validate_phantom
 from .population import Population, load_population
 from .regions import COUPLED_NETWORKS, region_maps, regions
@@ -25,6 +32,8 @@ _BOLD_SLOPE = 0.5  # half an intensity unit: a thirtieth of the least thermal no
 _T1_SLOPE = 0.05
 _BLOCK_FRAMES = 32
 _SECONDS_BETWEEN_LINES = 5.0
+TEMPLATE = "MNI152NLin6Asym"
+_DATA_OFFSET = 352
 
 
 def write_phantom(config: PhantomConfig) -> None:
@@ -35,7 +44,7 @@ def write_phantom(config: PhantomConfig) -> None:
     if _is_complete(out, config):
         print(f"phantom: {out} already holds these {config.num_subjects} subjects")
         return
-    files.write_json(out / _DESCRIPTION, _description(config))
+    write_json(out / _DESCRIPTION, _description(config))
     bold_population, t1_population = _populations(config)
     started = last = time.monotonic()
     for num_done, _ in enumerate(_written(config, bold_population, t1_population), start=1):
@@ -62,44 +71,40 @@ def _write_func(config: PhantomConfig, subject: Subject, population: Population,
     folder = Path(config.out) / f"sub-{subject.subject_id}" / "func"
 
     def path(suffix: str) -> Path:
-        name = files.scan_name(subject.subject_id, spacing_mm=config.spacing_mm, suffix=suffix, task="rest")
+        name = scan_name(subject.subject_id, spacing_mm=config.spacing_mm, suffix=suffix, task="rest")
         return folder / name
 
     level, repetition_time_s = config.gzip_level, subject.site.repetition_time_s
     blocks = bold_frames(config, subject, population, tissue, block_frames=_BLOCK_FRAMES)
     frames = (frame for block in blocks for frame in block)
     shape = (config.num_frames, repetition_time_s)
-    files.write_volumes(
+    write_volumes(
         path("desc-preproc_bold.nii.gz"), frames, population, slope=_BOLD_SLOPE, frames=shape, gzip_level=level
     )
     is_covered = brain_voxels(tissue) & field_of_view(config, subject, population)
-    files.write_volumes(
-        path("desc-brain_mask.nii.gz"), [is_covered], population, slope=1.0, frames=None, gzip_level=level
-    )
+    write_volumes(path("desc-brain_mask.nii.gz"), [is_covered], population, slope=1.0, frames=None, gzip_level=level)
     sidecar = {"RepetitionTime": repetition_time_s, "TaskName": "rest", "SkullStripped": False}
-    files.write_json(path("desc-preproc_bold.json"), sidecar)
+    write_json(path("desc-preproc_bold.json"), sidecar)
     names = ["trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z"]
     rows: list[dict[str, object]] = [dict(zip(names, frame, strict=True)) for frame in subject.motion]
     for row, moved_mm in zip(rows[1:], framewise_displacement(subject.motion)[1:], strict=True):
         row["framewise_displacement"] = moved_mm
-    files.write_table(folder / f"sub-{subject.subject_id}_task-rest_desc-confounds_timeseries.tsv", rows)
+    write_table(folder / f"sub-{subject.subject_id}_task-rest_desc-confounds_timeseries.tsv", rows)
 
 
 def _write_anat(config: PhantomConfig, subject: Subject, population: Population, tissue: Tissue) -> None:
     folder = Path(config.out) / f"sub-{subject.subject_id}" / "anat"
 
     def path(suffix: str) -> Path:
-        return folder / files.scan_name(subject.subject_id, spacing_mm=config.t1_spacing_mm, suffix=suffix)
+        return folder / scan_name(subject.subject_id, spacing_mm=config.t1_spacing_mm, suffix=suffix)
 
     level = config.gzip_level
     values = t1_image(config, subject, population, tissue)
-    files.write_volumes(
-        path("desc-preproc_T1w.nii.gz"), [values], population, slope=_T1_SLOPE, frames=None, gzip_level=level
-    )
-    files.write_volumes(
+    write_volumes(path("desc-preproc_T1w.nii.gz"), [values], population, slope=_T1_SLOPE, frames=None, gzip_level=level)
+    write_volumes(
         path("desc-brain_mask.nii.gz"), [brain_voxels(tissue)], population, slope=1.0, frames=None, gzip_level=level
     )
-    files.write_json(path("desc-preproc_T1w.json"), {"SkullStripped": True})
+    write_json(path("desc-preproc_T1w.json"), {"SkullStripped": True})
 
 
 def _written(config: PhantomConfig, bold_population: Population, t1_population: Population) -> Iterator[None]:
@@ -169,8 +174,8 @@ def _description(config: PhantomConfig) -> dict[str, object]:
 
 def _write_tables(out: Path, config: PhantomConfig, population: Population) -> None:
     subjects = [draw_subject(config, index) for index in range(config.num_subjects)]
-    files.write_table(out / "participants.tsv", [_participant(subject) for subject in subjects])
-    files.write_json(out / "participants.json", _participant_columns())
+    write_table(out / "participants.tsv", [_participant(subject) for subject in subjects])
+    write_json(out / "participants.json", _participant_columns())
     maps = region_maps(population.positions_mm, config.signal.region_width_mm).astype(np.float16)
     np.savez(
         out / "phantom_truth.npz",
@@ -188,7 +193,7 @@ def _write_tables(out: Path, config: PhantomConfig, population: Population) -> N
         "subjects": [_truth(subject) for subject in subjects],
     }
     unfinished = out / f"{TRUTH}.unfinished"
-    files.write_json(unfinished, truth)
+    write_json(unfinished, truth)
     os.replace(unfinished, out / TRUTH)
 
 
@@ -221,3 +226,57 @@ def _truth(subject: Subject) -> dict[str, object]:
         "coupling": subject.coupling,
         "fov_cut_mm": subject.fov_cut_mm,
     }
+
+
+def scan_name(subject_id: str, *, spacing_mm: float, suffix: str, task: str | None = None) -> str:
+    """File name without extension: sub-0001_task-rest_space-MNI152NLin6Asym_res-6_desc-preproc_bold."""
+    resolution = f"{spacing_mm:g}".replace(".", "p")
+    middle = f"_task-{task}" if task else ""
+    return f"sub-{subject_id}{middle}_space-{TEMPLATE}_res-{resolution}_{suffix}"
+
+
+def write_volumes(
+    path: Path,
+    volumes: Iterable[np.ndarray],
+    population: Population,
+    *,
+    slope: float,
+    frames: tuple[int, float] | None,
+    gzip_level: int,
+) -> None:
+    """Write in-head values [voxel], one volume after the other, as an int16 NIfTI.
+
+    `frames` is (number of frames, TR in s), or None for a 3D file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_voxels = int(np.prod(population.grid_shape))
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", compresslevel=gzip_level, fileobj=raw, mtime=0) as packed,
+    ):
+        packed.write(_header(population, slope, frames))
+        for values in volumes:
+            volume = np.zeros(num_voxels, dtype="<i2")
+            volume[population.flat_indices] = np.clip(np.round(values / slope), -32768, 32767)
+            packed.write(volume.tobytes())
+
+
+def _header(population: Population, slope: float, frames: tuple[int, float] | None) -> bytes:
+    header = nibabel.Nifti1Header(endianness="<")
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(population.grid_shape if frames is None else (*population.grid_shape, frames[0]))
+    spacing = (population.spacing_mm,) * 3
+    header.set_zooms(spacing if frames is None else (*spacing, frames[1]))
+    header.set_xyzt_units("mm", "sec")
+    header.set_sform(population.affine, code=MNI_CODE)
+    header.set_qform(population.affine, code=MNI_CODE)
+    header["scl_slope"], header["scl_inter"] = slope, 0
+    header["magic"], header["vox_offset"] = b"n+1", _DATA_OFFSET
+    return bytes(header.binaryblock).ljust(_DATA_OFFSET, b"\0")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a tab-separated table with BIDS' "n/a" for missing values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows)
+    table.to_csv(path, sep="\t", index=False, na_rep="n/a", float_format="%.4f", lineterminator="\n")

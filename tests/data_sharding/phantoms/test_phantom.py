@@ -11,8 +11,7 @@ import pytest
 import yaml
 
 from configs.parse import parse
-from data_sharding.phantoms.study import PhantomConfig, PhantomError, write_phantom
-from data_sharding.phantoms.study.config import validate_phantom
+from data_sharding.phantoms.study.config import PhantomConfig, PhantomError, validate_phantom
 from data_sharding.phantoms.study.population import Population, load_population
 from data_sharding.phantoms.study.regions import COUPLED_NETWORKS, region_maps, regions
 from data_sharding.phantoms.study.scans import (
@@ -26,6 +25,7 @@ from data_sharding.phantoms.study.scans import (
     t1_image,
 )
 from data_sharding.phantoms.study.subject import Subject, draw_subject, framewise_displacement, stream
+from data_sharding.phantoms.study.write import write_phantom
 
 YAML = Path(__file__).parents[3] / "configs" / "data_sharding.phantom.yaml"
 SMALL = {"spacing_mm": 12.0, "t1_spacing_mm": 12.0, "num_frames": 30, "num_subjects": 6, "num_processes": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from cluster.storage.files import partial_file
 from cluster.storage.stores import LocalRangeReader, LocalStore, store_for
 from data_sharding import schema
 from data_sharding.errors import ShardError
+from data_sharding.read import file_cache
 from data_sharding.read.file_cache import CachedFile, CacheSettings, FileCache
 from data_sharding.read.reader import open_set
 from data_sharding.write.build import build
@@ -184,3 +186,18 @@ def test_what_killed_processes_left_of_other_files_makes_room_too(location: str,
         f"{second.sha256}.whole",
         f"{third.sha256}.whole",
     }
+
+
+def test_files_used_within_one_tick_of_the_kernels_clock_are_told_apart(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = shards_of(location)[:2]
+    cache, store = FileCache(CacheSettings(str(tmp_path), 1 << 30)), store_for(location)
+    nanoseconds = itertools.count(10**18)
+    monkeypatch.setattr(file_cache.time, "time_ns", lambda: next(nanoseconds))
+    used_ns = []
+    for shard in shards * 3:
+        cache.open(store, shard, LocalRangeReader).close()
+        used_ns.append((tmp_path / f"{shard.sha256}.whole").stat().st_mtime_ns)
+    assert used_ns == sorted(set(used_ns))
+    assert used_ns[-1] < 10**18 + 1000, "by that clock, not by the kernel's"

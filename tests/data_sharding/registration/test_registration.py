@@ -18,17 +18,11 @@ from brain_models.nifti import read_header
 from brain_models.preprocess import pack_bold, pack_t1
 from brain_models.space import BrainSpace, SpaceConfig, volume_space
 from brain_models.transform import Transform, apply_matrix
-from data_sharding.registration import (
-    RegistrationConfig,
-    RegistrationError,
-    estimate_motion,
-    register_bold,
-    register_t1,
-    validate_registration,
-)
-from data_sharding.registration.motion import framewise_displacement
-from data_sharding.registration.skull import skull_state, solid
-from data_sharding.registration.structural import require_plausible_size
+from data_sharding.registration.ants_calls import RegistrationError
+from data_sharding.registration.config import RegistrationConfig, validate_registration
+from data_sharding.registration.motion import estimate_motion, framewise_displacement
+from data_sharding.registration.register import register_bold, register_t1, require_plausible_size
+from data_sharding.registration.template import skull_state, solid
 from data_sharding.registration.volumes import Volume
 from tests.brain_models.helpers_heads import (
     BOLD_AFFINE,

@@ -16,7 +16,7 @@ from data_sharding.phantoms import bids as phantom
 from data_sharding.phantoms.fields import bold_values, vertex_values
 from data_sharding.scans import SourceContents, scan_id_of
 from data_sharding.schema import Event
-from data_sharding.sources.bids_tables import is_by_fmriprep
+from data_sharding.sources.bids_files import is_by_fmriprep
 from data_sharding.write.prepare import prepare
 from data_sharding.write.tables import alignment_of
 from tests.helpers_scans import TEMPLATE, save_nifti, write_bold, write_t1

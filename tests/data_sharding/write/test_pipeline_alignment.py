@@ -17,7 +17,10 @@ from data_sharding import schema
 from data_sharding.check.verify import verify
 from data_sharding.config import ShardingConfig, validate_config
 from data_sharding.read.shard_set import open_set
-from data_sharding.registration import RegistrationConfig, RegistrationError, ScanGroup, groups
+from data_sharding.registration import register
+from data_sharding.registration.ants_calls import RegistrationError
+from data_sharding.registration.config import RegistrationConfig
+from data_sharding.registration.register import ScanGroup
 from data_sharding.write import isolation
 from data_sharding.write.build import build
 from data_sharding.write.isolation import Helper, answer_to
@@ -53,10 +56,10 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ShardingConfig
         return transform_of(MOVED_MM)
 
     def here(_: Helper, group: ScanGroup, config: RegistrationConfig, folder: Path) -> dict[str, dict[str, str]]:
-        return {"reasons": groups.register_group(group, config, folder)}
+        return {"reasons": register.register_group(group, config, folder)}
 
-    monkeypatch.setattr(groups, "register_t1", t1)
-    monkeypatch.setattr(groups, "register_bold", bold)
+    monkeypatch.setattr(register, "register_t1", t1)
+    monkeypatch.setattr(register, "register_bold", bold)
     monkeypatch.setattr(Helper, "register", here)
     config = sharding_config(root, tmp_path / "set")
     source = replace(config.source, allow_template_mix=True)
