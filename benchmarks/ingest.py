@@ -35,7 +35,8 @@ from brain_models.space import BrainSpace, SpaceConfig, fsl_grid, volume_space
 from configs.entry import compose
 from configs.parse import parse
 from data_sharding.config import AcceptanceConfig, PreprocessingConfig
-from data_sharding.write.packing import PackContext, PackRequest, PackSettings, write_segment
+from data_sharding.scans import Scan
+from data_sharding.write.packing import PackContext, PackSettings, write_segment
 
 REPETITION_TIME_S = 2.0
 COARSE_AFFINE = nibabel.affines.from_matvec(np.diag([-3.0, 2.9, 3.1]), [95.0, -127.0, -73.0])
@@ -143,12 +144,12 @@ def gunzip(path: Path) -> None:
 def pack(path: Path, context: PackContext) -> None:
     """What the sharder's child process does to a run."""
     part = path.with_suffix(".part")
-    write_segment(request_of(path), context, part)
+    write_segment(scan_of(path), context, part)
     part.unlink()
 
 
-def request_of(path: Path) -> PackRequest:
-    return PackRequest("sub-01_bold", "bold", str(path), None, None, REPETITION_TIME_S, 0, {"subject": "01"})
+def scan_of(path: Path) -> Scan:
+    return Scan("sub-01_bold", "bold", str(path), REPETITION_TIME_S, 0, {"subject": "01"}, "01")
 
 
 def context_of(spacing_mm: float) -> PackContext:
@@ -160,6 +161,7 @@ def context_of(spacing_mm: float) -> PackContext:
         bold_type=raw["storage"]["bold_type"],
         cleaning=parse(raw["preprocessing"], PreprocessingConfig).cleaning,
         acceptance=parse(raw["acceptance"], AcceptanceConfig),
+        series_atlas=None,
     )
     return PackContext(space, {}, settings)
 

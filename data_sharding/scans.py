@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pandas as pd
 
@@ -18,29 +17,30 @@ MAX_ID_LENGTH = 80  # leaves room in a tar member's name for the position and th
 
 @dataclass
 class Scan:
-    """One scan that can be sharded."""
+    """One scan that can be sharded, in plain values that go to the process that packs it as JSON."""
 
     scan_id: str  # the tar key's start: letters, digits, - and _
     kind: str  # "bold", "t1", "parcels" or "response"
-    path: Path
-    brain_mask: Path | None
-    subject: str
-    session: str
-    task: str
-    run: str
-    site: str
+    path: str
     repetition_time_s: float  # 0 for a T1
-    num_frames: int  # 1 for a T1
+    num_frames: int  # of the file; 1 for a T1
     entities: dict[str, str]
-    confounds: Path | None = None  # fMRIPrep's desc-confounds_timeseries.tsv of a run
-    files: dict[str, Path] = field(default_factory=dict)  # the other files of the scan, by role
+    subject: str
+    session: str = ""
+    task: str = ""
+    run: str = ""
+    site: str = ""
+    brain_mask: str | None = None
+    confounds: str | None = None  # fMRIPrep's desc-confounds_timeseries.tsv of a run
+    files: dict[str, str] = field(default_factory=dict)  # the other files of the scan, by role
     events: list[Event] = field(default_factory=list)
     sidecar: dict[str, object] = field(default_factory=dict)  # fields that privacy.sidecar_fields allows
     stimulus: str = ""  # of a response: the image, which is what splits keep together
     row: int = 0  # of a response: its row in the files of responses
     pseudonyms: list[tuple[str, str]] = field(default_factory=list)  # (id, what replaces it in every message)
-    is_raw: bool = False  # in its own space; a BOLD run is registered through files["t1w"]
+    is_raw: bool = False  # in its own space: sampled through its transform; a run is registered through files["t1w"]
     is_fmriprep: bool = False  # registered to its template by fMRIPrep, as its folder's description states
+    transform: str | None = None  # of a raw scan that is being packed
 
     @property
     def unit(self) -> str:

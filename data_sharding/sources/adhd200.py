@@ -168,7 +168,7 @@ def _refuse_duplicates(contents: SourceContents) -> None:
     for scan in contents.scans:
         if counts[scan.scan_id] > 1:
             reason = f"{scan.path}: {counts[scan.scan_id]} sites have a scan of this name; keep one of them"
-            contents.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
+            contents.refused.append(Refusal(scan.scan_id, scan.path, reason))
     contents.scans = [scan for scan in contents.scans if counts[scan.scan_id] == 1]
 
 
@@ -215,16 +215,14 @@ def _athena_scan(path: Path, entities: dict[str, str], kind: str) -> Scan:
     return Scan(
         scan_id=scan_id_of(entities, kind),
         kind=kind,
-        path=path,
-        brain_mask=None,
+        path=str(path),
+        repetition_time_s=bids.repetition_time_s(path, header, {}),
+        num_frames=header.num_frames,
+        entities=entities,
         subject=entities["sub"],
         session=entities["ses"],
         task="rest",
         run=entities["run"],
-        site="",
-        repetition_time_s=bids.repetition_time_s(path, header, {}),
-        num_frames=header.num_frames,
-        entities=entities,
     )
 
 
@@ -239,7 +237,7 @@ def _refuse_failed(contents: SourceContents, table: pd.DataFrame) -> None:
                 f"{scan.path}: {column} of the phenotype table is 0, its quality control failed; set "
                 "source.options.refuse_failed_quality=false to use it anyway"
             )
-            contents.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
+            contents.refused.append(Refusal(scan.scan_id, scan.path, reason))
         else:
             passed.append(scan)
     contents.scans = passed

@@ -56,7 +56,7 @@ def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Sourc
             )
     scans = [_scan(image, folder.name, files) for image in images]
     stimuli = pd.DataFrame(
-        {"image": [scan.path.name for scan in scans], "row": [scan.row for scan in scans]},
+        {"image": [path.name for path in images], "row": [scan.row for scan in scans]},
         index=pd.Index([scan.stimulus for scan in scans], name="stimulus_id", dtype="str"),
     )
     if not stimuli.index.is_unique:
@@ -106,17 +106,13 @@ def _scan(image: Path, subject: str, files: dict[str, Path]) -> Scan:
     return Scan(
         scan_id=scan_id_of(entities, "response"),
         kind="response",
-        path=image,
-        brain_mask=None,
-        subject=subject,
-        session="",
-        task="nsd",
-        run="",
-        site="",
+        path=str(image),
         repetition_time_s=0.0,
         num_frames=1,
         entities=entities,
-        files=dict(files),
+        subject=subject,
+        task="nsd",
+        files={side: str(path) for side, path in files.items()},
         stimulus=f"nsd-{name}",
         row=number - 1,
     )

@@ -115,14 +115,16 @@ def _scan(chosen: list[ScanFile], *, root: Path, contents: SourceContents, listi
     site = contents.subjects.at[subject, "site"] if has_site else None
     sidecar = bids.inherited_sidecar(path, root=root)
     is_raw = chosen[0].space in RAW_SPACES and space.template != NO_TEMPLATE
-    files = {"right": chosen[1].path} if len(chosen) == 2 else {}
+    files = {"right": str(chosen[1].path)} if len(chosen) == 2 else {}
     if is_raw and kind == "bold":
-        files["t1w"] = _t1w_of(chosen[0], listing)
+        files["t1w"] = str(_t1w_of(chosen[0], listing))
+    brain_mask = None if space.template == NO_TEMPLATE else bids.brain_mask_of(path)
+    confounds = bids.confounds_of(path) if kind == "bold" else None
     return Scan(
         scan_id=scan_id_of(entities, kind),
         kind=kind,
-        path=path,
-        brain_mask=None if space.template == NO_TEMPLATE else bids.brain_mask_of(path),
+        path=str(path),
+        brain_mask=brain_mask and str(brain_mask),
         subject=subject,
         session=entities.get("ses", ""),
         task=entities.get("task", ""),
@@ -136,7 +138,7 @@ def _scan(chosen: list[ScanFile], *, root: Path, contents: SourceContents, listi
         sidecar=sidecar,
         is_raw=is_raw,
         is_fmriprep=chosen[0].space not in RAW_SPACES and is_by_fmriprep(path, root=root),
-        confounds=bids.confounds_of(path) if kind == "bold" else None,
+        confounds=confounds and str(confounds),
     )
 
 

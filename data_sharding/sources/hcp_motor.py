@@ -88,22 +88,19 @@ def _scan(folder: Path, entities: dict[str, str], options: Options) -> Scan:
     return Scan(
         scan_id=scan_id_of(entities, "bold"),
         kind="bold",
-        path=path,
-        brain_mask=None,
-        subject=entities["sub"],
-        session="",
-        task="motor",
-        run=entities["dir"],
-        site="",
+        path=str(path),
         repetition_time_s=bids.repetition_time_s(path, header, {}),
         num_frames=header.num_frames,
         entities=entities,
+        subject=entities["sub"],
+        task="motor",
+        run=entities["dir"],
         files=files,
         events=sorted(events, key=lambda event: (event.onset_s, event.name)),
     )
 
 
-def _files(folder: Path, options: Options) -> tuple[Path, dict[str, Path]]:
+def _files(folder: Path, options: Options) -> tuple[Path, dict[str, str]]:
     """The run's file, and the right hemisphere's where it has one of its own."""
     if options.files != "gifti":
         ending = "_Atlas_MSMAll.dtseries.nii" if options.files == "msmall" else "_Atlas.dtseries.nii"
@@ -116,7 +113,7 @@ def _files(folder: Path, options: Options) -> tuple[Path, dict[str, Path]]:
         raise SourceError(
             f"{folder}: {len(sides[0])} files {folder.name}.L.*func.gii and {len(sides[1])} of R, expected one of each"
         )
-    return sides[0][0], {"right": sides[1][0]}
+    return sides[0][0], {"right": str(sides[1][0])}
 
 
 def _subjects_table(options: Options) -> pd.DataFrame:

@@ -40,7 +40,9 @@ def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Sourc
     for scans in by_session.values():
         scans.sort(key=lambda scan: (scan.run, scan.scan_id))
         for scan in scans[1:]:
-            reason = f"{scan.path}: the T1w used of this session is {scans[0].path.name}; remove it to use this one"
-            contents.refused.append(Refusal(scan.scan_id, str(scan.path), reason))
+            reason = (
+                f"{scan.path}: the T1w used of this session is {Path(scans[0].path).name}; remove it to use this one"
+            )
+            contents.refused.append(Refusal(scan.scan_id, scan.path, reason))
             contents.scans.remove(scan)
     return contents

@@ -40,9 +40,9 @@ class SourceView:
     root: str
     location: str
 
-    def original(self, path: Path) -> str:
+    def original(self, path: str) -> str:
         """The location to read a file of the view from; other paths are unchanged."""
-        text = str(path.absolute())
+        text = str(Path(path).absolute())
         return text if self.root == self.location else text.replace(f"{self.root}/", f"{self.location}/", 1)
 
     def reworded(self, message: str) -> str:

@@ -21,10 +21,11 @@ from data_sharding.config import LimitsConfig, ShardingConfig
 from data_sharding.errors import ShardError
 from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.register import ScanGroup
+from data_sharding.scans import Scan
 from data_sharding.write.dispatch import anywhere, each_result, write_shards
 from data_sharding.write.isolation import close_helpers, helper_for
-from data_sharding.write.packing import PackRequest, PackSettings
-from data_sharding.write.plan import SetPlan, pack_settings
+from data_sharding.write.packing import PackSettings
+from data_sharding.write.plan import SetPlan
 from data_sharding.write.prepare import Prepared, prepare, refusal_lines
 from data_sharding.write.tables import all_refused, make_manifest, saved_arrays, saved_tables
 from data_sharding.write.writer import scratch_folder
@@ -69,14 +70,14 @@ def find_transforms(store: Store, plan: SetPlan, config: ShardingConfig) -> None
     """Every raw scan of the plan then has its transform in the set, or the reason why not."""
     if config.registration is None:  # then no raw scan came as far as the plan
         return
-    groups = _groups([request for shard in plan.shards for request in shard.requests if request.is_raw])
+    groups = _groups([scan for shard in plan.shards for scan in shard.scans if scan.is_raw])
     present = {Path(name).stem for name in store.list(schema.TRANSFORMS)}
     missing = [group for group in groups if not set(group.names) <= present]
     register = partial(
         register_missing,
         out=anywhere(config.out),
         registration=config.registration,
-        settings=pack_settings(config),
+        settings=plan.shards[0].settings,
         limits=config.limits,
     )
     num_done = len(groups) - len(missing)
@@ -85,14 +86,14 @@ def find_transforms(store: Store, plan: SetPlan, config: ShardingConfig) -> None
         print(f"registered {num_done}/{len(groups)} T1 images and their runs", flush=True)
 
 
-def _groups(requests: list[PackRequest]) -> list[ScanGroup]:
-    by_t1: dict[str, list[PackRequest]] = {}
-    for request in requests:
-        by_t1.setdefault(request.path if request.kind == "t1" else request.files["t1w"], []).append(request)
+def _groups(scans: list[Scan]) -> list[ScanGroup]:
+    by_t1: dict[str, list[Scan]] = {}
+    for scan in scans:
+        by_t1.setdefault(scan.path if scan.kind == "t1" else scan.files["t1w"], []).append(scan)
     groups = []
     for path, members in sorted(by_t1.items()):
-        runs = {request.scan_id: request.path for request in members if request.kind != "t1"}
-        own = [request.scan_id for request in members if request.kind == "t1"]
+        runs = {scan.scan_id: scan.path for scan in members if scan.kind != "t1"}
+        own = [scan.scan_id for scan in members if scan.kind == "t1"]
         groups.append(ScanGroup(path, own[0] if own else f"{min(runs)}_t1w", runs))
     return groups
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from brain_models.errors import UserError
@@ -59,7 +58,7 @@ def _finished(store: Store, plan: SetPlan) -> dict[int, Receipt]:
 
 def anywhere(location: str) -> str:
     """The location in a form that is valid in a process with another working folder."""
-    return location if "://" in location else absolute(Path(location))
+    return location if "://" in location else absolute(location)
 
 
 def each_result(
@@ -109,8 +108,8 @@ def _by_ray(
 
 
 def _label(shard: ShardPlan) -> str:
-    scans = ", ".join(request.scan_id for request in shard.requests[:5])
-    return f"{shard.name} ({scans}{', ...' if len(shard.requests) > 5 else ''})"
+    scans = ", ".join(scan.scan_id for scan in shard.scans[:5])
+    return f"{shard.name} ({scans}{', ...' if len(shard.scans) > 5 else ''})"
 
 
 def _kept_dying(label: str, error: Exception) -> ShardError:
@@ -134,7 +133,7 @@ def _progress(missing: list[ShardPlan], *, num_shards: int, num_written: int) ->
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     is_terminal = sys.stdout.isatty()
-    num_scans = sum(len(shard.requests) for shard in missing)
+    num_scans = sum(len(shard.scans) for shard in missing)
     num_done, num_refused, started = 0, 0, time.monotonic()
     columns = (TextColumn("scans"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), disable=not is_terminal) as bar:
@@ -143,7 +142,7 @@ def _progress(missing: list[ShardPlan], *, num_shards: int, num_written: int) ->
         def advance(shard: ShardPlan, receipt: Receipt) -> None:
             nonlocal num_written, num_done, num_refused
             num_written += 1
-            num_done += len(shard.requests)
+            num_done += len(shard.scans)
             num_refused += len(receipt.refused)
             rate = num_done / (time.monotonic() - started)
             bar.update(task, completed=num_done, note=f"{rate:.1f}/s, {num_refused} refused")

@@ -36,8 +36,9 @@ from data_sharding.config import LimitsConfig
 from data_sharding.errors import ShardError
 from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.register import ScanGroup, register_group
+from data_sharding.scans import Scan
 from data_sharding.sources.remote import UnreachableError, fetched
-from data_sharding.write.packing import PackContext, PackRequest, PackSettings, write_segment
+from data_sharding.write.packing import PackContext, PackSettings, write_segment
 
 # One BLAS thread: sums over several depend on how many there are, and the bytes must not.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -74,10 +75,10 @@ class Helper:
                 f"the packing helper did not start (exit code {self.process.wait()}); its own error is above"
             )
 
-    def pack(self, request: PackRequest, segment: Path) -> Outcome:
-        """The fields of the packing.Segment now in the file `segment`, or {"reason": ...} where the scan is refused."""
-        task = {"work": "packing", "path": request.path, "output": str(segment)}
-        return self._result(task | {"request": dataclasses.asdict(request)}, timeout_s=self.limits.timeout_s)
+    def pack(self, scan: Scan, segment: Path) -> Outcome:
+        """What `write_segment` says of the file `segment`, now written; {"reason": ...} where the scan is refused."""
+        task = {"work": "packing", "path": scan.path, "output": str(segment)}
+        return self._result(task | {"request": dataclasses.asdict(scan)}, timeout_s=self.limits.timeout_s)
 
     def register(self, group: ScanGroup, config: RegistrationConfig, folder: Path) -> Outcome:
         """The {"reasons": ...} of `register_group`, or one {"reason": ...} for every scan without a transform."""
@@ -239,9 +240,9 @@ def _report(task: dict[str, Any], context: PackContext) -> str:
 
 
 def _pack(task: dict[str, Any], context: PackContext) -> Outcome:
-    request = PackRequest(**task["request"])
-    segment = write_segment(request, context, Path(task["output"]))
-    return dataclasses.asdict(segment) | {"grid": grid_of(request, context.space)}
+    events = [schema.Event(**event) for event in task["request"]["events"]]
+    scan = Scan(**task["request"] | {"events": events})
+    return write_segment(scan, context, Path(task["output"])) | {"grid": grid_of(scan, context.space)}
 
 
 def _register(task: dict[str, Any], _: PackContext) -> Outcome:
@@ -257,11 +258,11 @@ def keep_weights(grid: Grid, space: BrainSpace) -> None:
     grid_resampler(np.array(grid["affine"]), tuple(grid["shape"]), space)
 
 
-def grid_of(request: PackRequest, space: BrainSpace) -> Grid | None:
+def grid_of(scan: Scan, space: BrainSpace) -> Grid | None:
     """The grid of a run that is resampled by weights; None of anything else."""
-    if request.kind not in ("bold", "parcels") or request.transform or space.kind != "volume":
+    if scan.kind not in ("bold", "parcels") or scan.transform or space.kind != "volume":
         return None
-    header = read_header(request.path, "bold")
+    header = read_header(scan.path, "bold")
     return {"affine": header.affine.tolist(), "shape": list(header.shape)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from brain_models.atlas import Atlas
@@ -16,7 +16,7 @@ from data_sharding import schema
 from data_sharding.config import ShardingConfig
 from data_sharding.hashing import hash_name
 from data_sharding.scans import Scan, SourceContents
-from data_sharding.write.packing import PackRequest, PackSettings
+from data_sharding.write.packing import PackSettings
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ShardPlan:
     """One shard to write; `digest` changes with everything that changes its bytes."""
 
     number: int
-    requests: list[PackRequest]
+    scans: list[Scan]  # with the locations from which their files are read
     settings: PackSettings
     num_bytes: int
     digest: str
@@ -47,16 +47,16 @@ class SetPlan:
 
     @property
     def num_scans(self) -> int:
-        return sum(len(shard.requests) for shard in self.shards)
+        return sum(len(shard.scans) for shard in self.shards)
 
     @property
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
 
 
-def absolute(path: Path) -> str:
+def absolute(path: str) -> str:
     """The path in a form that is valid in a process with another working folder."""
-    return str(path.absolute())
+    return str(Path(path).absolute())
 
 
 def make_plan(
@@ -66,13 +66,13 @@ def make_plan(
     split_of_unit: dict[str, str],
     *,
     atlases: list[Atlas],
-    original: Callable[[Path], str] = absolute,
+    original: Callable[[str], str] = absolute,
 ) -> SetPlan:
     """The plan: scans in hashed order fill one shard after the other; inside a shard they are sorted.
 
     `original` returns the location from which to read the file at a path.
     """
-    settings = pack_settings(config)
+    settings = pack_settings(config, atlases)
     mixed = sorted(contents.scans, key=lambda scan: hash_name("mix", config.seed, scan.scan_id))
     sizes = {scan.scan_id: _scan_bytes(scan, space, config, atlases) for scan in mixed}
     groups: list[list[Scan]] = []
@@ -84,13 +84,12 @@ def make_plan(
             filled = 0
         groups[-1].append(scan)
         filled += size
-    requests = {scan.scan_id: _request(scan, original) for scan in mixed}
     shards = []
     for number, group in enumerate(groups):
         group.sort(key=lambda scan: scan.scan_id)
         num_bytes = sum(sizes[scan.scan_id] for scan in group) + schema.TAR_END_BYTES
-        own = [requests[scan.scan_id] for scan in group]
-        shards.append(ShardPlan(number, own, settings, num_bytes, _shard_digest(group, space, config)))
+        digest = _shard_digest(group, settings, space, config)
+        shards.append(ShardPlan(number, [_located(scan, original) for scan in group], settings, num_bytes, digest))
     content = {
         "shards": [shard.digest for shard in shards],
         "splits": sorted(split_of_unit.items()),
@@ -101,23 +100,26 @@ def make_plan(
     return SetPlan(shards, _digest(content))
 
 
-def pack_settings(config: ShardingConfig) -> PackSettings:
-    """The part of a configuration that packing needs."""
+def pack_settings(config: ShardingConfig, atlases: list[Atlas]) -> PackSettings:
+    """What packing needs of a configuration and the set's atlases."""
     return PackSettings(
         chunk_frames=config.storage.chunk_frames,
         bold_type=config.storage.bold_type,
         cleaning=config.preprocessing.cleaning,
         acceptance=config.acceptance,
+        series_atlas=atlases[0].name if atlases else None,
     )
 
 
-def _shard_digest(scans: list[Scan], space: BrainSpace, config: ShardingConfig) -> str:
+def _shard_digest(scans: list[Scan], settings: PackSettings, space: BrainSpace, config: ShardingConfig) -> str:
+    recorded = asdict(settings) | {"acceptance": asdict(config.acceptance) | {"max_refused_fraction": None}}
+    del recorded["series_atlas"]  # the set's digest knows the atlases
     content = [
         schema.SCHEMA_VERSION,
         space.fingerprint,
         asdict(config.storage),
-        asdict(pack_settings(config)) | {"acceptance": asdict(config.acceptance) | {"max_refused_fraction": None}},
-        [[_request_identity(scan), _sizes(scan)] for scan in scans],
+        recorded,
+        [[_identity(scan), _sizes(scan)] for scan in scans],
         None if config.registration is None else asdict(config.registration),
     ]
     return _digest(content)
@@ -125,24 +127,19 @@ def _shard_digest(scans: list[Scan], space: BrainSpace, config: ShardingConfig) 
 
 def _sizes(scan: Scan) -> list[int]:
     paths = [scan.path, scan.brain_mask, scan.confounds, *scan.files.values()]
-    return [path.stat().st_size for path in paths if path is not None]
+    return [Path(path).stat().st_size for path in paths if path is not None]
 
 
-def _request_identity(scan: Scan) -> list[object]:
+def _identity(scan: Scan) -> list[object]:
     """What identifies a scan; its folder does not, so a source may be moved."""
-    companions = [None if path is None else path.name for path in (scan.brain_mask, scan.confounds)]
-    plain = [
+    return [
         scan.scan_id,
         scan.kind,
-        scan.path.name,
-        *companions,
+        *(None if path is None else Path(path).name for path in (scan.path, scan.brain_mask, scan.confounds)),
         scan.repetition_time_s,
         scan.num_frames,
         scan.entities,
-    ]
-    return [
-        *plain,
-        {role: path.name for role, path in scan.files.items()},
+        {role: Path(path).name for role, path in scan.files.items()},
         [asdict(event) for event in scan.events],
         scan.sidecar,
         scan.stimulus,
@@ -151,23 +148,14 @@ def _request_identity(scan: Scan) -> list[object]:
     ]
 
 
-def _request(scan: Scan, original: Callable[[Path], str]) -> PackRequest:
-    return PackRequest(
-        scan_id=scan.scan_id,
-        kind=scan.kind,
+def _located(scan: Scan, original: Callable[[str], str]) -> Scan:
+    """The scan with the locations from which its files are read."""
+    return replace(
+        scan,
         path=original(scan.path),
         brain_mask=None if scan.brain_mask is None else original(scan.brain_mask),
         confounds=None if scan.confounds is None else original(scan.confounds),
-        repetition_time_s=scan.repetition_time_s,
-        num_frames=scan.num_frames,
-        entities=scan.entities,
         files={role: original(path) for role, path in scan.files.items()},
-        events=[asdict(event) for event in scan.events],
-        sidecar=scan.sidecar,
-        stimulus=scan.stimulus,
-        row=scan.row,
-        is_raw=scan.is_raw,
-        pseudonyms=scan.pseudonyms,
     )
 
 
@@ -175,7 +163,7 @@ def _scan_bytes(scan: Scan, space: BrainSpace, config: ShardingConfig, atlases: 
     events = [asdict(event) for event in scan.events]
     num_file_bytes = len(schema.padded_json(events)) if events else 0
     if scan.kind == "response":
-        num_file_bytes = scan.path.stat().st_size
+        num_file_bytes = Path(scan.path).stat().st_size
     return schema.scan_bytes(
         scan.kind,
         num_frames=scan.num_frames - num_dropped(scan, config),

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 from cluster.storage.stores import Store, store_for
 from data_sharding import schema
 from data_sharding.config import LimitsConfig
+from data_sharding.scans import Scan
 from data_sharding.sources.privacy import redacted
 from data_sharding.write.isolation import Helper, Outcome, helper_for
-from data_sharding.write.packing import PackRequest
 from data_sharding.write.plan import ShardPlan
 
 SCRATCH_PREFIX = "callosum-shard-"
@@ -56,8 +56,8 @@ def write_shard(plan: ShardPlan, out: str, limits: LimitsConfig) -> Receipt:
     with scratch_folder() as scratch:
         shard = scratch / "shard.tar"
         with shard.open("wb+") as file:
-            for request in plan.requests:
-                _append_scan(request, helper, store, receipt, file, scratch / "segment.tar")
+            for scan in plan.scans:
+                _append_scan(scan, helper, store, receipt, file, scratch / "segment.tar")
             if receipt.members:
                 file.write(_end_of_tar())
             file.flush()
@@ -91,15 +91,13 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _append_scan(
-    request: PackRequest, helper: Helper, store: Store, receipt: Receipt, shard: BinaryIO, segment: Path
-) -> None:
+def _append_scan(scan: Scan, helper: Helper, store: Store, receipt: Receipt, shard: BinaryIO, segment: Path) -> None:
     """Adds the scan's segment to the shard and its rows to the receipt, or its refusal."""
-    outcome = _packed(request, helper, store, segment)
-    scan_id = {"scan_id": request.scan_id}
+    outcome = _packed(scan, helper, store, segment)
+    scan_id = {"scan_id": scan.scan_id}
     if "reason" in outcome:
-        path, reason = (redacted(text, request.pseudonyms) for text in (request.path, outcome["reason"]))
-        receipt.refused.append(asdict(schema.Refusal(request.scan_id, path, reason)))
+        path, reason = (redacted(text, scan.pseudonyms) for text in (scan.path, outcome["reason"]))
+        receipt.refused.append(asdict(schema.Refusal(scan.scan_id, path, reason)))
         return
     start = shard.tell()
     receipt.members += [member | scan_id | {"offset": start + member["offset"]} for member in outcome["members"]]
@@ -109,16 +107,16 @@ def _append_scan(
         _copy(file, shard, outcome["num_bytes"])
 
 
-def _packed(request: PackRequest, helper: Helper, store: Store, segment: Path) -> Outcome:
+def _packed(scan: Scan, helper: Helper, store: Store, segment: Path) -> Outcome:
     """The outcome of packing; a raw scan is packed through its stored transform, or refused for the stored reason."""
-    if not request.is_raw:
-        return helper.pack(request, segment)
-    transform = schema.transform_name(request.scan_id)
+    if not scan.is_raw:
+        return helper.pack(scan, segment)
+    transform = schema.transform_name(scan.scan_id)
     if not store.exists(transform):
-        return json.loads(store.read(schema.no_transform_name(request.scan_id)))
+        return json.loads(store.read(schema.no_transform_name(scan.scan_id)))
     local = segment.with_name("transform.npz")
     store.get_file(transform, local)
-    return helper.pack(replace(request, transform=str(local)), segment)
+    return helper.pack(replace(scan, transform=str(local)), segment)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:

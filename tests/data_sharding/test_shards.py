@@ -21,11 +21,11 @@ from data_sharding.check.verify import verify
 from data_sharding.config import LimitsConfig, ShardingConfig, validate_config
 from data_sharding.errors import ShardError
 from data_sharding.read.shard_set import ShardSet, open_set
+from data_sharding.scans import Scan
 from data_sharding.verify import VerifyConfig
 from data_sharding.verify import run as run_verify
 from data_sharding.write.build import build
 from data_sharding.write.isolation import SETTINGS, Helper
-from data_sharding.write.packing import PackRequest
 from data_sharding.write.plan import pack_settings
 from data_sharding.write.prepare import describe, prepare
 from tests.helpers_scans import sharding_config, write_bold, write_study
@@ -271,14 +271,14 @@ def test_a_scan_that_cannot_be_packed_leaves_a_hole_and_its_reason(
 
 def test_a_scan_that_takes_too_long_or_too_much_memory_is_refused(written: ShardingConfig, tmp_path: Path) -> None:
     path = write_bold(tmp_path, "01", num_frames=400)
-    request = PackRequest("sub-01_bold", "bold", str(path), None, None, 2.0, 400, {"sub": "01"})
+    request = Scan("sub-01_bold", "bold", str(path), 2.0, 400, {"sub": "01"}, "01")
     raw = bytearray(gzip.decompress(path.read_bytes()))
     raw[48:50] = (30000).to_bytes(2, "little")
     (tmp_path / "liar.nii").write_bytes(raw)
     liar = replace(request, path=str(tmp_path / "liar.nii"))  # its header says 30,000 frames: 200 MB when packed
     enough = LimitsConfig(memory_mb=2048, timeout_s=60.0, download_mb=64)
     (tmp_path / schema.SPACE).write_bytes((Path(written.out) / schema.SPACE).read_bytes())
-    (tmp_path / SETTINGS).write_text(json.dumps(asdict(pack_settings(written))))
+    (tmp_path / SETTINGS).write_text(json.dumps(asdict(pack_settings(written, []))))
     with Helper(tmp_path, enough) as helper:
         helper.wait_until_ready()
         for limits, scan, reason in (

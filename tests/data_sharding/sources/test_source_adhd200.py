@@ -98,7 +98,7 @@ def test_raw_trees_need_registration_and_then_bring_their_t1(root: Path) -> None
     found, _ = found_by(*athena(root, *raw), accepts_raw=True)
     run = next(scan for scan in found.scans if scan.scan_id == "sub-9000137_ses-2_task-rest_run-1_bold")
     assert run.is_raw
-    assert run.files["t1w"].name == "sub-9000137_ses-2_T1w.nii.gz"
+    assert Path(run.files["t1w"]).name == "sub-9000137_ses-2_T1w.nii.gz"
     assert (run.site, run.repetition_time_s) == ("NYU", 2.0)
     assert "sub-9000411_ses-1_t1" in {refusal.scan_id for refusal in found.refused}, "QC_Anatomical_1 is 0"
 

@@ -71,7 +71,7 @@ def test_echoes_parts_and_raw_scans_follow_their_rules(root: Path) -> None:
     with_echo = volumes(root, "source.options.echo='2'")
     scan = next(scan for scan in with_echo.scans if scan.task == "echoes")
     assert scan.scan_id == "sub-02_task-echoes_echo-2_bold"
-    assert "_echo-2_" in scan.path.name
+    assert "_echo-2_" in Path(scan.path).name
     assert "not source.options.echo=9" in reasons(volumes(root, "source.options.echo='9'"))["sub-02_task-echoes_bold"]
 
 
@@ -85,7 +85,7 @@ def test_raw_scans_are_handed_on_with_their_t1_only_where_they_will_be_registere
     found = found_by("dataset=bids", f"source.root={tmp_path}", "space=mni12", accepts_raw=True)[0]
     run = next(scan for scan in found.scans if scan.kind == "bold")
     assert run.is_raw
-    assert run.files["t1w"].name == "sub-07_ses-1_T1w.nii.gz"
+    assert Path(run.files["t1w"]).name == "sub-07_ses-1_T1w.nii.gz"
 
 
 def test_participants_events_confounds_and_allowed_sidecar_fields_are_joined(root: Path) -> None:
@@ -96,7 +96,7 @@ def test_participants_events_confounds_and_allowed_sidecar_fields_are_joined(roo
     run = next(scan for scan in found.scans if scan.scan_id == f"{RUN}_bold")
     assert run.events == [Event(2.0, 1.5, "face"), Event(6.0, 1.5, "house")]
     assert run.confounds is not None
-    assert run.confounds.name == f"{RUN}_desc-confounds_timeseries.tsv"
+    assert Path(run.confounds).name == f"{RUN}_desc-confounds_timeseries.tsv"
     assert run.sidecar == {"RepetitionTime": 2.0, "EchoTime": 0.03, "TaskName": "rest"}  # not InstitutionName
     assert (run.site, run.repetition_time_s, run.num_frames) == ("B", 2.0, phantom.NUM_FRAMES)
 
@@ -134,7 +134,7 @@ def test_a_cifti_run_is_found_on_fslr_and_a_mesh_of_another_size_is_refused(root
     cifti = folder / f"{RUN}_space-fsLR_den-91k_bold.dtseries.nii"
     overrides = ["dataset=bids", f"source.root={root}", "source.kinds=[bold]", "space=fslr32k"]
     found, space = found_by(*overrides, f"space.vertices=[{cifti}]")
-    assert [scan.path for scan in found.scans] == [cifti]
+    assert [scan.path for scan in found.scans] == [str(cifti)]
     assert (found.scans[0].repetition_time_s, found.scans[0].num_frames) == (2.0, phantom.NUM_FRAMES)
     assert space.num_voxels == sum(mask.sum() for mask in phantom.fslr_cortex())
     np.save(tmp_path / "few.npy", np.ones(642))
@@ -150,7 +150,7 @@ def test_a_run_in_its_persons_own_space_is_no_rival_of_one_in_the_template(tmp_p
         other = path.with_name(path.name.replace(f"{TEMPLATE}_res-12", space).replace("__", "_"))
         save_nifti(other, scan_values(0, 3))
     found = volumes(tmp_path)
-    assert [scan.path for scan in found.scans] == [path]
+    assert [scan.path for scan in found.scans] == [str(path)]
     assert found.notes == [f"1 scans: bold {TEMPLATE} res-12, chosen over space-T1w, space-none"]
 
 
@@ -173,7 +173,7 @@ def test_a_mask_beside_the_scan_is_used(tmp_path: Path) -> None:
     path = write_bold(tmp_path, "01")
     mask = path.with_name(path.name.replace("desc-preproc_bold", "desc-brain_mask"))
     save_nifti(mask, np.ones(scan_values(0, 1).shape[:3], dtype=np.uint8))
-    assert volumes(tmp_path).scans[0].brain_mask == mask
+    assert volumes(tmp_path).scans[0].brain_mask == str(mask)
 
 
 def test_nothing_found_says_what_was_looked_for_and_where(tmp_path: Path) -> None:

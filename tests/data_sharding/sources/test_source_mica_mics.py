@@ -55,6 +55,17 @@ def test_the_plan_knows_the_bytes_of_series_exactly(root: Path, rest: ShardSet) 
     assert prepare(config).plan.num_bytes == rest.manifest.counts["bytes"]
 
 
+def test_series_are_those_of_the_first_configured_atlas_whatever_the_names(root: Path, tmp_path: Path) -> None:
+    atlases = f"atlas=[template,{root}/atlas/aal116.nii.gz]"
+    overrides = ["dataset=mica_mics", f"source.root={root}/derivatives/fmriprep", "space=mni12", "splits.rule=none"]
+    shard_set = set_of(tmp_path / "set", *overrides, atlases, *AS_IT_IS)
+    assert list(shard_set.atlases) == ["template", "aal116"]
+    scan_id = shard_set.runs("parcels", ["train"]).scan_id[0]
+    assert document(shard_set, scan_id)["region_ids"] == shard_set.atlases["template"].region_ids
+    planned = prepare(config_of("out=unused", *overrides, atlases, *AS_IT_IS)).plan.num_bytes
+    assert planned == shard_set.manifest.counts["bytes"]
+
+
 def test_the_set_says_that_fmriprep_aligned_its_scans(rest: ShardSet) -> None:
     assert rest.manifest.preprocessing["alignment"] == "fmriprep"
 

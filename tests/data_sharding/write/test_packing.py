@@ -27,8 +27,8 @@ from brain_models.preprocess import (
     standardise_t1,
 )
 from brain_models.space import BrainSpace, SpaceConfig, space_from_mask, volume_space
+from data_sharding.scans import Scan
 from data_sharding.write.isolation import grid_of, keep_weights
-from data_sharding.write.packing import PackRequest
 from tests.scans import GRID_AFFINE, GRID_SHAPE, MARKER_MM, bold_values, grid_positions_mm, reoriented, save_scan
 
 OBLIQUE = nibabel.affines.from_matvec(
@@ -210,7 +210,7 @@ def test_the_weights_of_a_grid_that_comes_again_are_there_before_its_next_scan(
     affine = np.diag([-17.0, 17.0, 17.0, 1.0])
     affine[:3, 3] = [95, -130, -80]
     path = save_scan(tmp_path / "run.nii", np.random.default_rng(7).normal(9, 1, size=(12, 14, 12, 3)), affine)
-    request = PackRequest("run", "bold", str(path), None, None, 2.0, 3, {})
+    request = Scan("run", "bold", str(path), 2.0, 3, {}, "01")
     keep_weights(json.loads(json.dumps(grid_of(request, space))), space)
     monkeypatch.setattr(resample, "Resampler", None)
     assert pack_bold(path, space, brain_mask=None).is_measured.any()

@@ -18,9 +18,9 @@ from brain_models.nifti import read_header
 from brain_models.space import volume_space
 from data_sharding import schema
 from data_sharding.config import LimitsConfig
+from data_sharding.scans import Scan
 from data_sharding.write.build import build
 from data_sharding.write.isolation import SETTINGS, Helper
-from data_sharding.write.packing import PackRequest
 from data_sharding.write.plan import pack_settings
 from tests.helpers_scans import ACCEPTANCE, SPACE, bold_values, grid, save_nifti, sharding_config, write_bold, write_t1
 
@@ -38,7 +38,7 @@ def helper(policy: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[He
     folder = tmp_path_factory.mktemp("helper")
     volume_space(SPACE).save(folder / schema.SPACE)
     loose = replace(ACCEPTANCE, min_coverage=0.1, unknown_orientation=policy)  # type: ignore[arg-type]
-    settings = pack_settings(replace(sharding_config(folder, folder / "out"), acceptance=loose))
+    settings = pack_settings(replace(sharding_config(folder, folder / "out"), acceptance=loose), [])
     (folder / SETTINGS).write_text(json.dumps(asdict(settings)))
     with Helper(folder, LimitsConfig(memory_mb=300, timeout_s=20.0, download_mb=1)) as process:
         process.wait_until_ready()
@@ -104,7 +104,7 @@ def test_every_awkward_file_gets_what_its_table_says(helper: Helper, policy: str
     for name, (data, cause) in awkward_files(tmp_path).items():
         path = tmp_path / f"{name}.nii.gz"
         path.write_bytes(data)
-        request = PackRequest("sub-01_bold", "bold", str(path), None, None, TR_S, NUM_FRAMES, {})
+        request = Scan("sub-01_bold", "bold", str(path), TR_S, NUM_FRAMES, {}, "01")
         outcome = helper.pack(request, tmp_path / "part")
         if cause is None and (policy == "accept_as_stored" or name == "sform_qform_conflict"):
             assert "reason" not in outcome, outcome
@@ -132,13 +132,13 @@ def test_bombs_and_lying_headers_cost_neither_memory_nor_time(helper: Helper, tm
 
     zeros = gzip.compress(bytes(1 << 24), 1) * 40  # 640 MB of zeros in 3 MB
 
-    def written(name: str, **fields: object) -> PackRequest:
+    def written(name: str, **fields: object) -> Scan:
         for field, value in fields.items():
             header[field] = value
         raw[:348] = header.binaryblock
         path = tmp_path / f"{name}.nii.gz"
         path.write_bytes(gzip.compress(bytes(raw)) + zeros)
-        return PackRequest("sub-01_bold", "bold", str(path), None, None, 2.0, 20, {})
+        return Scan("sub-01_bold", "bold", str(path), 2.0, 20, {}, "01")
 
     cases = [
         (written("bomb"), "no voxel varies"),
