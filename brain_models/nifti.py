@@ -25,6 +25,12 @@ BLOCK_BYTES = 1 << 20
 FRAMES_BLOCK_BYTES = 32 << 20  # read at a time, if they hold a frame
 MAX_FRAMES_A_BLOCK = 32  # 16 to 32 are fastest to turn round and to resample
 MAX_FRAME_VOXELS = 1 << 29  # 800^3: no scanner makes more; a header that says more lies
+HEADERS: dict[bytes, tuple[Any, bool]] = {  # by magic: class, and whether the data are in the same file
+    b"n+1\0": (Nifti1Header, True),
+    b"ni1\0": (Nifti1PairHeader, False),
+    b"n+2\0": (Nifti2Header, True),
+    b"ni2\0": (Nifti2PairHeader, False),
+}
 SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "unknown": 1.0}
 
 
@@ -44,13 +50,13 @@ class ScanHeader:
     shape: tuple[int, int, int]
     affine: np.ndarray  # float64 [4, 4], voxel index -> mm
     has_orientation: bool  # False: sform and qform codes are 0, so left and right are unknown
-    conflict_mm: float  # how far the qform would put a corner from where the sform, which is used, puts it
     num_frames: int
     repetition_time_s: float | None
     dtype: np.dtype
-    data_offset: int
-    slope: float
-    intercept: float
+    data_offset: int = 0
+    slope: float = 1.0
+    intercept: float = 0.0
+    conflict_mm: float = 0.0  # how far the qform would put a corner from where the sform, which is used, puts it
 
 
 def read_header(path: Path | str, kind: ScanKind) -> ScanHeader:
@@ -159,14 +165,11 @@ def _parse(path: Path) -> tuple[Any, bool]:
             start = file.read(544)
     except (OSError, EOFError) as error:
         raise ScanError(f"{path}: damaged gzip ({error}); fetch the file again") from error
-    magic1, magic2 = start[344:348], start[4:8]
-    classes: dict[bytes, tuple[type, bool]] = {b"n+1\0": (Nifti1Header, True), b"ni1\0": (Nifti1PairHeader, False)}
-    classes2: dict[bytes, tuple[type, bool]] = {b"n+2\0": (Nifti2Header, True), b"ni2\0": (Nifti2PairHeader, False)}
-    found = classes.get(magic1) or classes2.get(magic2)
+    found = HEADERS.get(start[344:348]) or HEADERS.get(start[4:8])
     if found is None:
         raise ScanError(f"{path}: not NIfTI (starts with {start[:12]!r}); convert it to .nii or .nii.gz")
     try:
-        header_class: Any = found[0]
+        header_class = found[0]
         # Extensions after the header hold nothing we need: a flag byte of 0 says there are none.
         header_bytes = start[: header_class.sizeof_hdr] + bytes(4)
         return header_class.from_fileobj(io.BytesIO(header_bytes)), found[1]

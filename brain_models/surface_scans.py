@@ -19,7 +19,6 @@ from brain_models.surfaces import CIFTI_CORTEX, HEMISPHERES, load_cifti, load_gi
 
 HEAD_BYTES = 1 << 17  # of a GIFTI file: its root tag and the first array's
 FRAMES_A_BLOCK = 16
-SECONDS = {"SECOND": 1.0, "HERTZ": None, "METER": None, "RADIAN": None}
 
 
 def is_surface_run(path: Path | str) -> bool:
@@ -100,8 +99,7 @@ def _cifti_header(path: Path) -> ScanHeader:
     series = image.header.get_axis(0)
     if not isinstance(series, SeriesAxis):
         raise ScanError(f"{path}: its rows are a {type(series).__name__}, not a series in time; give a .dtseries.nii")
-    seconds = SECONDS.get(series.unit)
-    repetition_time_s = None if seconds is None else float(series.step) * seconds
+    repetition_time_s = float(series.step) if series.unit == "SECOND" else None
     return _header(path, num_vertices=len(models), num_frames=len(series), repetition_time_s=repetition_time_s)
 
 
@@ -177,8 +175,4 @@ def _header(path: Path, *, num_vertices: int, num_frames: int, repetition_time_s
         num_frames=num_frames,
         repetition_time_s=repetition_time_s,
         dtype=np.dtype(np.float32),
-        data_offset=0,
-        slope=1.0,
-        intercept=0.0,
-        conflict_mm=0.0,
     )

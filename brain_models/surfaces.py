@@ -136,9 +136,11 @@ def _chosen_by_cifti(path: Path, labels: list[int]) -> list[Bool[np.ndarray, "ve
 
 def _vertex_values(path: Path) -> np.ndarray:
     """Returns one number a vertex of one hemisphere's mesh."""
+    from nibabel.freesurfer import read_annot
+
     readers: dict[str, Callable[[Path], np.ndarray]] = {
         ".npy": lambda file: np.load(file, allow_pickle=False),
-        ".annot": _annotation,
+        ".annot": lambda file: read_annot(file)[0],
         ".gii": lambda file: load_gifti(file).darrays[0].data,
     }
     reader = readers.get(Path(path.name.removesuffix(".gz")).suffix)
@@ -151,12 +153,6 @@ def _vertex_values(path: Path) -> np.ndarray:
     if values.ndim != 1:
         raise SpaceError(f"{path}: shape {values.shape}; a vertex mask has one number a vertex")
     return values
-
-
-def _annotation(path: Path) -> np.ndarray:
-    from nibabel.freesurfer import read_annot
-
-    return read_annot(path)[0]
 
 
 def load_gifti(path: Path | str) -> Any:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 
@@ -17,8 +15,11 @@ from data_sharding.hashing import hash_names
 from data_sharding.read.shard_set import ShardSet
 from data_sharding.splits import SPLITS
 from reports import figures
+from reports.page import Notice, Page, Section
+from reports.page import render as page
 
 REPORT = "report.html"
+PREVIEW = "affine registration only: a preview, regions are off by several millimetres."
 SCANS_IN_MEAN = 40
 REFUSED_SHOWN = 500
 WORST_REGIONS = 12
@@ -50,42 +51,81 @@ class MeanMaps:
 
 def render(shard_set: ShardSet) -> str:
     """The page as HTML text."""
-    manifest = shard_set.manifest
+    manifest, space = shard_set.manifest, shard_set.manifest.space
+    made = manifest.preprocessing
     quality = shard_set.quality.assign(
         censored_share=shard_set.quality.num_censored / shard_set.quality.num_frames.clip(lower=1)
     )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    is_preview = made["alignment"] == "affine"
+    contents = (
+        f"{len(manifest.shards)} shards, {manifest.counts['bytes'] / 1e9:.2f} GB; space {space['name']} "
+        f"({space['template']}, {space['num_voxels']} {'vertices' if space['kind'] == 'surface' else 'voxels'}); "
+        f"atlases: {', '.join(manifest.atlases) or 'none'}; {made['frames_dropped']} frames before the steady state "
+        f"dropped, {made['frames_censored']} censored."
     )
-    page = environment.from_string(resources.files("data_sharding.check").joinpath(REPORT).read_text(encoding="utf-8"))
-    return page.render(
-        manifest=manifest,
-        location=shard_set.location,
-        splits=split_rows(shard_set),
-        figures=_distributions(quality, manifest.preprocessing["acceptance"]),
-        unknown=_unknown(quality),
-        images=_images(shard_set),
-        regions=worst_regions(shard_set),
-        balance=[split_balance(shard_set.subjects, column) for column in balance_columns(shard_set.subjects)],
-        refused=manifest.refused[:REFUSED_SHOWN],
-        reasons=Counter(_kind_of_reason(refusal) for refusal in manifest.refused).most_common(),
+    legend = "Colours are sites; a dotted line is the limit of an acceptance rule. Numbers by scan: quality.parquet."
+    sections = [
+        Section("What it holds", split_rows(shard_set), " ".join([contents, *manifest.notes])),
+        _refusals(manifest.refused),
+        Section(
+            "Quality of the BOLD runs",
+            text=" ".join([*(f"{line}." for line in _unknown(quality)), legend]),
+            figures=_distributions(quality, made["acceptance"]),
+        ),
+        *_images(shard_set),
+        _coverage(shard_set, is_preview=is_preview),
+        *(_balance(shard_set.subjects, column) for column in balance_columns(shard_set.subjects)),
+    ]
+    lineage = {"fingerprint": manifest.fingerprint, "splits": manifest.splits, "versions": manifest.versions} | made
+    return page(
+        Page(
+            title=f"{manifest.name}: shard set",
+            verdict=shard_set.location,
+            notices=[Notice("warning", f"These scans were aligned by an {PREVIEW}")] if is_preview else [],
+            sections=sections,
+            lineage={name: str(value) for name, value in lineage.items()},
+        )
     )
 
 
-def split_rows(shard_set: ShardSet) -> list[dict[str, Any]]:
-    """Subjects, scans, frames and hours of each split that has any."""
-    rows = []
+def split_rows(shard_set: ShardSet) -> list[list[str]]:
+    """Subjects, scans, frames and hours of each split that has any, below their head."""
+    rows = [["split", "subjects", "BOLD runs", "frames", "hours of BOLD", "T1", "other"]]
     for split in SPLITS:
         quality = shard_set.quality[shard_set.quality.split == split]
-        runs = quality[quality.kind == "bold"]
-        counts = Counter(quality.kind)
         if len(quality):
-            rows.append(
-                {"split": split, "subjects": quality.subject.nunique(), "runs": counts["bold"], "t1": counts["t1"]}
-                | {"others": len(quality) - counts["bold"] - counts["t1"], "frames": int(runs.num_frames.sum())}
-                | {"hours": float((runs.num_frames * runs.repetition_time_s).sum() / 3600)}
-            )
+            runs, counts = quality[quality.kind == "bold"], Counter(quality.kind)
+            hours = (runs.num_frames * runs.repetition_time_s).sum() / 3600
+            numbers = [quality.subject.nunique(), counts["bold"], runs.num_frames.sum(), f"{hours:.1f}"]
+            numbers += [counts["t1"], len(quality) - counts["bold"] - counts["t1"]]
+            rows.append([split, *map(str, numbers)])
     return rows
+
+
+def _refusals(refused: list[schema.Refusal]) -> Section:
+    """Reasons with how many scans each refused, then the scans one by one."""
+    counted = Counter(_kind_of_reason(refusal) for refusal in refused).most_common()
+    table = [["scans", "reason"], *([str(count), reason] for reason, count in counted)]
+    table += [[refusal.scan_id, refusal.reason] for refusal in refused[:REFUSED_SHOWN]]
+    more = f"and {len(refused) - REFUSED_SHOWN} more, all in {schema.MANIFEST}" if len(refused) > REFUSED_SHOWN else ""
+    return Section(f"Refused scans: {len(refused)}", table if refused else (), more)
+
+
+def _coverage(shard_set: ShardSet, *, is_preview: bool) -> Section:
+    head = ["region", "atlas", "mean coverage", "runs below one half"]
+    rows = [
+        [row["name"], row["atlas"], f"{100 * row['mean']:.1f} %", f"{row['below']} of {row['num_runs']}"]
+        for row in worst_regions(shard_set)
+    ]
+    why_empty = "" if rows else "No atlas, or no BOLD run."
+    text = f"Aligned by an {PREVIEW}" if rows and is_preview else why_empty
+    return Section("Regions covered worst", [head, *rows] if rows else (), text)
+
+
+def _balance(subjects: pd.DataFrame, column: str) -> Section:
+    balance = split_balance(subjects, column)
+    rows = [[name, *cells] for name, cells in balance["rows"].items()]
+    return Section(f"Balance of the splits: {column}", [[column, *balance["splits"]], *rows])
 
 
 def balance_columns(subjects: pd.DataFrame) -> list[str]:
@@ -199,32 +239,27 @@ def _unknown(quality: pd.DataFrame) -> list[str]:
     return [f"{label}: unknown for {count} of {len(runs)} runs" for label, count in counts.items() if count]
 
 
-def _images(shard_set: ShardSet) -> list[tuple[str, str]]:
-    """(caption, <img>) of the mean images; none for spaces without a voxel grid."""
-    if shard_set.space.kind != "volume":
-        return []
+def _images(shard_set: ShardSet) -> list[Section]:
+    """The mean images; none for spaces without a voxel grid."""
+    space = shard_set.space
+    if space.kind != "volume":
+        return [Section("Mean images", text=f"None: {space.name} is a {space.kind}, which has no slices.")]
     maps = mean_maps(shard_set)
     name, atlas = next(iter(shard_set.atlases.items()), ("", None))
-    outlined = f", outlines of {name}" if atlas else ""
-    labels = None if atlas is None else atlas.labels
+    outlined, labels = (f", outlines of {name}", atlas.labels) if atlas else ("", None)
     drawn = []
     for values, caption, colours in (
         (maps.bold, f"Mean BOLD over {maps.num_runs} runs, each divided by its median{outlined}", "gray"),
         (maps.tsnr, f"Temporal signal to noise over {maps.num_runs} runs (mean / robust deviation)", "viridis"),
         (maps.t1, f"Mean T1 over {maps.num_t1} scans, in standard deviations above the darkest 2 %{outlined}", "gray"),
     ):
-        if values is None:
-            continue
-        shown = values - np.nanpercentile(values, 2) if values is maps.t1 else values
-        upper = float(np.nanpercentile(shown, 99))
-        outlines = None if values is maps.tsnr else labels
-        drawn.append(
-            (
-                caption,
-                figures.slices(shown, shard_set.space, label=caption, outlines=outlines, colours=colours, upper=upper),
-            )
-        )
-    return drawn
+        if values is not None:
+            shown = values - np.nanpercentile(values, 2) if values is maps.t1 else values
+            upper, outlines = float(np.nanpercentile(shown, 99)), None if values is maps.tsnr else labels
+            image = figures.slices(shown, space, label=caption, outlines=outlines, colours=colours, upper=upper)
+            drawn.append(Section(caption, figures=[image]))
+    sides = "Axial slices from low to high; the subject's left is on the left."
+    return [replace(section, text=sides) for section in drawn]
 
 
 def _kind_of_reason(refusal: schema.Refusal) -> str:

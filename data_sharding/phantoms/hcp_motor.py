@@ -18,7 +18,6 @@ from data_sharding.phantoms.fields import (
 
 NUM_FRAMES = 284
 REPETITION_TIME_S = 0.72
-SOMATOMOTOR = 2  # Yeo-7's number of the network
 ONSETS_S = {  # of the 12 s blocks; a cue of 3 s comes before each
     "lf": (26.0, 117.0),
     "lh": (71.0, 162.0),

@@ -168,7 +168,9 @@ class Fetcher:
                 first_byte = span.offset + schema.NPY_HEADER_BYTES + span.first * frames[0].nbytes
                 self._range_reader(read.shard).read_into(first_byte, own.data.cast("B"))
             else:
-                own[:] = self._streamed_frames(read.shard, span.member)[span.first : span.first + span.num_frames]
+                data = self._streamed_member(read.shard, span.member)
+                stored = np.frombuffer(data, dtype=self.frame_type, offset=schema.NPY_HEADER_BYTES)
+                own[:] = stored.reshape(-1, own.shape[1])[span.first : span.first + span.num_frames]
             self._check(read.shard, span, own)
             done += span.num_frames
         frames[done:] = 0
@@ -206,11 +208,6 @@ class Fetcher:
         if member not in self._streamed[shard]:
             raise ShardError(f"{self.settings.location}/{shard} lacks {member}; restore the shard")
         return self._streamed[shard][member]
-
-    def _streamed_frames(self, shard: str, member: str) -> np.ndarray:
-        data = self._streamed_member(shard, member)
-        frames = np.frombuffer(data, dtype=self.frame_type, offset=schema.NPY_HEADER_BYTES)
-        return frames.reshape(-1, self.settings.num_voxels)
 
     def _image(self, shard: str, read: ImageRead) -> np.ndarray:
         """uint8 [y, x, rgb]."""

@@ -31,7 +31,11 @@ class IndexFile:
     """An opened index.parquet on local disk."""
 
     def __init__(self, opened: pa.NativeFile) -> None:
-        self._file = pq.ParquetFile(opened, read_dictionary=_text_columns())
+        texts = {name for name, kind in schema.INDEX_COLUMNS.items() if kind == "string"}
+        repeated = sorted(
+            texts - {"member", "key", "frame_crc32"}
+        )  # the same in many rows: read as numbers of few texts
+        self._file = pq.ParquetFile(opened, read_dictionary=repeated)
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._first_rows = np.cumsum([0, *sizes])
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
@@ -62,12 +66,6 @@ class IndexFile:
         self._groups.move_to_end(group)
         table, row_of_group = self._groups[group], row - int(self._first_rows[group])
         return table["member"][row_of_group].as_py(), table["frame_crc32"][row_of_group].as_py()
-
-
-def _text_columns() -> list[str]:
-    """Columns that say the same in many rows: read as numbers of few texts."""
-    unlike = ("member", "key", "frame_crc32")
-    return [name for name, kind in schema.INDEX_COLUMNS.items() if kind == "string" and name not in unlike]
 
 
 def opened_index(store: Store, *, sha256: str, scratch: str | None) -> pa.NativeFile:

@@ -82,10 +82,6 @@ class BatchSource:
         largest_share = -(-self.config.batch_size // self.world_size)
         return -(-largest_share // self.config.micro_batch_size)
 
-    @property
-    def num_samples_per_epoch(self) -> int:
-        return self.drawn.runs("train").num_samples
-
     def initial_state(self) -> dict[str, object]:
         return DataState(self.fingerprint, self.config.seed, 0, NOTHING_TAKEN, []).to_dict()
 

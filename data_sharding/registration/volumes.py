@@ -44,9 +44,9 @@ class Volume:
         """Returns where the selected voxels lie."""
         return np.argwhere(selected) * self.spacing_mm + self.origin_mm
 
-    def sample(self, points_mm: Float64[np.ndarray, "point 3"], *, order: int = 1) -> Float32[np.ndarray, "point"]:
-        """Returns the values at points, by splines of `order`; 0 outside."""
-        return ndimage.map_coordinates(self.values, ((points_mm - self.origin_mm) / self.spacing_mm).T, order=order)
+    def sample(self, points_mm: Float64[np.ndarray, "point 3"]) -> Float32[np.ndarray, "point"]:
+        """Returns the values at points, linear between voxels; 0 outside."""
+        return ndimage.map_coordinates(self.values, ((points_mm - self.origin_mm) / self.spacing_mm).T, order=1)
 
     def through(self, matrix: Float64[np.ndarray, "4 4"], grid: Volume) -> Volume:
         """Returns the image seen on `grid`, where `matrix` maps mm of the grid to mm of this image."""

@@ -124,7 +124,7 @@ def _scan(chosen: list[ScanFile], *, root: Path, contents: SourceContents, listi
         scan_id=scan_id_of(entities, kind),
         kind=kind,
         path=str(path),
-        brain_mask=brain_mask and str(brain_mask),
+        brain_mask=None if brain_mask is None else str(brain_mask),
         subject=subject,
         session=entities.get("ses", ""),
         task=entities.get("task", ""),
@@ -138,7 +138,7 @@ def _scan(chosen: list[ScanFile], *, root: Path, contents: SourceContents, listi
         sidecar=sidecar,
         is_raw=is_raw,
         is_fmriprep=chosen[0].space not in RAW_SPACES and is_by_fmriprep(path, root=root),
-        confounds=confounds and str(confounds),
+        confounds=None if confounds is None else str(confounds),
     )
 
 

@@ -62,7 +62,8 @@ def complete(store: Store, prepared: Prepared, config: ShardingConfig) -> schema
     manifest = make_manifest(receipts, prepared, saved | tables | transforms, config=config)
     store.put_if_absent(schema.MANIFEST, manifest.to_json())
     _remove_partial_files(config.out)
-    print("\n".join([f"{config.out} is complete: {_in_words(manifest.counts)}", *refusal_lines(refused)]), flush=True)
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items() if count)
+    print("\n".join([f"{config.out} is complete: {counts}", *refusal_lines(refused)]), flush=True)
     return manifest
 
 
@@ -159,7 +160,3 @@ def _check_refusals(refused: list[schema.Refusal], *, num_scans: int, config: Sh
             f"{config.out}: {len(refused)} of {num_scans} scans were refused, acceptance.max_refused_fraction is "
             f"{limit}; correct them, or raise the limit and run again (finished shards are kept).\n{lines}"
         )
-
-
-def _in_words(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)

@@ -98,7 +98,10 @@ def _by_ray(
         ) as error:
             deaths[label(item)] += 1
             if deaths[label(item)] > MAX_DEATHS:
-                raise _kept_dying(label(item), error) from error
+                raise ShardError(
+                    f"{label(item)} killed its worker {MAX_DEATHS + 1} times ({type(error).__name__}); lower "
+                    "cluster.num_workers, or give the nodes more memory"
+                ) from error
             print(f"the worker of {label(item)} died ({type(error).__name__}); it is started again", flush=True)
             waiting.append(item)
             continue
@@ -110,13 +113,6 @@ def _by_ray(
 def _label(shard: ShardPlan) -> str:
     scans = ", ".join(scan.scan_id for scan in shard.scans[:5])
     return f"{shard.name} ({scans}{', ...' if len(shard.scans) > 5 else ''})"
-
-
-def _kept_dying(label: str, error: Exception) -> ShardError:
-    return ShardError(
-        f"{label} killed its worker {MAX_DEATHS + 1} times ({type(error).__name__}); lower cluster.num_workers, or "
-        "give the nodes more memory"
-    )
 
 
 def _call_quietly(function: Callable[[Item], Result], item: Item) -> Result | UserError:

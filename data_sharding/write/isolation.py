@@ -55,8 +55,8 @@ _HELPERS: dict[str, Helper] = {}  # a worker process writes many shards of one s
 
 
 class Helper:
-    """A helper process for one set: `folder` holds its space, atlases and settings. Close it, or use it as a context
-    manager; start it from a thread that lives as long as it should."""
+    """A helper process for one set: `folder` holds its space, atlases and settings. Close it, and start it from a
+    thread that lives as long as it should."""
 
     def __init__(self, folder: Path, limits: LimitsConfig) -> None:
         self.limits = limits
@@ -117,12 +117,6 @@ class Helper:
             self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
-
-    def __enter__(self) -> Helper:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def helper_for(store: Store, settings: PackSettings, limits: LimitsConfig) -> Helper:

@@ -119,15 +119,14 @@ def _shard_digest(scans: list[Scan], settings: PackSettings, space: BrainSpace, 
         space.fingerprint,
         asdict(config.storage),
         recorded,
-        [[_identity(scan), _sizes(scan)] for scan in scans],
+        [[_identity(scan), [Path(path).stat().st_size for path in _files(scan)]] for scan in scans],
         None if config.registration is None else asdict(config.registration),
     ]
     return _digest(content)
 
 
-def _sizes(scan: Scan) -> list[int]:
-    paths = [scan.path, scan.brain_mask, scan.confounds, *scan.files.values()]
-    return [Path(path).stat().st_size for path in paths if path is not None]
+def _files(scan: Scan) -> list[str]:
+    return [path for path in (scan.path, scan.brain_mask, scan.confounds, *scan.files.values()) if path is not None]
 
 
 def _identity(scan: Scan) -> list[object]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
 import socket
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil
 
 from cluster.storage.stores import Store, store_for
 from data_sharding import schema
@@ -59,10 +59,11 @@ def write_shard(plan: ShardPlan, out: str, limits: LimitsConfig) -> Receipt:
             for scan in plan.scans:
                 _append_scan(scan, helper, store, receipt, file, scratch / "segment.tar")
             if receipt.members:
-                file.write(_end_of_tar())
+                file.write(bytes(schema.TAR_END_BYTES))
             file.flush()
             os.fsync(file.fileno())
-        receipt.bytes, receipt.sha256 = shard.stat().st_size, _file_sha256(shard)
+            file.seek(0)
+            receipt.bytes, receipt.sha256 = shard.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
         if receipt.bytes:
             store.put(plan.name, shard)
     store.put(plan.receipt_name, (json.dumps(asdict(receipt), sort_keys=True) + "\n").encode())
@@ -75,20 +76,10 @@ def scratch_folder() -> Iterator[Path]:
     ours = f"{SCRATCH_PREFIX}{socket.gethostname()}-"
     for left in Path(tempfile.gettempdir()).glob(f"{ours}*"):
         writer = left.name.removeprefix(ours).partition("-")[0]
-        if writer.isdigit() and not _is_running(int(writer)):
+        if writer.isdigit() and not psutil.pid_exists(int(writer)):
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{ours}{os.getpid()}-") as folder:
         yield Path(folder)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _append_scan(scan: Scan, helper: Helper, store: Store, receipt: Receipt, shard: BinaryIO, segment: Path) -> None:
@@ -103,8 +94,9 @@ def _append_scan(scan: Scan, helper: Helper, store: Store, receipt: Receipt, sha
     receipt.members += [member | scan_id | {"offset": start + member["offset"]} for member in outcome["members"]]
     receipt.quality.append(scan_id | outcome["quality"])
     receipt.regions.append(scan_id | {name: round(share, 4) for name, share in outcome["regions"].items()})
+    os.truncate(segment, outcome["num_bytes"])  # the end mark behind them would end the shard early
     with segment.open("rb") as file:
-        _copy(file, shard, outcome["num_bytes"])
+        shutil.copyfileobj(file, shard)
 
 
 def _packed(scan: Scan, helper: Helper, store: Store, segment: Path) -> Outcome:
@@ -117,24 +109,3 @@ def _packed(scan: Scan, helper: Helper, store: Store, segment: Path) -> Outcome:
     local = segment.with_name("transform.npz")
     store.get_file(transform, local)
     return helper.pack(replace(scan, transform=str(local)), segment)
-
-
-def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
-    """Copies the first `num_bytes`: the end mark behind them would end the shard early."""
-    while num_bytes:
-        block = source.read(min(num_bytes, 1 << 20))
-        target.write(block)
-        num_bytes -= len(block)
-
-
-def _end_of_tar() -> bytes:
-    buffer = io.BytesIO()
-    tarfile.open(fileobj=buffer, mode="w").close()
-    assert len(buffer.getvalue()) == schema.TAR_END_BYTES
-    return buffer.getvalue()
-
-
-def _file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

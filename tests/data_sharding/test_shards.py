@@ -1,5 +1,6 @@
 """A shard set is the same bytes however it was written, and anything that is not as written is found."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -279,7 +280,7 @@ def test_a_scan_that_takes_too_long_or_too_much_memory_is_refused(written: Shard
     enough = LimitsConfig(memory_mb=2048, timeout_s=60.0, download_mb=64)
     (tmp_path / schema.SPACE).write_bytes((Path(written.out) / schema.SPACE).read_bytes())
     (tmp_path / SETTINGS).write_text(json.dumps(asdict(pack_settings(written, []))))
-    with Helper(tmp_path, enough) as helper:
+    with contextlib.closing(Helper(tmp_path, enough)) as helper:
         helper.wait_until_ready()
         for limits, scan, reason in (
             (replace(enough, timeout_s=0.001), request, "took longer than limits.timeout_s allows (0.001 s)"),

@@ -339,7 +339,7 @@ def test_plan_says_the_samples_and_bytes_that_reading_then_finds(shards: str, tm
     shard_set = open_set(shards)
     source = BatchSource(windows_of(open_sets(config)["bold"]), config.data, rank=0, world_size=1)
     text = plan(config)
-    assert f"{source.num_samples_per_epoch:,} of the train split" in text
+    assert f"{source.drawn.runs('train').num_samples:,} of the train split" in text
     values = 60 * 16 * 4 * shard_set.space.num_voxels
     assert re.search(rf"bytes read +{values:,} ", text)
     task = build_task(config, open_sets(config))

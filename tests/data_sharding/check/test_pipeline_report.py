@@ -66,12 +66,12 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)
     assert page.count("<img") == 3
     assert page.count("<svg") == 8
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    captions = re.findall(r"<h2>(.*? over \d.*?)</h2>", page)
     assert [caption.split(" over ")[0] for caption in captions] == ["Mean BOLD", "Temporal signal to noise", "Mean T1"]
     assert ["outlines of template" in caption for caption in captions] == [True, False, True]
-    balance = page.partition("Balance of the splits")[2].partition("How it was made")[0]
-    assert re.findall(r"<table>\s*<tr><th>(\w+)</th>", balance) == ["site", "sex", "age", "diagnosis"]
-    assert "Affine registration only" not in page
+    balance = re.findall(r"Balance of the splits: (\w+)</h2>.*?<table>\s*<tr><th>(\w+)</th>", page, re.DOTALL)
+    assert balance == [(column, column) for column in ("site", "sex", "age", "diagnosis")]
+    assert "affine registration only" not in page
     assert "Refused scans: 1" in page
     assert "sub-05_task-rest_bold" in page
     assert "mean framewise displacement (mm): unknown for 1 of 4 runs" in page

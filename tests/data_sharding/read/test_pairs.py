@@ -79,7 +79,7 @@ def test_every_pair_holds_one_subjects_windows_and_an_epoch_every_subject_once(l
         for name, side in pairs_of(open_set(location)).sides.items()
     }
     t1 = {batch.scan_ids[row]: batch.values[row] for batch in single["anat"] for row in range(len(batch.scan_ids))}
-    assert source.num_samples_per_epoch == 4
+    assert source.drawn.runs("train").num_samples == 4
     scans_of_two = set()
     for step in steps_of(source, 12):
         assert sorted(row[0] for row in rows_of(step)) == ["01", "02", "05", "06"]

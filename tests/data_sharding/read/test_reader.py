@@ -223,7 +223,7 @@ def test_more_damage_than_tolerated_stops_with_the_place(location: str, tmp_path
 def test_damage_that_is_met_in_every_epoch_is_counted_once(location: str, tmp_path: Path) -> None:
     damaged, _ = damaged_copy(location, tmp_path / "copy")
     source = source_of(damaged, max_bad_fraction=1.0, window_frames=6)  # 40 frames: the phase is one of five
-    *_, (_, state) = itertools.islice(source.steps(source.initial_state()), source.num_samples_per_epoch)
+    *_, (_, state) = itertools.islice(source.steps(source.initial_state()), source.drawn.runs("train").num_samples)
     quarantine = state["quarantine"]
     assert isinstance(quarantine, list)
     assert 0 < len(quarantine) <= 3  # the chunk has eight frames
@@ -242,7 +242,7 @@ def test_damage_in_one_split_does_not_use_up_what_another_tolerates(location: st
 
 
 def test_the_damage_that_ranks_have_met_is_tolerated_together(location: str) -> None:
-    source = source_of(location, max_bad_fraction=1 / source_of(location).num_samples_per_epoch)
+    source = source_of(location, max_bad_fraction=1 / source_of(location).drawn.runs("train").num_samples)
     scan_id = source.drawn.names("train")[0]
     states = [source.initial_state() | {"quarantine": [f"{scan_id}:{slot}"]} for slot in (0, 0, 1)]
     assert source.merge_states(states[:2])["quarantine"] == [f"{scan_id}:0"]

@@ -17,6 +17,8 @@ from data_sharding.schema import Event
 from data_sharding.write.prepare import prepare
 from tests.helpers_sources import AS_IT_IS, config_of, events_of, found_by, run_values, set_of, write_phantom
 
+SOMATOMOTOR = 2  # Yeo-7's number of the network
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,10 +33,10 @@ def motor(root: Path, *overrides: str) -> list[str]:
 def test_vertices_of_a_network_come_back_band_passed_and_detrended(root: Path, tmp_path: Path) -> None:
     sides = ",".join(f"{root}/group/{side}.midthickness.32k_fs_LR.surf.gii" for side in "LR")
     meshes = f"space.surfaces=[{sides}]"
-    overrides = [f"space.labels=[{phantom.SOMATOMOTOR}]", meshes, "source.subjects=['100307']"]
+    overrides = [f"space.labels=[{SOMATOMOTOR}]", meshes, "source.subjects=['100307']"]
     shard_set = set_of(tmp_path / "set", *motor(root, *overrides))
     num_cortex = sum(int(mask.sum()) for mask in fslr_cortex())
-    is_wanted = 1 + np.arange(num_cortex) % 7 == phantom.SOMATOMOTOR
+    is_wanted = 1 + np.arange(num_cortex) % 7 == SOMATOMOTOR
     assert shard_set.space.num_voxels == is_wanted.sum()
     assert np.allclose(np.linalg.norm(shard_set.space.positions_mm, axis=1), 60, atol=1e-3)
     assert shard_set.runs("bold", ["train"]).num_frames.tolist() == [phantom.NUM_FRAMES] * 2

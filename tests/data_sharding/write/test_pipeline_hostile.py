@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -40,7 +41,7 @@ def helper(policy: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[He
     loose = replace(ACCEPTANCE, min_coverage=0.1, unknown_orientation=policy)  # type: ignore[arg-type]
     settings = pack_settings(replace(sharding_config(folder, folder / "out"), acceptance=loose), [])
     (folder / SETTINGS).write_text(json.dumps(asdict(settings)))
-    with Helper(folder, LimitsConfig(memory_mb=300, timeout_s=20.0, download_mb=1)) as process:
+    with contextlib.closing(Helper(folder, LimitsConfig(memory_mb=300, timeout_s=20.0, download_mb=1))) as process:
         process.wait_until_ready()
         yield process
 
