@@ -24,7 +24,7 @@ from _measure import Row, arguments_of, cpu_seconds, report
 from isal import isal_zlib
 from webdataset.writer import TarWriter
 
-from brain_models.preprocess import NOT_MEASURED
+from brain_models.recipe import NOT_MEASURED
 from data_sharding import schema
 from data_sharding.read.batch import decode
 from data_sharding.read.fetch import Fetcher, FetchSettings, FrameSpan, WindowRead

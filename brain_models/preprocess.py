@@ -14,14 +14,12 @@ from jaxtyping import Bool, Float16, Float32, Int8, UInt8
 
 from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header, stream_frames, stream_stored
-from brain_models.recipe import BoldType, UnknownOrientation
+from brain_models.recipe import NOT_MEASURED, UNITS_PER_SCALE, BoldType, UnknownOrientation
 from brain_models.resample import HeldScan, Piece, direct_pieces, resampler_for
 from brain_models.space import NO_TEMPLATE, BrainSpace
 from brain_models.transform import Transform
 
-UNITS_PER_SCALE = 21
 CLIP_AT = 6.0
-NOT_MEASURED = -128
 MAD_TO_SIGMA = 1.4826  # of a Gaussian
 BRIGHTEST_PERCENT = 99.0  # of a head: fat and vessels beyond it must not pull its centre
 

@@ -9,6 +9,9 @@ from typing import Literal
 BoldType = Literal["int8", "float16"]
 UnknownOrientation = Literal["refuse", "accept_as_stored"]
 
+UNITS_PER_SCALE = 21  # of int8
+NOT_MEASURED = -128
+
 
 @dataclass
 class CleaningConfig:

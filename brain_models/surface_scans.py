@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from brain_models.errors import ScanError, SpaceError
+from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader
 from brain_models.preprocess import PackedScan
 from brain_models.space import BrainSpace, require_mesh
@@ -44,7 +44,7 @@ def pack_cifti(path: Path | str, space: BrainSpace) -> PackedScan:
     """Returns a CIFTI run on a surface space; vertices outside its brain models are not measured."""
     path = Path(path)
     header = read_surface_header(path)
-    image, models = _cifti(path)
+    image, models = load_cifti(path)
     columns, is_measured = _columns(path, models, space)
     values = np.zeros((header.num_frames, space.num_voxels), dtype=np.float32)
     for first in range(0, header.num_frames, FRAMES_A_BLOCK):
@@ -85,17 +85,10 @@ def _packed(values: np.ndarray, is_measured: np.ndarray, header: ScanHeader, spa
     return PackedScan.of_values(values, is_measured, header)
 
 
-def _cifti(path: Path) -> tuple[Any, Any]:
-    try:
-        return load_cifti(path)
-    except SpaceError as error:
-        raise ScanError(str(error)) from error
-
-
 def _cifti_header(path: Path) -> ScanHeader:
     from nibabel.cifti2 import SeriesAxis
 
-    image, models = _cifti(path)
+    image, models = load_cifti(path)
     series = image.header.get_axis(0)
     if not isinstance(series, SeriesAxis):
         raise ScanError(f"{path}: its rows are a {type(series).__name__}, not a series in time; give a .dtseries.nii")
@@ -155,10 +148,7 @@ def _gifti_head(path: Path) -> str:
 def _gifti_series(path: Path) -> np.ndarray:
     """Returns float32 [time, vertex] of one hemisphere."""
     _gifti_head(path)
-    try:
-        arrays = [np.asarray(array.data, dtype=np.float32) for array in load_gifti(path).darrays]
-    except SpaceError as error:
-        raise ScanError(str(error)) from error
+    arrays = [np.asarray(array.data, dtype=np.float32) for array in load_gifti(path).darrays]
     series = arrays[0].T if len(arrays) == 1 and arrays[0].ndim == 2 else arrays
     if len({array.shape for array in series}) != 1 or series[0].ndim != 1:
         raise ScanError(f"{path}: its arrays are not frames of one mesh; write one array per frame")

@@ -12,7 +12,7 @@ from xml.parsers.expat import ExpatError
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from brain_models.errors import SpaceError
+from brain_models.errors import ScanError, SpaceError
 from brain_models.space import BrainSpace
 
 HEMISPHERES = ("left", "right")
@@ -156,17 +156,17 @@ def _vertex_values(path: Path) -> np.ndarray:
 
 
 def load_gifti(path: Path | str) -> Any:
-    """Returns a GIFTI image; SpaceError when the file is not one."""
+    """Returns a GIFTI image; ScanError when the file is not one."""
     import nibabel
 
     try:
         return nibabel.gifti.GiftiImage.from_filename(path)
     except (*_UNREADABLE, nibabel.filebasedimages.ImageFileError) as error:
-        raise SpaceError(f"{path}: not a readable GIFTI file ({error}); give a .gii file") from error
+        raise ScanError(f"{path}: not a readable GIFTI file ({error}); give a .gii file") from error
 
 
 def load_cifti(path: Path | str) -> tuple[Any, Any]:
-    """Returns a CIFTI-2 image, and the axis that says which vertices its columns are; SpaceError when it is none."""
+    """Returns a CIFTI-2 image, and the axis that says which vertices its columns are; ScanError when it is none."""
     import nibabel
     from nibabel.cifti2 import BrainModelAxis
 
@@ -174,7 +174,7 @@ def load_cifti(path: Path | str) -> tuple[Any, Any]:
         image = nibabel.Cifti2Image.from_filename(path)
         models = image.header.get_axis(1)
     except (*_UNREADABLE, nibabel.filebasedimages.ImageFileError, nibabel.wrapstruct.WrapStructError) as error:
-        raise SpaceError(f"{path}: not a readable CIFTI-2 file ({error}); give .dtseries.nii or .dlabel.nii") from error
+        raise ScanError(f"{path}: not a readable CIFTI-2 file ({error}); give .dtseries.nii or .dlabel.nii") from error
     if not isinstance(models, BrainModelAxis):
-        raise SpaceError(f"{path}: its columns are no vertices but a {type(models).__name__}; give a dense CIFTI file")
+        raise ScanError(f"{path}: its columns are no vertices but a {type(models).__name__}; give a dense CIFTI file")
     return image, models

@@ -12,9 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
-# What brain_models.preprocess writes; that module is not imported because it needs a NIfTI library. A test compares.
-UNITS_PER_SCALE = 21
-NOT_MEASURED = -128
+from brain_models.recipe import NOT_MEASURED, UNITS_PER_SCALE
 
 CACHED_VALUES = 1 << 18
 

@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from brain_models.recipe import NOT_MEASURED
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage.stores import LocalRangeReader, RangeReader, Store, store_for
 from data_sharding import schema
 from data_sharding.errors import ShardError
-from data_sharding.read.batch import NOT_MEASURED
-from data_sharding.read.file_cache import CachedFile, CacheSettings, FileCache
+from data_sharding.read.file_cache import CachedFile, FileCache
 
 MAX_OPEN_SHARDS = 64
 
@@ -69,7 +69,7 @@ class FetchSettings:
     window_frames: int
     reader: Literal["indexed", "stream"]
     num_kept_shards: int  # for reader=stream: shards held in memory
-    cache: CacheSettings | None = None
+    cache: FileCache | None = None
     shards: Mapping[str, CachedFile] = field(default_factory=dict)  # for the cache: by name
 
 
@@ -110,7 +110,6 @@ class Fetcher:
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
         self.frame_type = np.dtype(settings.frame_type)
-        self._cache: FileCache | None = None  # opened at the first read: in the process that reads
         self._open: OrderedDict[str, RangeReader] = OrderedDict()
         self._streamed: OrderedDict[str, dict[str, bytes]] = OrderedDict()
 
@@ -197,8 +196,7 @@ class Fetcher:
         store = store_for(self.settings.location)
         if self.settings.cache is None:
             return store.open_ranges(shard)
-        self._cache = self._cache or FileCache(self.settings.cache)
-        return self._cache.open(store, self.settings.shards[shard], LocalRangeReader)
+        return self.settings.cache.open(store, self.settings.shards[shard], LocalRangeReader)
 
     def _streamed_member(self, shard: str, member: str) -> bytes:
         if shard not in self._streamed:

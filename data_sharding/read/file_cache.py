@@ -28,14 +28,6 @@ PARTIAL_ENDING = ".partial"  # of a folder with the file while it is fetched
 
 
 @dataclass(frozen=True)
-class CacheSettings:
-    """Where a node keeps files, and how many bytes of them."""
-
-    folder: str
-    max_bytes: int
-
-
-@dataclass(frozen=True)
 class CachedFile:
     """What is known of a file of a set before it is read."""
 
@@ -44,17 +36,21 @@ class CachedFile:
     sha256: str
 
 
+@dataclass(frozen=True)
 class FileCache:
-    """Files by their SHA-256: two sets with equal names never meet."""
+    """Files by their SHA-256, so two sets with equal names never meet; at most `max_bytes` of them in `location`."""
 
-    def __init__(self, settings: CacheSettings) -> None:
-        self.folder = Path(settings.folder)
-        self.max_bytes = settings.max_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
+    location: str
+    max_bytes: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.location)
 
     def open(self, store: Store, file: CachedFile, opened: Callable[[Path], Opened]) -> Opened:
         """`opened` of the file on local disk, downloaded first where it is missing. ShardError when its bytes are
         wrong."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{file.sha256}{ENDING}"
         while True:
             with contextlib.suppress(FileNotFoundError):

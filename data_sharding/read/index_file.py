@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from cluster.storage.stores import LocalStore, Store
 from data_sharding import schema
-from data_sharding.read.file_cache import CachedFile, CacheSettings, FileCache
+from data_sharding.read.file_cache import CachedFile, FileCache
 
 ROWS_AT_A_TIME = 1 << 18
 KEPT_GROUPS = 128  # 2 MB each as they are written; a shuffle block's shards lie in as many groups at most
@@ -76,5 +76,5 @@ def opened_index(store: Store, *, sha256: str, scratch: str | None) -> pa.Native
     with contextlib.ExitStack() as stack:
         folder = f"{scratch}/{COPIES}-{os.getuid()}" if scratch else stack.enter_context(tempfile.TemporaryDirectory())
         index = CachedFile(schema.INDEX, store.size(schema.INDEX), sha256)
-        cache = FileCache(CacheSettings(folder, MAX_COPIES_BYTES))
+        cache = FileCache(folder, MAX_COPIES_BYTES)
         return cache.open(store, index, lambda path: pa.OSFile(str(path)))  # readable also when its name is gone

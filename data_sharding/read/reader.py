@@ -39,13 +39,6 @@ class DataState:
     samples_digest: str  # of what was read for them, 64 bits in hexadecimal; the ranks' digests add up to the run's
     quarantine: list[str]  # damaged samples met so far, as <scan_id>:<slot>
 
-    def to_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> DataState:
-        return cls(**raw)
-
 
 class Drawn(Protocol):
     """What a source draws its samples from: Windows, Responses or Pairs."""
@@ -83,9 +76,9 @@ class BatchSource:
         return -(-largest_share // self.config.micro_batch_size)
 
     def initial_state(self) -> dict[str, object]:
-        return DataState(self.fingerprint, self.config.seed, 0, NOTHING_TAKEN, []).to_dict()
+        return dataclasses.asdict(DataState(self.fingerprint, self.config.seed, 0, NOTHING_TAKEN, []))
 
-    def steps(self, state: Mapping[str, object]) -> Iterator[tuple[list[Any], dict[str, object]]]:
+    def steps(self, state: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, object]]]:
         """Endless: this rank's batches of one global step of the train split, and the state to resume from after it."""
         start = self._checked(self.state_of_rank(state))
         self.drawn.names("train")  # refuses a split without samples
@@ -103,7 +96,7 @@ class BatchSource:
             digest = sum_of_digests([digest, digest_of(step, position=consumed)])
             consumed += self.config.batch_size
             after = DataState(self.fingerprint, self.config.seed, consumed, digest, sorted(self.quarantine))
-            yield step, after.to_dict()
+            yield step, dataclasses.asdict(after)
 
     def evaluation(self, split: str, *, limit: int | None, is_dealt_out: bool = False) -> Iterator[Any]:
         """This rank's share of a split, tiled without phase; `limit` keeps a fixed hashed subset of that size.
@@ -123,27 +116,26 @@ class BatchSource:
         # In a thread: starting loader processes for each evaluation would take longer than most evaluations.
         yield from self._batches(split, iter(shares), num_workers=0)
 
-    def merge_states(self, states: list[Mapping[str, object]]) -> dict[str, object]:
+    def merge_states(self, states: list[Mapping[str, Any]]) -> dict[str, object]:
         """The one state to store, from all ranks' states after the same step."""
-        of_ranks = [DataState.from_dict(state) for state in states]
+        of_ranks = [DataState(**state) for state in states]
         assert len({state.samples_consumed for state in of_ranks}) == 1, "states of different steps"
         merged = sorted({sample for state in of_ranks for sample in state.quarantine})
         if merged:  # each rank has counted its own
             self._check_tolerance(merged, "train")
         digest = sum_of_digests([state.samples_digest for state in of_ranks])
-        return dataclasses.replace(of_ranks[0], samples_digest=digest, quarantine=merged).to_dict()
+        return dataclasses.asdict(of_ranks[0]) | {"samples_digest": digest, "quarantine": merged}
 
-    def state_of_rank(self, state: Mapping[str, object]) -> dict[str, object]:
+    def state_of_rank(self, state: Mapping[str, Any]) -> dict[str, object]:
         """The stored state for this rank to resume from: rank 0 alone keeps the digest, so that the ranks' digests add
         up to it."""
-        whole = DataState.from_dict(state)
-        return (whole if self.rank == 0 else dataclasses.replace(whole, samples_digest=NOTHING_TAKEN)).to_dict()
+        return dict(state) if self.rank == 0 else {**state, "samples_digest": NOTHING_TAKEN}
 
     def close(self) -> None:
         self._fetcher.close()
 
-    def _checked(self, raw: Mapping[str, object]) -> DataState:
-        state = DataState.from_dict(raw)
+    def _checked(self, raw: Mapping[str, Any]) -> DataState:
+        state = DataState(**raw)
         for name, theirs, ours in (
             ("shard set", state.fingerprint, self.fingerprint),
             ("seed", state.seed, self.config.seed),

@@ -6,7 +6,7 @@ The rank process holds a few columns of the index as arrays; loader processes ar
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,7 @@ from data_sharding.read.batch import ResponseBatch, StoredBatch
 from data_sharding.read.censored import CensoredRuns
 from data_sharding.read.config import DataConfig
 from data_sharding.read.fetch import Fetched, Fetcher, FetchSettings, FrameSpan, ImageRead, WindowRead
-from data_sharding.read.file_cache import CacheSettings
-from data_sharding.read.index_file import IndexFile
+from data_sharding.read.file_cache import FileCache
 from data_sharding.read.order import RunTable, Samples
 from data_sharding.read.shard_set import Kind, ShardSet
 
@@ -61,7 +60,7 @@ class Windows:
         """Where the windows of a split lie; ShardError when it has no window of this length."""
         if split not in self._books:
             self._require_samples(split)
-            self._books[split] = AddressBook.of(self, split)
+            self._books[split] = AddressBook(self, split)
         return self._books[split]
 
     def names(self, split: str) -> list[str]:
@@ -70,12 +69,8 @@ class Windows:
 
     def fetcher(self, config: DataConfig) -> Fetcher:
         """A fetcher of these windows."""
-        return Fetcher(self.fetch_settings(config))
-
-    def fetch_settings(self, config: DataConfig) -> FetchSettings:
-        """What every read has in common."""
-        cache = cache_settings(self.shard_set, config)
-        return FetchSettings(
+        cache = shard_cache(self.shard_set, config)
+        settings = FetchSettings(
             location=self.shard_set.location,
             frame_type=self.shard_set.frame_type(self.kind),
             num_voxels=self.shard_set.frame_width(self.kind),
@@ -85,6 +80,7 @@ class Windows:
             cache=cache,
             shards=self.shard_set.cached_shards if cache else {},
         )
+        return Fetcher(settings)
 
     def reads(self, split: str, samples: Samples) -> list[WindowRead]:
         """Where each sample lies."""
@@ -170,7 +166,7 @@ class Responses(Windows):
         )
 
 
-def cache_settings(shard_set: ShardSet, config: DataConfig) -> CacheSettings | None:
+def shard_cache(shard_set: ShardSet, config: DataConfig) -> FileCache | None:
     """The node's cache, where one is configured and holds a shuffle block. A smaller one would fetch each shard again
     for every few samples, so it is not used, with a warning."""
     if config.cache_folder is None or config.reader == "stream":
@@ -178,7 +174,7 @@ def cache_settings(shard_set: ShardSet, config: DataConfig) -> CacheSettings | N
     largest = sorted((shard.bytes for shard in shard_set.manifest.shards), reverse=True)
     block_bytes = sum(largest[: config.shuffle_shards])
     if block_bytes <= config.cache_bytes:
-        return CacheSettings(config.cache_folder, config.cache_bytes)
+        return FileCache(config.cache_folder, config.cache_bytes)
     warnings.warn(
         f"the shard cache is not used: a shuffle block of {config.shuffle_shards} shards has {block_bytes} bytes, "
         f"cache_bytes is {config.cache_bytes}; raise it, or lower shuffle_shards",
@@ -187,42 +183,27 @@ def cache_settings(shard_set: ShardSet, config: DataConfig) -> CacheSettings | N
     return None
 
 
-@dataclass(frozen=True)
 class AddressBook:
-    """The runs of one kind and split, sorted by scan_id, and their chunks in order."""
+    """Where the windows of one kind and split lie: its runs, sorted by scan_id, and their chunks in order."""
 
-    runs: RunTable
-    scan_ids: list[str]
-    subjects: list[str]
-    shards: list[str]  # of the set: runs.shard counts them
-    repetition_time_s: np.ndarray  # float32 [run]
-    first_chunk: np.ndarray  # int64 [run + 1]: the run's chunks are first_chunk[run]..first_chunk[run + 1] - 1
-    chunk_start: np.ndarray  # int64 [chunk], frame
-    chunk_row: np.ndarray  # int64 [chunk], in the index
-    offsets: np.ndarray  # int64 [chunk]
-    index_file: IndexFile
-
-    @classmethod
-    def of(cls, windows: Windows, split: str) -> AddressBook:
-        """The book of a split."""
+    def __init__(self, windows: Windows, split: str) -> None:
         shard_set, kind = windows.shard_set, windows.kind
         table, scans = shard_set.runs(kind, [split]), shard_set.scans(kind)
         chunk_kind = schema.BOLD if kind == "bold" else schema.KIND_OF_SCAN[kind]
         chunks = shard_set.index_file.rows(chunk_kind, ["first_frame", "offset"])
         run = _run_of_chunk(scans, (scans.split == split).to_numpy(dtype=bool), chunks.row.to_numpy())
         by_run = np.argsort(run, kind="stable")[np.count_nonzero(run < 0) :]
-        return cls(
-            runs=windows.runs(split),
-            scan_ids=table.scan_id.tolist(),
-            subjects=table.subject.tolist(),
-            shards=[shard.name for shard in shard_set.manifest.shards],
-            repetition_time_s=table.repetition_time_s.to_numpy(dtype=np.float32),
-            first_chunk=np.searchsorted(run[by_run], np.arange(len(table) + 1)),
-            chunk_start=chunks.first_frame.to_numpy(dtype=np.int64)[by_run],
-            chunk_row=chunks.row.to_numpy(dtype=np.int64)[by_run],
-            offsets=chunks.offset.to_numpy(dtype=np.int64)[by_run],
-            index_file=shard_set.index_file,
+        self.runs = windows.runs(split)
+        self.scan_ids: list[str] = table.scan_id.tolist()
+        self.subjects: list[str] = table.subject.tolist()
+        self.shards = [shard.name for shard in shard_set.manifest.shards]  # runs.shard counts them
+        self.repetition_time_s = table.repetition_time_s.to_numpy(dtype=np.float32)
+        # A run's chunks are first_chunk[run]..first_chunk[run + 1] - 1: the first frame, index row and byte of each.
+        self.first_chunk = np.searchsorted(run[by_run], np.arange(len(table) + 1))
+        self.chunk_start, self.chunk_row, self.offsets = (
+            chunks[column].to_numpy(dtype=np.int64)[by_run] for column in ("first_frame", "row", "offset")
         )
+        self.index_file = shard_set.index_file
 
     def window(self, run: int, first_frame: int) -> WindowRead:
         """The address of the window that starts at this frame of a run; it ends with the run."""

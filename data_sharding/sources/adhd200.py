@@ -48,10 +48,6 @@ def find(config: SourceConfig, space: BrainSpace, *, accepts_raw: bool) -> Sourc
     """Every rest run and T1w that suits the space; a subject without a diagnosis stays, with a missing one."""
     options = parse_options(config, Options)
     root = Path(config.root)
-    if not root.is_dir():
-        raise SourceError(
-            f"source.root: {root} is not a folder; give the one that holds {RAW_FOLDER} or the Athena runs"
-        )
     if options.form not in ("raw", "athena"):
         raise SourceError(f"source.options.form: {options.form!r}; give raw or athena")
     table = read_phenotypes(_phenotype_files(root, options))
@@ -179,12 +175,13 @@ def _athena(root: Path, config: SourceConfig, options: Options, space: BrainSpac
             "volume space= of that template, or set source.allow_template_mix=true (recorded in the manifest)"
         )
     contents = SourceContents(scans=[], subjects=pd.DataFrame())
-    paths = sorted(path for path in root.glob("**/sfnwmrda*.nii*") if ATHENA_NAME.fullmatch(path.name))
-    if not paths:
+    named = [(path, ATHENA_NAME.fullmatch(path.name)) for path in sorted(root.glob("**/sfnwmrda*.nii*"))]
+    matches = [(path, match) for path, match in named if match is not None]
+    if not matches:
         raise SourceError(f"{root}: no sfnwmrda<ID>_session_<s>_rest_<r>.nii.gz; check source.root, or form=raw")
     seen: set[str] = set()
-    for path in paths:
-        subject, session, run = _athena_entities(path)
+    for path, match in matches:
+        subject, session, run = padded_id(match[1]), match[2], match[3]
         if config.subjects is not None and subject not in config.subjects:
             continue
         if options.sessions is not None and session not in options.sessions:
@@ -202,12 +199,6 @@ def _athena(root: Path, config: SourceConfig, options: Options, space: BrainSpac
             contents.refused.append(Refusal(scan_id_of(entities, "bold"), str(path), str(error)))
     contents.notes = [f"{len(contents.scans)} scans: Athena runs, filtered and smoothed by its pipeline"]
     return contents
-
-
-def _athena_entities(path: Path) -> tuple[str, str, str]:
-    match = ATHENA_NAME.fullmatch(path.name)
-    assert match is not None
-    return padded_id(match[1]), match[2], match[3]
 
 
 def _athena_scan(path: Path, entities: dict[str, str], kind: str) -> Scan:

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 import webdataset
 
-from brain_models.preprocess import UNITS_PER_SCALE, dequantise, pack_bold, pack_t1
+from brain_models.preprocess import dequantise, pack_bold, pack_t1
+from brain_models.recipe import UNITS_PER_SCALE
 from cluster.storage.stores import LocalStore
 from data_sharding import schema
 from data_sharding.check.verify import verify

@@ -17,7 +17,7 @@ from cluster.storage.stores import LocalRangeReader, LocalStore, store_for
 from data_sharding import schema
 from data_sharding.errors import ShardError
 from data_sharding.read import file_cache
-from data_sharding.read.file_cache import CachedFile, CacheSettings, FileCache
+from data_sharding.read.file_cache import CachedFile, FileCache
 from data_sharding.read.reader import open_set
 from data_sharding.write.build import build
 from tests.data_sharding.read.test_reader import DATA, rows_of, source_of, steps_of, windows_of
@@ -96,7 +96,7 @@ def shards_of(location: str) -> list[CachedFile]:
 def test_the_least_recently_used_shards_make_room(location: str, tmp_path: Path) -> None:
     first, second, third = shards_of(location)[:3]
     room = max(first.num_bytes, second.num_bytes, third.num_bytes) * 2
-    cache, store = FileCache(CacheSettings(str(tmp_path), room)), store_for(location)
+    cache, store = FileCache(str(tmp_path), room), store_for(location)
     opened = cache.open(store, first, LocalRangeReader)
     cache.open(store, second, LocalRangeReader).close()
     cache.open(store, first, LocalRangeReader).close()
@@ -114,7 +114,7 @@ def test_a_shard_with_wrong_bytes_never_enters_the_cache(location: str, tmp_path
     damaged = copy_set(Path(location), tmp_path / "copy")
     shard = shards_of(location)[0]
     flip(damaged / shard.name, 700)
-    cache = FileCache(CacheSettings(str(tmp_path / "cache"), 1 << 30))
+    cache = FileCache(str(tmp_path / "cache"), 1 << 30)
     with pytest.raises(ShardError, match=r"000000\.tar has SHA-256 .*, the manifest says .*; run 'python -m"):
         cache.open(store_for(damaged), shard, LocalRangeReader)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
@@ -123,7 +123,7 @@ def test_a_shard_with_wrong_bytes_never_enters_the_cache(location: str, tmp_path
 
 
 def _open(location: str, folder: str, counts: object) -> None:
-    cache = FileCache(CacheSettings(folder, 1 << 30))
+    cache = FileCache(folder, 1 << 30)
     store = store_for(location)
     original = store.get_file
 
@@ -158,7 +158,7 @@ def _die_while_fetching(location: str, folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     store.get_file = half  # type: ignore[method-assign]
-    FileCache(CacheSettings(folder, 1 << 30)).open(store, shards_of(location)[0], LocalRangeReader)
+    FileCache(folder, 1 << 30).open(store, shards_of(location)[0], LocalRangeReader)
 
 
 def test_a_process_killed_while_it_fetches_blocks_nobody_and_leaves_nothing(location: str, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_process_killed_while_it_fetches_blocks_nobody_and_leaves_nothing(loca
     assert process.exitcode == -signal.SIGKILL
     assert any(path.is_file() for path in tmp_path.glob("*.partial/.partial-*"))
     shard = shards_of(location)[0]
-    FileCache(CacheSettings(str(tmp_path), 1 << 30)).open(store_for(location), shard, LocalRangeReader).close()
+    FileCache(str(tmp_path), 1 << 30).open(store_for(location), shard, LocalRangeReader).close()
     left = [path for path in tmp_path.rglob("*") if path.suffix != ".lock"]
     assert left == [tmp_path / f"{shard.sha256}.whole"]
     assert hashlib.sha256(left[0].read_bytes()).hexdigest() == shard.sha256
@@ -179,7 +179,7 @@ def test_what_killed_processes_left_of_other_files_makes_room_too(location: str,
     process.start()
     process.join()
     second, third = shards_of(location)[1:3]
-    cache = FileCache(CacheSettings(str(tmp_path), second.num_bytes + third.num_bytes))
+    cache = FileCache(str(tmp_path), second.num_bytes + third.num_bytes)
     for shard in (second, third):
         cache.open(store_for(location), shard, LocalRangeReader).close()
     assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {
@@ -192,7 +192,7 @@ def test_files_used_within_one_tick_of_the_kernels_clock_are_told_apart(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = shards_of(location)[:2]
-    cache, store = FileCache(CacheSettings(str(tmp_path), 1 << 30)), store_for(location)
+    cache, store = FileCache(str(tmp_path), 1 << 30), store_for(location)
     nanoseconds = itertools.count(10**18)
     monkeypatch.setattr(file_cache.time, "time_ns", lambda: next(nanoseconds))
     used_ns = []

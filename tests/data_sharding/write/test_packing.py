@@ -16,8 +16,6 @@ from brain_models import resample
 from brain_models.errors import ScanError, SpaceError
 from brain_models.nifti import read_header
 from brain_models.preprocess import (
-    NOT_MEASURED,
-    UNITS_PER_SCALE,
     PackedScan,
     dequantise,
     dvars,
@@ -26,6 +24,7 @@ from brain_models.preprocess import (
     standardise_bold,
     standardise_t1,
 )
+from brain_models.recipe import NOT_MEASURED, UNITS_PER_SCALE
 from brain_models.space import BrainSpace, SpaceConfig, space_from_mask, volume_space
 from data_sharding.scans import Scan
 from data_sharding.write.isolation import grid_of, keep_weights
