@@ -222,7 +222,7 @@ def atlas_from_image(path: Path | str, space: BrainSpace) -> Atlas:
         raise SpaceError(f"{path}: no label falls into space {space.name}; is it in {space.template} millimetres?")
     names = {int(label): f"region {label}" for label in np.unique(labels) if label}
     present = set(np.unique(values).tolist()) - {0}
-    is_aal3 = present <= set(range(1, 171)) - {35, 36, 81, 82} and len(present) == 166
+    is_aal3 = present == set(range(1, 171)) - {35, 36, 81, 82}
     return Atlas(Path(path).name.split(".")[0], labels, names, aal3_groups() if is_aal3 else {})
 
 
@@ -275,8 +275,7 @@ def template_parcellation(space: BrainSpace) -> Atlas:
 
 def aal3_groups() -> dict[str, list[int]]:
     """Returns AAL3's labels by group."""
-    unused = {35, 36, 81, 82}
     return {
-        group: [label for low, high in ranges for label in range(low, high + 1) if label not in unused]
+        group: [label for low, high in ranges for label in range(low, high + 1)]
         for group, ranges in AAL3_GROUPS.items()
     }

@@ -244,6 +244,27 @@ def test_labels_beyond_127_survive_an_image_and_a_file(space: BrainSpace, tmp_pa
         atlas_from_image(tmp_path / "labels.nii.gz", _moved(space))
 
 
+def test_an_image_of_exactly_aal3s_labels_gets_its_groups_and_the_names_of_a_table(tmp_path: Path) -> None:
+    cube = space_from_mask(np.ones((6, 6, 6), dtype=bool), GRID_AFFINE, name="cube", template="none")
+    labels = np.array([label for label in range(1, 171) if label not in (35, 36, 81, 82)])
+    image = np.zeros(216, dtype=np.uint8)
+    image[:166] = labels
+    (tmp_path / "names.csv").write_text("label,name\n2,Precentral_R\n170,Raphe_M\n")
+
+    def read(image: np.ndarray) -> Atlas:
+        nibabel.save(nibabel.Nifti1Image(image.reshape(6, 6, 6), GRID_AFFINE), tmp_path / "AAL3.nii.gz")
+        return atlas_from_image(tmp_path / "AAL3.nii.gz", cube, tmp_path / "names.csv")
+
+    atlas = read(image)
+    assert [atlas.names[label] for label in (1, 2, 170)] == ["region 1", "Precentral_R", "Raphe_M"]
+    assert set(labels) == {label for group in atlas.groups.values() for label in group}
+    assert atlas.groups["limbic"] == [*range(37, 47), *range(151, 157)]
+    assert atlas.groups["basal_ganglia"] == [75, 76, 77, 78, 79, 80, 157, 158]
+    fewer, more = np.where(image == 170, 0, image).astype(np.uint8), image.copy()
+    more[200] = 171
+    assert read(fewer).groups == read(more).groups == {}
+
+
 @pytest.mark.parametrize(
     ("refused", "words"),
     [

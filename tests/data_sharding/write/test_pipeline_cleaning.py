@@ -133,6 +133,35 @@ def test_first_frames_and_censored_ones_are_known_from_the_table(packed: PackedS
     assert np.isnan(kept.framewise_displacement_mm[0])
 
 
+def column_table(path: Path, **columns: list[object]) -> Path:
+    lines = ["\t".join(columns), *("\t".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_frame_is_censored_above_either_limit_not_at_it_and_an_unknown_one_never(
+    packed: PackedScan, tmp_path: Path
+) -> None:
+    moved: list[object] = ["n/a", *[0.1] * (NUM_FRAMES - 1)]
+    changed: list[object] = ["n/a", *[1.0] * (NUM_FRAMES - 1)]
+    moved[5:7], changed[8:10] = [0.5, 0.51], [1.5, 1.6]
+    first = [1] + [0] * (NUM_FRAMES - 1)
+    table = column_table(
+        tmp_path / "confounds.tsv", framewise_displacement=moved, std_dvars=changed, non_steady_state_outlier00=first
+    )
+    config = replace(NONE, censor_above_fd_mm=0.5, censor_above_std_dvars=1.5)
+    for change, num_dropped, censored in (("drop", 1, [5, 8]), ("keep", 0, [6, 9])):
+        run = clean_bold(packed, replace(config, non_steady_state=change), repetition_time_s=TR_S, confounds=table)
+        assert (run.num_dropped, np.flatnonzero(~run.is_kept).tolist()) == (num_dropped, censored)
+    alone = replace(config, non_steady_state="keep")
+    for changes, censored in (({"censor_above_fd_mm": None}, [9]), ({"censor_above_std_dvars": None}, [6])):
+        run = clean_bold(packed, replace(alone, **changes), repetition_time_s=TR_S, confounds=table)
+        assert np.flatnonzero(~run.is_kept).tolist() == censored
+    registered = np.where(np.arange(NUM_FRAMES) == 3, 0.7, 0.2)
+    run = clean_bold(packed, alone, repetition_time_s=TR_S, confounds=None, framewise_displacement_mm=registered)
+    assert np.flatnonzero(~run.is_kept).tolist() == [3]
+
+
 def test_what_cannot_be_cleaned_is_refused_with_its_cause(packed: PackedScan, tmp_path: Path) -> None:
     good = write_table(tmp_path / "good.tsv")
     short = write_table(tmp_path / "short.tsv", num_frames=20)
