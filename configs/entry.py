@@ -122,7 +122,7 @@ def combinations(overrides: list[str]) -> list[list[str]]:
     choices = [
         [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
         if each.is_sweep_override()
-        else [each.input_line]
+        else [str(each.input_line)]
         for each in parsed
     ]
     return [list(each) for each in itertools.product(*choices)]
