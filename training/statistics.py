@@ -6,7 +6,7 @@ A unit is what another study would draw anew, mostly a subject. Knows no task an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -145,3 +145,20 @@ class Metric:
     def interval(self, scores: Any, config: BootstrapConfig) -> Interval:
         """The metric of these scores with its bootstrap interval over units."""
         return percentile_interval(self.draws(scores, config), config.confidence)
+
+
+def paired_verdict(metric: Metric, draws: Mapping[str, Float[np.ndarray, "draw"]], confidence: float) -> str:
+    """What may be said of the first model beside the best of the others, from draws of the same resamples:
+    `better than <name>: difference +0.034 [+0.010, +0.058]`, `worse than ...` or `not told apart from ...`.
+
+    The best is chosen among the values that are to be compared, which favours it: the verdict errs on its side.
+    """
+    sign = 1 if metric.best_is == "highest" else -1
+    trained, *others = draws
+    best = max(others, key=lambda name: np.nan_to_num(sign * draws[name][0], nan=-np.inf))
+    found = percentile_interval(draws[trained] - draws[best], confidence)
+    is_better, is_worse = (found.low > 0, found.high < 0)[::sign]
+    said = "better than" if is_better else "worse than" if is_worse else "not told apart from"
+    if math.isnan(found.low):
+        return f"{said} {best}: too few subjects for an interval of the difference"
+    return f"{said} {best}: difference {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

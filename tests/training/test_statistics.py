@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
@@ -9,9 +11,11 @@ from training import statistics
 from training.statistics import (
     BootstrapConfig,
     Interval,
+    Metric,
     bootstrap,
     holm,
     joined_strata,
+    paired_verdict,
     percentile_interval,
     sign_flip_p,
 )
@@ -84,3 +88,28 @@ def test_signs_are_flipped_in_all_ways_where_these_are_few_and_at_random_where_t
 def test_holm_is_the_step_down_of_its_paper() -> None:
     np.testing.assert_allclose(holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("best_is", "words"), [("highest", "better than"), ("lowest", "worse than")])
+def test_a_verdict_names_the_best_of_the_others_and_turns_with_what_is_best(
+    best_is: Literal["lowest", "highest"], words: str
+) -> None:
+    mean = Metric("m", "mean", best_is, None, lambda scores, weights: weights @ scores / 50, np.zeros_like)
+    noise, sign = 0.1 * np.random.default_rng(0).normal(size=50), 1 if best_is == "highest" else -1
+
+    def said(**models: np.ndarray) -> str:
+        draws = {name: mean.draws(scores, BootstrapConfig(200, 0.95, 0)) for name, scores in models.items()}
+        return paired_verdict(mean, draws, 0.95)
+
+    plain = 5 + np.arange(50.0)  # whose spread over units is large, and the same for every model
+    low, high = plain + noise, plain + 1 + noise[::-1]
+    others = {"weak": plain - 9 * sign, "undefined": np.full(50, np.nan)}
+    found = said(trained=high, strong=low, **others)
+    assert found.startswith(f"{words} strong: difference +1.0")
+    opposite = "worse than" if words == "better than" else "better than"
+    assert said(trained=low, strong=high, **others).startswith(f"{opposite} strong: difference -1.0")
+    equal = said(trained=plain + noise, strong=plain + noise.mean(), **others)
+    assert equal.startswith("not told apart from strong: difference")
+    assert "[-0.0" in equal
+    one = said(trained=low, undefined=others["undefined"])
+    assert one == "not told apart from undefined: too few subjects for an interval of the difference"
