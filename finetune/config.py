@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from cluster.config import ClusterConfig
 from configs.parse import FREE
@@ -57,4 +57,4 @@ class CompareConfig(FinetuneConfig):
     encoders: list[str] | dict[str, list[str]]  # one an arm, or by arm: one a pretraining seed, in the same order
     seeds: list[int]  # of fine-tuning: order, folds and drop-out
     modes: dict[str, ModeConfig]
-    metric: Literal["within_site_auroc", "auroc", "balanced_accuracy"]
+    metric: str  # a name among the task's metrics; 'first' for its first

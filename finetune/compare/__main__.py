@@ -10,7 +10,7 @@ Example (frozen probe and full fine-tuning of each, three seeds, on the same spl
 With one encoder a pretraining seed:  encoders='{random:[models:/r0@x,models:/r1@x],region:[models:/g0@x,models:/g1@x]}'
 
 Required: encoders=<list, or lists by arm>  shards=<shard set>  run.folder=<where the cells and the result live>
-Also:     encoder=<arm the others are compared with>  seeds=[0,1,2]  metric=within_site_auroc  bootstrap.*
+Also:     encoder=<arm the others are compared with>  seeds=[0,1,2]  metric=<one of the task's>  bootstrap.*
           and everything of python -m finetune: task, engine, cluster, experiment, train.*, data.*
 
 Every cell (encoder, mode, seed) chooses on validation and is scored on the test split once. Intervals are over seeds

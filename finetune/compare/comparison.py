@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,14 +23,12 @@ from finetune.compare.cells import Cell, arms_of, slug
 from finetune.compare.paired import Readings, differences, estimate, resampled_metrics, spare_subjects
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
-from finetune.tasks.subject_prediction.scores import Scores
-from finetune.tasks.subject_prediction.study import MODEL
+from finetune.tasks import task_module
 from reports.figures import COLOURS, style
-from training.statistics import BootstrapConfig
+from training.statistics import Metric
 from training.study import METRICS
 from training.watch.tracking import experiment_id, mlflow_environment
 
-CHANCE = 0.5  # of every metric there is
 GREY = "#999999"
 FOLDER_TAG = "callosum.comparison"
 FILES = ("comparison.csv", "cells.csv", "comparison.md", "comparison.png")
@@ -39,10 +36,14 @@ FILES = ("comparison.csv", "cells.csv", "comparison.md", "comparison.png")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a finished cell said: scores by classifier less the cut chosen for it, so that above 0 is a case."""
+    """What a finished cell said: scores on the test split by model, as the task's metrics take them, its own first."""
 
-    scores: dict[str, Scores]
+    scores: Mapping[str, Any]
     num_seen: int | None  # test subjects its encoder was pretrained on; None: the encoder does not say
+
+    @property
+    def trained(self) -> Any:
+        return next(iter(self.scores.values()))
 
 
 @dataclass(frozen=True)
@@ -66,114 +67,81 @@ class Comparison:
     """Everything that is written. `cells` are (mode, arm, encoder, seed, metric)."""
 
     title: str
-    metric: str
+    metric: Metric
     confidence: float
     num_subjects: int
-    num_cases: int
     num_encoders: int
     num_seeds: int
     rows: list[ComparisonRow]
     cells: list[tuple[str, str, str, int, float]]
 
 
-def read_answer(store: Store) -> Answer:
-    """What a finished cell wrote: its scores on the test split and the baselines', each less its own cut."""
-    numbers = json.loads(store.read(METRICS))
-    rows: dict[str, list[dict[str, str]]] = {}
-    for row in csv.DictReader(io.StringIO(store.read("scores.csv").decode())):
-        rows.setdefault(row["classifier"], []).append(row)
-    scores = {}
-    for name, theirs in rows.items():
-        values = np.array([float(row["score"]) for row in theirs]) - numbers["models"][name]["threshold"]
-        is_case = np.array([row["is_case"] == "1" for row in theirs])
-        subjects = tuple(row["subject"] for row in theirs)
-        scores[name] = Scores(subjects, values, is_case, np.array([row["site"] for row in theirs]))
-    overlap = numbers["overlap"]
+def read_answer(store: Store, config: CompareConfig) -> Answer:
+    """What a finished cell wrote."""
+    scores = task_module(config.task).read_scores(store.read("scores.csv").decode())
+    overlap = json.loads(store.read(METRICS))["overlap"]
     return Answer(scores, None if overlap is None else len(overlap))
 
 
-def readings(found: dict[Cell, Answer], mode: str) -> Readings:
-    """A mode's scores of every arm as [unit, repeat, subject]: units are encoders, or seeds where an arm has one."""
-    first = next(iter(found.values())).scores[MODEL]
-    table: dict[str, dict[int, list[np.ndarray]]] = {}
+def metric_of(config: CompareConfig) -> Metric:
+    """The metric that is compared: one of those that the task declares."""
+    declared = task_module(config.task).metrics(config)
+    return declared[0] if config.metric == "first" else next(one for one in declared if one.name == config.metric)
+
+
+def readings(found: Mapping[Cell, Answer], mode: str) -> Readings:
+    """A mode's scores of every arm: units are encoders, or seeds where an arm has one."""
+    first = next(iter(found.values())).trained
+    arms: dict[str, dict[int, list[Any]]] = {}
     for cell, answer in found.items():
         if cell.mode == mode:
-            scores = answer.scores[MODEL]
+            scores = answer.trained
             if scores.subjects != first.subjects:
                 raise FinetuneError(
                     f"{cell.folder}: was scored on other subjects than the first cell ({len(scores.subjects)} and "
                     f"{len(first.subjects)}); delete the run folder and compare on one shard set"
                 )
-            table.setdefault(cell.arm, {}).setdefault(cell.number, []).append(scores.values)
-    stacked = {arm: np.stack([np.stack(seeds) for seeds in encoders.values()]) for arm, encoders in table.items()}
-    has_one = all(len(values) == 1 for values in stacked.values())
-    values = {arm: each.swapaxes(0, 1) if has_one else each for arm, each in stacked.items()}
-    return Readings(values, first.truth, first.sites)
+            arms.setdefault(cell.arm, {}).setdefault(cell.number, []).append(scores)
+    if all(len(encoders) == 1 for encoders in arms.values()):
+        return {arm: [[scores] for scores in encoders[0]] for arm, encoders in arms.items()}
+    return {arm: [*encoders.values()] for arm, encoders in arms.items()}
 
 
 def compare(config: CompareConfig, found: Mapping[Cell, Answer]) -> Comparison:
-    """Estimates of every arm in every mode, differences from the reference, corrected for all of them together."""
-    arms, confidence = arms_of(config), config.bootstrap.confidence
-    reference = next(iter(arms))
-    by_mode = {mode: readings(dict(found), mode) for mode in config.modes}
-    any_mode = next(iter(by_mode.values()))
-    spare = spare_subjects(any_mode)
-    draws = {mode: resampled_metrics(each, config.metric, config.bootstrap) for mode, each in by_mode.items()}
+    """Estimates of every arm in every mode and of the baselines, differences from the reference, corrected for all of
+    them together."""
+    metric, arms, first = metric_of(config), arms_of(config), next(iter(found.values()))
+    reference, confidence = next(iter(arms)), config.bootstrap.confidence
+    spare = spare_subjects(metric.strata(first.trained))
+    baselines = {name: [[scores]] for name, scores in [*first.scores.items()][1:]}  # which know no encoder and no seed
+    every = [(mode, readings(found, mode)) for mode in config.modes] + [("baseline", baselines)]
+    draws = {
+        (mode, arm): each
+        for mode, of_mode in every
+        for arm, each in resampled_metrics(of_mode, metric, config.bootstrap).items()
+    }
     rows = []
-    for mode, of_arms in draws.items():
-        for arm, numbers in of_arms.items():
-            own = estimate(numbers, spare_subjects=spare, confidence=confidence, null=CHANCE)
-            rows.append(
-                ComparisonRow("arm", mode, arm, "", **asdict(own), p_corrected=own.p, verdict=seen_by(arm, found))
-            )
-    rows += baseline_rows(config, next(iter(found.values())), spare)
-    flat = {f"{mode}/{arm}": numbers for mode, of_arms in draws.items() for arm, numbers in of_arms.items()}
-    pairs = [(mode, arm) for mode in config.modes for arm in arms if arm != reference]
-    keys = [(f"{mode}/{arm}", f"{mode}/{reference}") for mode, arm in pairs]
-    for (mode, arm), one in zip(
-        pairs, differences(flat, keys, spare_subjects=spare, confidence=confidence), strict=True
-    ):
-        rows.append(
-            ComparisonRow(
-                "difference",
-                mode,
-                arm,
-                reference,
-                **asdict(one.estimate),
-                p_corrected=one.p_corrected,
-                verdict=one.verdict,
-            )
-        )
+    for (mode, arm), numbers in draws.items():
+        own = estimate(numbers, spare_subjects=spare, confidence=confidence, null=metric.chance)
+        seen = seen_by(arm, found) if arm in arms else ""
+        rows.append(ComparisonRow("arm", mode, arm, "", **asdict(own), p_corrected=own.p, verdict=seen))
+    pairs = [((mode, arm), (mode, reference)) for mode in config.modes for arm in arms if arm != reference]
+    between = differences(draws, pairs, metric, spare_subjects=spare, confidence=confidence)
+    for ((mode, arm), _), one in zip(pairs, between, strict=True):
+        said = asdict(one.estimate) | {"p_corrected": one.p_corrected, "verdict": one.verdict}
+        rows.append(ComparisonRow("difference", mode, arm, reference, **said))
     return Comparison(
         title=config.run.name,
-        metric=config.metric,
+        metric=metric,
         confidence=confidence,
-        num_subjects=len(any_mode.is_case),
-        num_cases=int(any_mode.is_case.sum()),
+        num_subjects=len(first.trained.subjects),
         num_encoders=len(arms[reference]),
         num_seeds=len(config.seeds),
         rows=rows,
-        cells=[(cell.mode, cell.arm, cell.encoder, cell.seed, own_metric(config, one)) for cell, one in found.items()],
+        cells=[
+            (cell.mode, cell.arm, cell.encoder, cell.seed, metric.value(one.trained)) for cell, one in found.items()
+        ],
     )
-
-
-def own_metric(config: CompareConfig, answer: Answer) -> float:
-    """The metric of one cell."""
-    scores = answer.scores[MODEL]
-    alone = Readings({MODEL: scores.values[None, None]}, scores.truth, scores.sites)
-    return float(resampled_metrics(alone, config.metric, _no_resamples(config))[MODEL][0, 0])
-
-
-def baseline_rows(config: CompareConfig, answer: Answer, spare: int) -> list[ComparisonRow]:
-    """What every arm is read against, from any cell: they know no encoder and no seed."""
-    rows = []
-    for name, scores in answer.scores.items():
-        if name != MODEL:
-            alone = Readings({name: scores.values[None, None]}, scores.truth, scores.sites)
-            draws = resampled_metrics(alone, config.metric, config.bootstrap)[name]
-            own = estimate(draws, spare_subjects=spare, confidence=config.bootstrap.confidence, null=CHANCE)
-            rows.append(ComparisonRow("arm", "baseline", name, "", **asdict(own), p_corrected=own.p, verdict=""))
-    return rows
 
 
 def seen_by(arm: str, found: Mapping[Cell, Answer]) -> str:
@@ -182,18 +150,15 @@ def seen_by(arm: str, found: Mapping[Cell, Answer]) -> str:
     return "" if is_known else "NOT KNOWN whether its encoder saw test subjects"
 
 
-def _no_resamples(config: CompareConfig) -> BootstrapConfig:
-    return BootstrapConfig(0, config.bootstrap.confidence, config.bootstrap.seed)
-
-
 def as_markdown(found: Comparison) -> str:
     """Both tables, with what they were made from and how to read them."""
     per_cent = f"{found.confidence:.0%}"
     lines = [
         f"# {found.title}",
         "",
-        f"{found.metric} on {found.num_subjects} test subjects ({found.num_cases} cases), {found.num_encoders} "
-        f"pretraining and {found.num_seeds} fine-tuning seeds an arm, {per_cent} intervals over seeds and subjects.",
+        f"{found.metric.title} ({found.metric.best_is} is best) on {found.num_subjects} test subjects, "
+        f"{found.num_encoders} pretraining and {found.num_seeds} fine-tuning seeds per arm, {per_cent} intervals over "
+        "seeds and subjects.",
         "",
         "| mode | arm | estimate | |",
         "|---|---|---|---|",
@@ -225,7 +190,7 @@ def write(found: Comparison, folder: Path) -> None:
     (folder / "comparison.csv").write_text(
         _table(list(rows[0]), [list(row.values()) for row in rows]), encoding="utf-8"
     )
-    header = ["mode", "arm", "encoder", "seed", found.metric]
+    header = ["mode", "arm", "encoder", "seed", found.metric.name]
     (folder / "cells.csv").write_text(_table(header, [list(cell) for cell in found.cells]), encoding="utf-8")
     (folder / "comparison.md").write_text(as_markdown(found), encoding="utf-8")
     (folder / "comparison.png").write_bytes(draw(found))
@@ -277,8 +242,9 @@ def draw(found: Comparison) -> bytes:
         for mode, arm, _, _, value in found.cells:
             position = next(index for index, row in enumerate(arms) if (row.mode, row.arm) == (mode, arm))
             left.plot(value, position - 0.25, ".", color=colour_of[mode], alpha=0.5, markersize=4)
-        left.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-        left.set_xlabel(f"{found.metric.replace('_', ' ')}, {found.num_subjects} test subjects")
+        if found.metric.chance is not None:
+            left.axvline(found.metric.chance, color=GREY, linewidth=0.8, linestyle=":")
+        left.set_xlabel(f"{found.metric.title}, {found.num_subjects} test subjects")
         _intervals(right, pairs, [f"{row.arm} - {row.reference} ({row.mode})" for row in pairs], colour_of)
         right.axvline(0.0, color=GREY, linewidth=0.8)
         right.set_xlabel(f"paired difference, {found.confidence:.0%} interval")

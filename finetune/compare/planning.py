@@ -13,10 +13,9 @@ from data_sharding.read.reader import open_set
 from finetune import planning
 from finetune.backbone import fetch_backbone
 from finetune.compare.cells import arms_of, cell_config, cells_of, runs_of, slug
-from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, read_answer, write
-from finetune.compare.paired import Metric
+from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, metric_of, read_answer, write
 from finetune.config import CompareConfig, FinetuneConfig
-from finetune.tasks import parse_task
+from finetune.tasks import parse_task, task_module
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.study import Config
 from training.grid import is_finished, run_all
@@ -26,7 +25,7 @@ from training.registry.seen_subjects import overlap
 def run(config: CompareConfig) -> None:
     runs = runs_of(config)
     run_all([*runs.values()])
-    found = compare(config, {cell: read_answer(store_for(each.folder)) for cell, each in runs.items()})
+    found = compare(config, {cell: read_answer(store_for(each.folder), config) for cell, each in runs.items()})
     folder = Path(config.run.scratch) / f"{slug(config.run.name)}-comparison"
     write(found, folder)
     store = store_for(config.run.folder)
@@ -44,12 +43,20 @@ def validate(config: CompareConfig) -> list[str]:
     first_of = {cell.encoder: cell for cell in reversed(cells_of(config))}
     for cell in first_of.values():
         run_config = cell_config(config, cell)
-        found = planning.validate(run_config)
+        found = planning.validate(run_config) or metric_problems(config)
         if not found:
             tested, labels = tested_subjects(run_config)
-            found = overlap_problems(run_config) + pair_problems(config.metric, *labels.rows(tested))
+            found = overlap_problems(run_config) + pair_problems(metric_of(config).name, *labels.rows(tested))
         problems += found
     return list(dict.fromkeys(problems))
+
+
+def metric_problems(config: CompareConfig) -> list[str]:
+    """A metric that the task does not declare."""
+    declared = [metric.name for metric in task_module(config.task).metrics(config)]
+    if config.metric in ("first", *declared):
+        return []
+    return [f"metric: {config.metric} is none of the task's {', '.join(declared)}; name one of them, or 'first'"]
 
 
 def arm_problems(config: CompareConfig) -> list[str]:
@@ -83,7 +90,7 @@ def tested_subjects(config: FinetuneConfig) -> tuple[list[str], Labels]:
     return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.truth_of.keys()), labels
 
 
-def pair_problems(metric: Metric, is_case: np.ndarray, sites: np.ndarray) -> list[str]:
+def pair_problems(metric: str, is_case: np.ndarray, sites: np.ndarray) -> list[str]:
     """A metric of pairs within sites, where no site of the test split has such a pair."""
     if metric != "within_site_auroc" or set(sites[is_case]) & set(sites[~is_case]):
         return []

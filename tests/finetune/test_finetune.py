@@ -139,7 +139,7 @@ def test_every_number_of_the_report_is_there_beside_its_baselines(place: Place, 
 
 def test_registered_classifier_gives_the_original_files_the_scores_of_the_report(place: Place, numbers: dict) -> None:
     with (place.folder / "run" / "scores.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["classifier"] == "fine-tuned model"]
+        rows = [row for row in csv.DictReader(file) if row["model"] == "fine-tuned model"]
     config = PredictConfig(
         registered_model=numbers["registered"][0],
         scans=[str(place.scans / f"sub-{row['subject']}") for row in rows],
@@ -148,7 +148,7 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
         out=str(place.folder / "predictions.csv"),
     )
     taken = replace(config, out=f"{place.folder}/run/scores.csv/x.csv")
-    assert predict_problems(taken) == [f"out: {Path(taken.out).parent} is a file; give another location"]
+    assert predict_problems(taken) == [f"out: {taken.out} cannot be a file there; give another place"]
     assert predict_problems(config) == []
     answers = predict(config)
     expected = 1 / (1 + np.exp(-np.array([float(row["score"]) for row in rows])))

@@ -43,9 +43,11 @@ def test_age_is_predicted_from_command_line_to_registered_model(place: Place) ->
     numbers = train(config)
     assert list(numbers["models"]) == ["fine-tuned model", "connectivity + ridge", "site alone"]
     assert numbers["registered"][0] == "finetune-age@candidate"
+    assert numbers["verdict"].startswith("The fine-tuned model is ")
+    assert " connectivity + ridge: difference " in numbers["verdict"]
     assert "R² about the training mean" in summary(numbers, folder="age")
     with (place.folder / "age/scores.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["classifier"] == "fine-tuned model"]
+        rows = [row for row in csv.DictReader(file) if row["model"] == "fine-tuned model"]
     ages = pd.read_csv(place.scans / "participants.tsv", sep="\t", dtype={"participant_id": str})
     age_of = {name.removeprefix("sub-"): age for name, age in zip(ages["participant_id"], ages["age"], strict=True)}
     assert [float(row["truth"]) for row in rows] == pytest.approx([age_of[row["subject"]] for row in rows])

@@ -5,6 +5,7 @@ down. Reading order: labels.py, task.py, outcomes.py, study.py.
 """
 
 from finetune.tasks.subject_prediction.planning import metrics, open_study, plan, validate
+from finetune.tasks.subject_prediction.scores import read_scores
 from finetune.tasks.subject_prediction.study import Config
 
-__all__ = ["Config", "metrics", "open_study", "plan", "validate"]
+__all__ = ["Config", "metrics", "open_study", "plan", "read_scores", "validate"]

@@ -36,7 +36,6 @@ class ClassOutcome(nn.Module):
 
     metrics: tuple[Metric, ...] = CLASS_METRICS
     baseline_name = "connectivity + logistic"
-    truth_column = "is_case"  # of scores.csv
     model_kind = "run_classifier"  # of the registered model
     class_weights: Tensor
 
@@ -107,7 +106,6 @@ class ValueOutcome(nn.Module):
 
     metrics: tuple[Metric, ...] = VALUE_METRICS
     baseline_name = "connectivity + ridge"
-    truth_column = "truth"
     model_kind = "run_regressor"
 
     def __init__(self, label: ValueLabel, labels: Labels, train_subjects: Sequence[str]) -> None:

@@ -5,6 +5,9 @@ Thresholds are chosen elsewhere than on the split that is reported.
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +19,7 @@ from training.statistics import BootstrapConfig, Interval, Metric, joined_strata
 
 @dataclass(frozen=True)
 class Scores:
-    """One row per subject. `truth` is True for a case, or the subject's value.
+    """One row per subject. `truth` is True (or 1) for a case, or the subject's value.
 
     `values` rise with the probability of being a case, or are predicted values. `reference` is the score above which a
     subject is called a case, or the mean of the training subjects' values.
@@ -54,26 +57,59 @@ def subject_scores(values: np.ndarray, subjects: list[str], *, truth: np.ndarray
     return Scores(tuple(names.tolist()), means, truth[first], np.asarray(sites)[first])
 
 
+def scores_table(models: Mapping[str, Scores]) -> str:
+    """scores.csv: one line per model and subject, so that every number of the report can be computed again."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")  # which quotes a site's name with a comma
+    writer.writerow(["model", "subject", "site", "truth", "score", "reference"])
+    for name, scores in models.items():
+        for subject, site, *numbers in zip(
+            scores.subjects, scores.sites, scores.truth.tolist(), scores.values, strict=True
+        ):
+            writer.writerow([name, subject, site, *(f"{number:.8g}" for number in (*numbers, scores.reference))])
+    return text.getvalue()
+
+
+def read_scores(text: str) -> dict[str, Scores]:
+    """The scores of every model of scores.csv, the trained one first; a class is 1 or 0."""
+    models: dict[str, list[dict[str, str]]] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        models.setdefault(row["model"], []).append(row)
+    return {
+        name: Scores(
+            tuple(row["subject"] for row in rows),
+            np.array([float(row["score"]) for row in rows]),
+            np.array([float(row["truth"]) for row in rows]),
+            np.array([row["site"] for row in rows]),
+            float(rows[0]["reference"]),
+        )
+        for name, rows in models.items()
+    }
+
+
 def auroc(scores: Scores, weights: np.ndarray) -> np.ndarray:
     """Share of (case, control) pairs in which the case scores higher, ties counted half; NaN without such pairs."""
-    return _ratio(*_won_pairs(scores.values, scores.truth, weights))
+    return _share_won(scores, np.zeros(len(scores.sites)), weights)
 
 
 def within_site_auroc(scores: Scores, weights: np.ndarray) -> np.ndarray:
     """The same share over pairs of one site only, pooled over sites: what site differences alone cannot raise."""
-    sites = [scores.sites == site for site in np.unique(scores.sites)]
-    of_sites = [_won_pairs(scores.values[here], scores.truth[here], weights[:, here]) for here in sites]
-    return _ratio(*np.sum(of_sites, axis=0))
+    return _share_won(scores, scores.sites, weights)
 
 
-def _won_pairs(values: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weight [draw] of the pairs that a case wins, and of all pairs; from sums by level, so no pair is held."""
-    levels, order = np.unique(values, return_index=True)[0], np.argsort(values, kind="stable")
-    starts = np.searchsorted(values[order], levels)
-    is_case = truth.astype(bool)[order]
-    cases, controls = (np.add.reduceat(weights[:, order] * of, starts, axis=1) for of in (is_case, ~is_case))
-    below = controls.cumsum(axis=1) - controls / 2
-    return (cases * below).sum(axis=1), cases.sum(axis=1) * controls.sum(axis=1)
+def _share_won(scores: Scores, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The share [draw] of pairs inside groups, from sums over equal scores of a group: no pair is held."""
+    _, groups = np.unique(groups, return_inverse=True)
+    order = np.lexsort((scores.values, groups))
+    is_case, weights = scores.truth.astype(bool)[order], weights[:, order]
+    is_new_group = np.diff(groups[order], prepend=-1) != 0
+    is_new_level = is_new_group | (np.diff(scores.values[order], prepend=np.nan) != 0)
+    levels, of_groups = np.flatnonzero(is_new_level), np.flatnonzero(is_new_group[is_new_level])
+    cases, controls = (np.add.reduceat(weights * of, levels, axis=1) for of in (is_case, ~is_case))
+    group_cases, group_controls = (np.add.reduceat(each, of_groups, axis=1) for each in (cases, controls))
+    below = cases * (controls.cumsum(axis=1) - controls / 2)  # in the groups before as well
+    before = group_cases * (group_controls.cumsum(axis=1) - group_controls)
+    return _ratio(below.sum(axis=1) - before.sum(axis=1), (group_cases * group_controls).sum(axis=1))
 
 
 def balanced_accuracy(scores: Scores, weights: np.ndarray) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,7 @@ from finetune.tasks.subject_prediction.connectomes import read_connectomes
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, ValueLabel
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, Outcome, ValueOutcome
 from finetune.tasks.subject_prediction.probe import ProbeConfig, ProbeResult, start_head
-from finetune.tasks.subject_prediction.scores import Scores, intervals
+from finetune.tasks.subject_prediction.scores import Scores, intervals, scores_table
 from finetune.tasks.subject_prediction.task import SubjectPrediction, build_model
 from reports.page import Notice
 from training.collectives import this_process
@@ -31,6 +29,7 @@ from training.engine.base import own_device
 from training.evaluation import Evaluation
 from training.loop import FitResult
 from training.registry.promotion import ChampionConfig
+from training.statistics import paired_verdict
 from training.study import Conclusion, Model
 from training.task import Task
 from training.unfreezing import UnfreezingConfig
@@ -155,8 +154,10 @@ class SubjectStudy:
             "phantom" in text.lower() for text in [self.shard_set.manifest.name, *self.shard_set.manifest.notes]
         )
         metric = self.outcome.metrics[0]
+        draws = {name: metric.draws(scores, self.run.bootstrap) for name, scores in of_models.items()}
+        compared = paired_verdict(metric, draws, self.run.bootstrap.confidence)
         return Conclusion(
-            verdict=f"{metric.title} on {len(trained['test'].subjects)} test subjects: "
+            verdict=f"The {MODEL} is {compared}. {metric.title} on {len(trained['test'].subjects)} test subjects: "
             + ", ".join(f"{name} {model.intervals[metric.name]}" for name, model in models.items())
             + ".",
             metrics={metric.name: metric.title for metric in self.outcome.metrics},
@@ -165,7 +166,7 @@ class SubjectStudy:
             notices=phantom_notices() if is_phantom else [],
             sections=self.outcome.sections(of_models, first.details),
             numbers={"is_phantom": is_phantom},
-            files={"scores.csv": scores_table(of_models, truth_column=self.outcome.truth_column)},
+            files={"scores.csv": scores_table(of_models)},
             marks=self.marks(result.step),
             lineage=self._counts(),
         )
@@ -210,19 +211,6 @@ def make_outcome(config: Config, labels: Labels, train_subjects: Sequence[str]) 
     if isinstance(config.label, ClassLabel):
         return ClassOutcome(config.label, labels, train_subjects, is_balanced=config.balance_classes)
     return ValueOutcome(config.label, labels, train_subjects)
-
-
-def scores_table(models: Mapping[str, Scores], *, truth_column: str) -> str:
-    """scores.csv: one line per subject and model, so that every number of the page can be computed again."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")  # which quotes a site's name with a comma
-    writer.writerow(["classifier", "subject", "site", truth_column, "score"])
-    for name, scores in models.items():
-        for subject, site, truth, value in zip(
-            scores.subjects, scores.sites, scores.truth.tolist(), scores.values, strict=True
-        ):
-            writer.writerow([name, subject, site, f"{truth:.8g}", f"{value:.8g}"])
-    return text.getvalue()
 
 
 def phantom_notices() -> list[Notice]:

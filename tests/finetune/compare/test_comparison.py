@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from cluster.storage.stores import LocalStore
 from configs.entry import compose
 from configs.parse import parse
 from finetune import planning
 from finetune.compare.cells import Cell, arms_of, cell_config, cells_of
-from finetune.compare.comparison import Answer, Comparison, as_markdown, compare, draw, readings
-from finetune.compare.planning import pair_problems
+from finetune.compare.comparison import Answer, Comparison, as_markdown, compare, draw, metric_of, read_answer, readings
+from finetune.compare.planning import metric_problems, pair_problems
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
-from finetune.tasks.subject_prediction.scores import CLASS_METRICS, Scores
+from finetune.tasks.subject_prediction.scores import CLASS_METRICS, Scores, scores_table
 from finetune.tasks.subject_prediction.study import MODEL
 from training.checkpoint import file_sha256
 from training.errors import TrainingError
@@ -59,13 +61,12 @@ def found() -> Comparison:
 def test_units_are_encoders_where_an_arm_has_several_and_seeds_where_it_has_one() -> None:
     several = make_config()
     answers = make_answers(several, dict.fromkeys(arms_of(several), 1.0))
-    table = readings(answers, "full").values["region"]
-    assert table.shape == (2, 3, NUM_SUBJECTS)
-    expected = answers[Cell("region", 1, "g1@x", "full", 5)].scores[MODEL].values
-    np.testing.assert_array_equal(table[1, 2], expected)
+    table = readings(answers, "full")["region"]
+    assert [len(repeats) for repeats in table] == [3, 3]
+    assert table[1][2] is answers[Cell("region", 1, "g1@x", "full", 5)].trained
     one = make_config(encoders="[a@x,b@x]")
-    table = readings(make_answers(one, dict.fromkeys(arms_of(one), 1.0)), "probe").values["b@x"]
-    assert table.shape == (3, 1, NUM_SUBJECTS)
+    table = readings(make_answers(one, dict.fromkeys(arms_of(one), 1.0)), "probe")["b@x"]
+    assert [len(repeats) for repeats in table] == [1, 1, 1]
 
 
 def test_a_cell_differs_from_another_only_by_encoder_seed_mode_and_place() -> None:
@@ -112,6 +113,57 @@ def test_an_encoder_that_does_not_say_whom_it_saw_is_marked_in_its_row(found: Co
     assert marks["probe", "tube"] == "NOT KNOWN whether its encoder saw test subjects"
     assert marks["probe", "random"] == ""
     assert "| probe | tube |" in as_markdown(found)
+
+
+def test_arms_of_a_value_task_are_compared_from_their_score_tables_by_hand(tmp_path: Path) -> None:
+    age = ["~task.label", "+task.label={column: age, unit: years}"]
+    config = make_config(*age, "metric=mean_absolute_error", "seeds=[0]", encoders="[near@x,far@x]")
+    error_of = {"near@x": [1, -1, 2, -2], "far@x": [5, -5, 6, -6]}  # years
+    answers = {}
+    for number, cell in enumerate(cells_of(config)):
+        store = LocalStore(tmp_path / str(number))
+        tables = {MODEL: ages(error_of[cell.arm]), "site alone": ages([10, -10, 10, -10])}
+        store.put("scores.csv", scores_table(tables).encode())
+        store.put("metrics.json", json.dumps({"overlap": []}).encode())
+        answers[cell] = read_answer(store, config)
+    found = compare(config, answers)
+    rows = {(row.kind, row.mode, row.arm): row for row in found.rows}
+    assert {arm: rows["arm", "full", arm].value for arm in error_of} == {"near@x": 1.5, "far@x": 5.5}
+    assert rows["arm", "baseline", "site alone"].value == 10
+    assert np.isnan(rows["arm", "full", "near@x"].p)  # there is no chance level of an error
+    difference = rows["difference", "full", "far@x"]
+    assert (difference.value, difference.low, difference.high) == (4.0, 4.0, 4.0)  # of every subject
+    assert difference.verdict.startswith("no difference shown: nothing varies")
+    assert "mean absolute error (lowest is best) on 4 test subjects" in as_markdown(found)
+    assert draw(found).startswith(b"\x89PNG")
+
+
+def test_a_lower_error_is_better() -> None:
+    age = ["~task.label", "+task.label={column: age, unit: years}"]
+    config = make_config(*age, "metric=mean_absolute_error", encoders="[far@x,near@x]")
+    size = {"far@x": 6.0, "near@x": 1.0}
+
+    def answer(cell: Cell) -> Answer:
+        generator = np.random.default_rng([cell.seed, len(cell.arm)])
+        return Answer({MODEL: ages(size[cell.arm] + generator.normal(size=40))}, 0)
+
+    found = compare(config, {cell: answer(cell) for cell in cells_of(config)})
+    rows = [row for row in found.rows if row.kind == "difference"]
+    assert [row.verdict.split(" by ")[0] for row in rows] == ["better", "better"]
+    assert rows[0].value == pytest.approx(1.17 - 6, abs=0.3)  # the mean of |1 + noise|, less that of |6 + noise|
+
+
+def ages(errors: Sequence[float] | np.ndarray) -> Scores:
+    truth = 30.0 + np.arange(len(errors))
+    names = tuple(f"s{index:02d}" for index in range(len(errors)))
+    return Scores(names, truth + np.asarray(errors), truth, np.full(len(errors), "a"), reference=31.5)
+
+
+def test_a_metric_that_the_task_does_not_declare_is_refused() -> None:
+    (problem,) = metric_problems(make_config("metric=r2"))
+    assert problem.startswith("metric: r2 is none of the task's within_site_auroc, auroc, balanced_accuracy; name one")
+    assert metric_problems(make_config("metric=auroc")) == []
+    assert metric_of(make_config()).name == "within_site_auroc"
 
 
 def test_the_figure_is_a_picture_and_the_same_bytes_every_time(found: Comparison) -> None:

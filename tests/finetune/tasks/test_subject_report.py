@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from cluster.storage.stores import LocalStore
-from finetune.compare.comparison import read_answer
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, ValueLabel
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, ValueOutcome
-from finetune.tasks.subject_prediction.scores import Scores, intervals
-from finetune.tasks.subject_prediction.study import MODEL, scores_table
+from finetune.tasks.subject_prediction.scores import Scores, intervals, read_scores, scores_table
+from finetune.tasks.subject_prediction.study import MODEL
 from reports.page import Page, render
 from training.statistics import BootstrapConfig
 from training.study import Conclusion, Model, model_numbers, results_section, seen_notice, without_nan
@@ -65,18 +60,19 @@ def test_page_needs_no_other_file_escapes_names_and_is_the_same_every_time(score
     assert text == page(scores)
 
 
-def test_scores_are_read_back_by_a_comparison_also_where_a_sites_name_has_a_comma(
-    scores: Scores, tmp_path: Path
-) -> None:
+def test_scores_are_read_back_as_they_were_also_where_a_sites_name_has_a_comma(scores: Scores) -> None:
     sites = np.repeat(["New York, NYU", 'the "old" scanner', "west"], 10)
     with_commas = Scores(NAMES, scores.values, scores.truth, sites, reference=0.5)
-    (tmp_path / "scores.csv").write_text(scores_table({MODEL: with_commas}, truth_column="is_case"))
-    (tmp_path / "metrics.json").write_text(json.dumps({"models": {MODEL: {"threshold": 0.5}}, "overlap": []}))
-    found = read_answer(LocalStore(str(tmp_path))).scores[MODEL]
-    assert found.sites.tolist() == sites.tolist()
+    text = scores_table({MODEL: with_commas, "site alone": scores})
+    assert len(text.splitlines()) == 61
+    read = read_scores(text)
+    assert list(read) == [MODEL, "site alone"]
+    found = read[MODEL]
+    assert (found.subjects, found.sites.tolist(), found.reference) == (NAMES, sites.tolist(), 0.5)
     assert found.truth.tolist() == scores.truth.tolist()
-    np.testing.assert_allclose(found.values, scores.values - 0.5, atol=1e-6)
-    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 31
+    np.testing.assert_allclose(found.values, scores.values, atol=1e-6)
+    for metric in CLASSES.metrics:
+        assert metric.value(found) == metric.value(with_commas)
 
 
 def test_an_overlap_with_pretraining_is_an_alarm_and_ignorance_of_it_a_warning() -> None:
