@@ -174,10 +174,7 @@ class BrainEncoder(nn.Module):
         )
 
     def forward(
-        self,
-        features: Float[Tensor, "batch token feature"],
-        positions: Float[Tensor, "batch token 4"],
-        name: StemName,
+        self, features: Float[Tensor, "batch token feature"], positions: Float[Tensor, "batch token 4"], name: StemName
     ) -> Float[Tensor, "batch token width"]:
         """Returns the encoded tokens; the caller chooses which are visible."""
         tokens = self.stem(name).project(features) + self.embed_position(positions)

@@ -233,9 +233,7 @@ def standardise_t1(packed: PackedScan) -> StandardisedT1:
     return StandardisedT1(values.astype(np.float16), mean, std)
 
 
-def dequantise(
-    quantised: Int8[np.ndarray, "*shape"] | Float16[np.ndarray, "*shape"],
-) -> Float32[np.ndarray, "*shape"]:
+def dequantise(quantised: Int8[np.ndarray, "*shape"] | Float16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
     """Returns values in robust units; 0.0 where not measured."""
     if quantised.dtype == np.float16:
         return np.nan_to_num(quantised.astype(np.float32))

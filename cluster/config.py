@@ -45,6 +45,11 @@ def validate_cluster(config: ClusterConfig, key: str) -> list[str]:
         problems.append(f"{key}.num_workers: {config.num_workers} with kind=inline; use 1, or cluster=local")
     if config.min_workers is not None and not 1 <= config.min_workers <= config.num_workers:
         problems.append(f"{key}.min_workers: {config.min_workers}; must lie in 1..{key}.num_workers, or be null")
+    if config.use_gpu and config.kind != "ray" and (num_gpus := gpus_here()) < config.num_workers:
+        problems.append(
+            f"{key}.use_gpu: {config.num_workers} workers need a GPU each, this machine shows {num_gpus}; lower "
+            f"{key}.num_workers, or use {key}.use_gpu=false or cluster=ray"
+        )
     if config.cpus_per_worker < 1:
         problems.append(f"{key}.cpus_per_worker: {config.cpus_per_worker}; give at least 1")
     if config.max_failures < -1:
@@ -52,3 +57,10 @@ def validate_cluster(config: ClusterConfig, key: str) -> list[str]:
     if config.start_timeout_s <= 0 or config.collective_timeout_s <= 0:
         problems.append(f"{key}: start_timeout_s and collective_timeout_s must be above 0")
     return problems
+
+
+def gpus_here() -> int:
+    """The GPUs that torch finds on this machine."""
+    import torch
+
+    return torch.cuda.device_count()

@@ -28,6 +28,9 @@ FLAGS = {
     "--show": "print the composed configuration as YAML",
 }
 
+# What other projects call a key.
+SYNONYMS = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "epochs": "steps", "gpus": "num_workers"}
+
 
 @dataclass(frozen=True)
 class Command(Generic[Schema]):
@@ -68,6 +71,7 @@ def main(
         if "--plan" in flags:
             print(this.plan(config))
         elif "--validate" in flags:
+            this.plan(config)  # opens what the run would read
             print(f"python -m {name}: the configuration is valid")
         else:
             sys.exit(this.run(config))
@@ -118,7 +122,7 @@ def combinations(overrides: list[str]) -> list[list[str]]:
     choices = [
         [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
         if each.is_sweep_override()
-        else [each.input_line]
+        else [str(each.input_line)]
         for each in parsed
     ]
     return [list(each) for each in itertools.product(*choices)]
@@ -183,6 +187,8 @@ def _explain(error: Exception, name: str) -> str:
 def _suggestion(key: str, name: str) -> str:
     groups = [folder.name for folder in Path(__file__).parent.iterdir() if any(folder.glob("*.yaml"))]
     known = [dotted for dotted in _dotted(compose(name, [])) if dotted != key] + groups
+    *group, last = key.split(".")
+    key = ".".join([*group, SYNONYMS.get(last, last)])
     same_end = [dotted for dotted in known if dotted.endswith(f".{key}") or key.endswith(f".{dotted}")]
     close = same_end or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     return f", did you mean {' or '.join(close)}?" if close else ""

@@ -25,7 +25,8 @@ class ConfigError(UserError):
 def parse(raw: Mapping[str, Any], schema: type[Schema]) -> Schema:
     """Returns an instance of the dataclass `schema` filled from `raw`.
 
-    An int is accepted where a float is expected; nothing else is converted. Raises ConfigError naming all problems.
+    A schema may offer `missing(raw)`, which returns the problems of keys that are required together. An int is accepted
+    where a float is expected; nothing else is converted. Raises ConfigError naming all problems.
     """
     problems: list[str] = []
     value = _parse_dataclass(raw, schema, key="", problems=problems)
@@ -70,6 +71,8 @@ def _parse_dataclass(raw: Any, schema: Any, *, key: str, problems: list[str]) ->
     for name in raw:
         if name not in fields:
             problems.append(f"{_join(key, name)}: unknown key{_suggestion(str(name), list(fields), key)}")
+    if hasattr(schema, "missing"):
+        problems += schema.missing(raw)
     values = {}
     for name, field in fields.items():
         full = _join(key, name)

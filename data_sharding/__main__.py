@@ -10,6 +10,16 @@ Required: source.root=<folder of the scans>  out=<folder of the new set>
 Groups:   dataset=bids|adhd200|mica_mics|hcp_motor|algonauts2023 (docs/datasets.md)
           space=mni2|mni3|mni4|mni6|mni12|t1_cube128|fsaverage5|fslr32k|algonauts2023
           registration=none|affine|nonlinear  cluster=local|ray
+
+Often changed:
+  source.kinds=[bold,t1]               which scans are taken
+  atlas=template                       or aal3, a label NIfTI, a list of them, null
+  splits.rule=threshold                how subjects are divided into train, validation and test
+  preprocessing.cleaning.*             confounds, filter, censoring of runs
+  acceptance.min_frames=16             and the other limits of what is accepted
+  storage.bold_type=int8               or float16
+  privacy.key_file=<file>              pseudonyms instead of subject ids
+  cluster.num_workers=2                processes that pack
 """
 
 from configs.entry import Command, main

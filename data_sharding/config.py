@@ -8,6 +8,7 @@ from brain_models.recipe import BoldType, CleaningConfig, UnknownOrientation, va
 from brain_models.space import CubeSpaceConfig, SpaceConfig
 from brain_models.surfaces import SurfaceSpaceConfig
 from cluster.config import ClusterConfig, validate_cluster
+from cluster.storage.files import folder_problems
 from data_sharding.registration.config import RegistrationConfig, validate_registration
 from data_sharding.sources import SourceConfig, validate_source
 from data_sharding.sources.privacy import PrivacyConfig, validate_privacy
@@ -84,7 +85,8 @@ def atlas_choices(config: ShardingConfig) -> list[str]:
 
 def validate_config(config: ShardingConfig) -> list[str]:
     """All problems that need no scan: each names its key and what to give instead."""
-    problems = validate_cluster(config.cluster, "cluster") + validate_splits(config.splits)
+    problems = validate_cluster(config.cluster, "cluster") + folder_problems(config.out, "out")
+    problems += validate_splits(config.splits)
     if config.storage.chunk_frames < 1:
         problems.append(f"storage.chunk_frames: {config.storage.chunk_frames}; give at least 1 (64 suits most runs)")
     if config.storage.target_bytes < 1 << 16:

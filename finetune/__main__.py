@@ -10,6 +10,18 @@ Example (two workers on this machine, the shards of `python -m data_sharding`, t
 Required: shards=<shard set>  encoder=<models:/name@alias, or a bundle folder>  run.folder=<where the run lives>
 Groups:   task=adhd_classification  engine=plain|zero0..zero3  cluster=inline|local|ray  experiment=quick_adhd|demo_adhd
 
+Often changed:
+  train.steps=60                       optimizer steps
+  train.optimizer.learning_rate=0.0002   of the encoder; the head's is task.head_learning_rate_scale times it
+  task.label.column=diagnosis          the column of the participants' table that is predicted
+  task.num_windows=24                  windows of the backbone per prediction
+  task.unfreezing.first_layer_opens_at_step=20  null: the encoder stays frozen
+  data.batch_size=16                   runs per step, over all ranks
+  data.split.rule=set                  or fold, site, stratified, file: who is trained on and who is tested
+  bootstrap.num_resamples=2000         of the intervals
+  cluster.num_workers=2                ranks; with cluster.use_gpu=true a GPU each
+  train.tracking.uri=sqlite:///out/mlflow.db
+
 Run the same command again to resume. Results: <run.folder>/report.html, metrics.json (every number with its
 interval, beside the baselines), scores.csv and bundle/.
 Then ask the model about scans:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.config import Needs, validate_cluster
+from cluster.storage.files import folder_problems
 from data_sharding.read.shard_set import copied_index_bytes, open_set
 from data_sharding.schema import MANIFEST
 from data_sharding.splits import validate_splits
@@ -23,6 +24,7 @@ def validate(config: FinetuneConfig) -> list[str]:
     """All problems of a configuration, those that need the shard set and the backbone included."""
     problems = (
         validate_cluster(config.cluster, "cluster")
+        + folder_problems(config.run.folder, "run.folder")
         + validate_train(config.train, "train", num_workers=config.cluster.num_workers)
         + number_problems(config)
         + validate_splits(config.data.split, "data.split")

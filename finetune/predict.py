@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from brain_models import bids
 from brain_models.errors import ScanError
+from cluster.storage.files import folder_problems
 from configs.entry import Command, main
 from finetune.errors import FinetuneError
 
@@ -122,9 +123,9 @@ def validate(config: PredictConfig) -> list[str]:
         problems.append(str(error))
     if not config.out.endswith(".csv"):
         problems.append(f"out: {config.out}; give the name of a .csv file")
-    nearest = next(folder for folder in Path(config.out).absolute().parents if folder.exists())
-    if not nearest.is_dir() or Path(config.out).is_dir():
-        problems.append(f"out: {config.out} cannot be a file there; give another place")
+    if Path(config.out).is_dir():
+        problems.append(f"out: {config.out} is a folder; give the name of a .csv file")
+    problems += folder_problems(str(Path(config.out).parent), "out")
     return problems
 
 

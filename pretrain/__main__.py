@@ -12,6 +12,18 @@ Joint:    "sets={rest: {kind: bold, shards: <set>, weight: 0.7}, anat: {kind: t1
 Groups:   model=tiny|small|base|large  masking=region|random|tube|future  engine=plain|zero0..zero3
           cluster=inline|local|ray  experiment=quick_bold|demo_bold|demo_t1
 
+Often changed:
+  train.steps=20000                    optimizer steps
+  train.optimizer.learning_rate=0.0005 its peak; train.schedule.* is its course
+  data.batch_size=64                   windows per step, over all ranks
+  data.micro_batch_size=8              windows per forward pass of one rank: lower it when memory is short
+  data.num_workers=1                   loader processes per rank
+  windows.bold.window_frames=20        frames of one sample
+  masking.hidden_share=0.5             share of the brain that is hidden
+  cluster.num_workers=2                ranks; with cluster.use_gpu=true a GPU each
+  train.checkpoint.every_steps=1000    the most that a failure can cost
+  train.tracking.uri=sqlite:///out/mlflow.db
+
 Run the same command again to resume. Results: <run.folder>/metrics.json (r2 of hidden voxels about the training mean,
 beside the mean, neighbour, drift and ridge baselines) and <run.folder>/bundle.
 """

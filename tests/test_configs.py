@@ -1,5 +1,6 @@
 """Every shipped YAML composes; parse() reports every problem with its full key."""
 
+import functools
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 
 import configs
 from cluster.preflight import PreflightConfig
@@ -140,11 +142,25 @@ def without_required(composed: dict, schema: type) -> list[str]:
     return []
 
 
+@pytest.mark.parametrize(("name", "least"), [("pretrain", 10), ("finetune", 10), ("data_sharding", 7)])
+def test_help_lists_the_keys_that_people_change_with_their_values(name: str, least: int) -> None:
+    page = subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True, check=True).stdout
+    section = page.split("Often changed:\n")[1].split("\n\n")[0]
+    listed = dict(line.split()[0].split("=", 1) for line in section.splitlines() if "=" in line)
+    composed = compose(name, PARTS[name][1])
+    for key, shown in listed.items():
+        value = functools.reduce(lambda group, part: group[part], key.split("."), composed)
+        assert shown.startswith("<") or yaml.safe_load(shown) == value, (key, value)
+    assert len(listed) >= least
+
+
 def test_a_misspelt_override_is_refused_and_the_known_choices_are_named() -> None:
     for override, told in {
         "engine=zero9": "engine=zero9: unknown choice; choose one of plain, zero0, zero1, zero2, zero3;",
         "train.stepz=3": "train.stepz: unknown key, did you mean train.steps?;",
         "learning_rate=1": "learning_rate: unknown key, did you mean train.optimizer.learning_rate?;",
+        "lr=1": "lr: unknown key, did you mean train.optimizer.learning_rate?;",
+        "train.lr=1": "train.lr: unknown key, did you mean train.optimizer.learning_rate?;",
         "train.run.folder=a": "train.run.folder: unknown key, did you mean run.folder?;",
         "engin=zero2": "engin: unknown key, did you mean engine?;",
         "shards=~/brains": "shards=~/brains cannot be read as key=value; put a value with spaces",
@@ -240,3 +256,25 @@ def test_a_flag_nobody_knows_is_refused_and_an_error_that_is_not_for_users_keeps
     monkeypatch.setattr("sys.argv", ["x", "uri=a"])
     with pytest.raises(ValueError, match="invalid literal"):
         main("training.runs", "", lambda: Command(RunsConfig, lambda config: int(config.uri), str))
+
+
+def test_validate_finds_what_a_run_would_only_meet_later(tmp_path: Path) -> None:
+    def problems(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stdout + done.stderr
+        return done.stderr
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    no_scan = ["data_sharding", f"source.root={tmp_path}/empty", f"out={tmp_path}/set", "--validate"]
+    assert "empty: no scan found. Looked for sub-*" in problems(*no_scan)
+    assert not (tmp_path / "set").exists()
+    common = ["pretrain", f"shards={tmp_path}/set", f"run.folder={tmp_path}/file/run", "cluster.use_gpu=true"]
+    told = problems(*common, "kind=bold", "--validate")
+    assert f"run.folder: {tmp_path}/file is a file; give another location" in told
+    assert "cluster.use_gpu: 2 workers need a GPU each, this machine shows 0" in told
+    assert [line.split(":")[0] for line in problems("pretrain", "--validate").splitlines()[1:]] == [
+        "  - kind",
+        "  - shards",
+        "  - run.folder",
+    ]

@@ -88,8 +88,6 @@ def _protect_token() -> None:
 def _start_embedded_ray(cluster: ClusterConfig) -> None:
     import ray
 
-    if cluster.use_gpu:
-        _check_gpus(cluster)
     num_cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
     # No dashboard and no usage report: they cost seconds at start, and an embedded Ray lives as long as one command.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -112,17 +110,6 @@ def _start_embedded_ray(cluster: ClusterConfig) -> None:
                 ) from error
         else:
             return
-
-
-def _check_gpus(cluster: ClusterConfig) -> None:
-    """ClusterError where workers would wait for GPUs that this machine does not have."""
-    import torch
-
-    if (num_gpus := torch.cuda.device_count()) < cluster.num_workers:
-        raise ClusterError(
-            f"cluster.use_gpu=true: {cluster.num_workers} workers need a GPU each, this machine shows {num_gpus}; "
-            "lower cluster.num_workers, or use cluster.use_gpu=false or cluster=ray"
-        )
 
 
 def run_on_workers(

@@ -83,3 +83,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)  # otherwise a power cut may forget the new name though the bytes are on disk
     finally:
         os.close(descriptor)
+
+
+def folder_problems(location: str, key: str) -> list[str]:
+    """What keeps this user from writing to a local folder, which need not exist yet; nothing of other locations."""
+    if "://" in location:
+        return []
+    path = Path(location).absolute()
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        return [f"{key}: {nearest} is a file; give another location"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"{key}: {nearest} cannot be written; {ALLOW_WRITING}"]
+    return []

@@ -180,35 +180,20 @@ def worst_regions(shard_set: ShardSet) -> list[dict[str, Any]]:
 def mean_maps(shard_set: ShardSet) -> MeanMaps:
     """Averages over at most SCANS_IN_MEAN scans of each kind, chosen by hash: the same at every call."""
     runs, images = (_chosen(shard_set, kind) for kind in (schema.MEAN, schema.T1))
-    num_voxels = shard_set.space.num_voxels
-    bold, tsnr, t1 = (_Mean(num_voxels) for _ in range(3))
+    bold, tsnr = [], []
     scales = {row.key: row for row in shard_set.index[shard_set.index.kind == schema.SCALE].itertuples()}
     for row in runs.itertuples():
         mean, scale = _array(shard_set, row), _array(shard_set, scales[row.key])
         is_measured = scale > 0
-        bold.add(mean / np.median(mean[is_measured]), is_measured)
-        tsnr.add(mean / np.where(is_measured, scale, 1), is_measured)
-    for row in images.itertuples():
-        values = _array(shard_set, row).astype(np.float32)
-        t1.add(np.nan_to_num(values), np.isfinite(values))
-    return MeanMaps(bold.values(), tsnr.values(), t1.values(), len(runs), len(images))
+        bold.append(np.where(is_measured, mean / np.median(mean[is_measured]), np.nan))
+        tsnr.append(np.where(is_measured, mean / np.where(is_measured, scale, 1), np.nan))
+    t1 = [_array(shard_set, row).astype(np.float32) for row in images.itertuples()]
+    return MeanMaps(_mean(bold), _mean(tsnr), _mean(t1), len(runs), len(images))
 
 
-class _Mean:
-    """A mean per voxel over the scans that measured it."""
-
-    def __init__(self, num_voxels: int) -> None:
-        self.total = np.zeros(num_voxels)
-        self.count = np.zeros(num_voxels)
-
-    def add(self, values: np.ndarray, is_measured: np.ndarray) -> None:
-        self.total += np.where(is_measured, values, 0)
-        self.count += is_measured
-
-    def values(self) -> np.ndarray | None:
-        if not self.count.any():
-            return None
-        return np.where(self.count > 0, self.total / np.maximum(self.count, 1), np.nan)
+def _mean(maps: list[np.ndarray]) -> np.ndarray | None:
+    """The mean per voxel over the scans that measured it."""
+    return np.ma.masked_invalid(maps).mean(axis=0, dtype=np.float64).filled(np.nan) if maps else None
 
 
 def _chosen(shard_set: ShardSet, kind: str) -> pd.DataFrame:

@@ -8,13 +8,7 @@ import nibabel
 import numpy as np
 
 from data_sharding.phantoms.bids import FSLR_VERTICES, fslr_cortex
-from data_sharding.phantoms.fields import (
-    cifti_axis,
-    generator,
-    vertex_values,
-    write_cifti_series,
-    write_gifti_series,
-)
+from data_sharding.phantoms.fields import cifti_axis, generator, vertex_values, write_cifti_series, write_gifti_series
 
 NUM_FRAMES = 284
 REPETITION_TIME_S = 0.72

@@ -71,12 +71,7 @@ class ShardSet:
     """Manifest, space, subjects and index of one set; tables are read when first asked for."""
 
     def __init__(
-        self,
-        store: Store,
-        manifest: schema.Manifest,
-        *,
-        scratch: str | None = None,
-        split: ReadingSplit | None = None,
+        self, store: Store, manifest: schema.Manifest, *, scratch: str | None = None, split: ReadingSplit | None = None
     ) -> None:
         self.store = store
         self.scratch = scratch

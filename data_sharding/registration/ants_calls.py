@@ -95,12 +95,7 @@ def align(
 
 
 def deform(
-    fixed: Volume,
-    moving: Volume,
-    *,
-    start: Float64[np.ndarray, "4 4"],
-    compared: Bool[np.ndarray, "x y z"],
-    seed: int,
+    fixed: Volume, moving: Volume, *, start: Float64[np.ndarray, "4 4"], compared: Bool[np.ndarray, "x y z"], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns displacements [x, y, z, 3] in mm on a grid of `fixed`, and that grid's affine (SyN; Avants et al. 2008).
 

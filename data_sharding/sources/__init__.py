@@ -44,7 +44,7 @@ def find(source: SourceConfig, privacy: PrivacyConfig, space: BrainSpace, *, acc
         return contents
     shown = "\n".join(f"  {refusal.scan_id}: {refusal.reason}" for refusal in contents.refused[:REFUSALS_SHOWN])
     more = f"\n  and {len(contents.refused) - REFUSALS_SHOWN} more" if len(contents.refused) > REFUSALS_SHOWN else ""
-    raise SourceError(f"{source.root}: all {len(contents.refused)} scans were refused:\n{shown}{more}")
+    raise SourceError(f"{source.root}: every scan was refused ({len(contents.refused)}):\n{shown}{more}")
 
 
 def kinds_of_source() -> list[str]:

@@ -120,13 +120,17 @@ def _scan(image: Path, subject: str, files: dict[str, Path]) -> Scan:
 
 def _shape(path: Path) -> tuple[int, int]:
     """The shape of an array of responses, from its header."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise SourceError(f"{path}: not a readable .npy of numbers ({error}); fetch it again") from error
+    array = _mapped(path)
     if array.ndim != 2 or array.dtype.kind != "f":
         raise SourceError(f"{path}: {array.dtype} of shape {array.shape}, expected floats [image, vertex]")
     return array.shape
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise SourceError(f"{path}: not a readable .npy of numbers ({error}); fetch it again") from error
 
 
 def _num_vertices(space: BrainSpace, side: str) -> int:
@@ -142,10 +146,7 @@ def _atlas(folder: Path, roi_class: str, space: BrainSpace) -> Atlas:
     labels = []
     for side, short in SIDES.items():
         path = folder / f"{short}.{roi_class}_challenge_space.npy"
-        try:
-            values = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise SourceError(f"{path}: not a readable .npy of numbers ({error}); fetch it again") from error
+        values = _mapped(path)
         if values.shape != (_num_vertices(space, side),) or not np.array_equal(values, np.rint(values)):
             raise SourceError(f"{path}: {values.dtype} of shape {values.shape}, expected one whole number per vertex")
         labels.append(values.astype(np.int32))

@@ -5,6 +5,7 @@ Listed by bids2table. Entities stay text, as they are written in the file's name
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ RAW_SPACES = ("", "T1w", "orig", "native", "scanner", "boldref", "individual", "
 SAME_SCAN = ("echo", "part")  # files that differ in these, or in space, res, den, hemi, desc, are the same scan
 
 MISSING_VALUES = ["n/a", "N/A", "NA", "", "nan", "NaN"]
+
+logging.getLogger("bids2table").setLevel(logging.ERROR)  # warns of a folder without a description, which we read too
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,7 @@ from data_sharding.schema import Event, Refusal
 from data_sharding.sources import SourceConfig, bids, parse_options
 
 RUNS = "*/MNINonLinear/Results/tfMRI_MOTOR_*"
-MOVEMENTS = {
-    "cue": "cue",
-    "lf": "left_foot",
-    "lh": "left_hand",
-    "rf": "right_foot",
-    "rh": "right_hand",
-    "t": "tongue",
-}
+MOVEMENTS = {"cue": "cue", "lf": "left_foot", "lh": "left_hand", "rf": "right_foot", "rh": "right_hand", "t": "tongue"}
 
 
 @dataclass

@@ -55,8 +55,10 @@ _HELPERS: dict[str, Helper] = {}  # a worker process writes many shards of one s
 
 
 class Helper:
-    """A helper process for one set: `folder` holds its space, atlases and settings. Close it, and start it from a
-    thread that lives as long as it should."""
+    """A helper process for one set, started from a thread that lives as long as it should, and to be closed.
+
+    It has loaded `folder`, which holds the set's space, atlases and settings, and may then be deleted.
+    """
 
     def __init__(self, folder: Path, limits: LimitsConfig) -> None:
         self.limits = limits
@@ -66,11 +68,10 @@ class Helper:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
-
-    def wait_until_ready(self) -> None:
-        """Returns once the helper has loaded the folder, which may then be deleted."""
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
-        if self.process.stdout.readline() != READY:
+        self._tasks, self._outcomes = self.process.stdin, self.process.stdout
+        if self._outcomes.readline() != READY:
             raise ShardError(
                 f"the packing helper did not start (exit code {self.process.wait()}); its own error is above"
             )
@@ -88,16 +89,14 @@ class Helper:
 
     def _result(self, task: dict[str, Any], *, timeout_s: float) -> Outcome:
         """ShardError when nothing can be said about the scan: its source could not be reached, or the helper died."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         task |= {
             "memory_bytes": self.limits.memory_mb << 20,
             "timeout_s": timeout_s,
             "download_bytes": self.limits.download_mb << 20,
         }
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(task), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+            print(json.dumps(task), file=self._tasks, flush=True)
+        line = self._outcomes.readline()
         if not line:
             raise ShardError(
                 f"{task['path']}: the packing helper ended (exit code {self.process.wait()}); "
@@ -111,12 +110,10 @@ class Helper:
         return outcome
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self._tasks.close()
         self.process.wait()
-        self.process.stdout.close()
+        self._outcomes.close()
 
 
 def helper_for(store: Store, settings: PackSettings, limits: LimitsConfig) -> Helper:
@@ -132,7 +129,6 @@ def helper_for(store: Store, settings: PackSettings, limits: LimitsConfig) -> He
                 (Path(folder) / name).parent.mkdir(exist_ok=True)
                 (Path(folder) / name).write_bytes(data)
             helper = _HELPERS[key] = Helper(Path(folder), limits)
-            helper.wait_until_ready()
     return helper
 
 

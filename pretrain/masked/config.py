@@ -1,7 +1,8 @@
 """The schema of configs/pretrain.yaml: every value is in the YAML, none has a second default here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.config import ClusterConfig
 from configs.parse import FREE
@@ -12,6 +13,8 @@ from pretrain.masked.masked_set import LossConfig, WindowConfig
 from pretrain.masked.masking import MaskingConfig
 from pretrain.report.config import ReportConfig
 from training.config import RunConfig, TrainConfig
+
+REQUIRED = {"kind": "<bold|t1>", "shards": "<shard set>"}  # unless sets are given
 
 
 @dataclass
@@ -55,6 +58,12 @@ class PretrainConfig:
     train: TrainConfig
     register: RegisterConfig | None = field(metadata=FREE)  # null: the bundle is only written to the run folder
     cluster: ClusterConfig = field(metadata=FREE)
+
+    @staticmethod
+    def missing(raw: Mapping[str, Any]) -> list[str]:
+        """Keys that are required although they may be null; asked by configs.parse, which then reports all at once."""
+        absent = [key for key in REQUIRED if raw.get("sets") is None and raw.get(key) is None]
+        return [f"{key}: required; add {key}={REQUIRED[key]}, or give sets=... for a joint run" for key in absent]
 
     @property
     def named_sets(self) -> dict[str, SetConfig]:

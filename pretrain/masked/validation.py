@@ -8,6 +8,7 @@ from brain_models.encoder import TokenKind
 from brain_models.errors import SpaceError
 from cluster.config import validate_cluster
 from cluster.errors import StorageError
+from cluster.storage.files import folder_problems
 from cluster.storage.stores import store_for
 from data_sharding.errors import ShardError
 from data_sharding.read.shard_set import split_conflicts
@@ -22,7 +23,6 @@ from training.config import validate_train
 from training.errors import CheckpointError, RegistryError
 from training.registry import models as registry
 
-REQUIRED = {"kind": "<bold|t1>", "shards": "<shard set>"}
 SET_NAME = re.compile("[a-z][a-z0-9_]*")
 
 
@@ -30,6 +30,7 @@ def validate(config: PretrainConfig) -> list[str]:
     """All problems of a configuration, those that need the shard set included."""
     problems = (
         validate_cluster(config.cluster, "cluster")
+        + folder_problems(config.run.folder, "run.folder")
         + validate_train(config.train, "train", num_workers=config.cluster.num_workers)
         + number_problems(config)
         + validate_splits(config.data.split, "data.split")
@@ -53,11 +54,9 @@ def validate(config: PretrainConfig) -> list[str]:
 
 
 def naming_problems(config: PretrainConfig) -> list[str]:
-    """What is wrong with how the sets are given: kind and shards, or sets."""
+    """What is wrong with how the sets of a joint run are given."""
     if config.sets is None:
-        given = {"kind": config.kind, "shards": config.shards}
-        missing = [key for key, value in given.items() if value is None]
-        return [f"{key}: required; add {key}={REQUIRED[key]}, or give sets=... for a joint run" for key in missing]
+        return []
     problems = [
         f"windows.{name}: no set has this name; they are {', '.join(config.sets)}"
         for name in config.windows.keys() - {*get_args(TokenKind), *config.sets}

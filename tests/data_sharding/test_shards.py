@@ -282,7 +282,6 @@ def test_a_scan_that_takes_too_long_or_too_much_memory_is_refused(written: Shard
     (tmp_path / schema.SPACE).write_bytes((Path(written.out) / schema.SPACE).read_bytes())
     (tmp_path / SETTINGS).write_text(json.dumps(asdict(pack_settings(written, []))))
     with contextlib.closing(Helper(tmp_path, enough)) as helper:
-        helper.wait_until_ready()
         for limits, scan, reason in (
             (replace(enough, timeout_s=0.001), request, "took longer than limits.timeout_s allows (0.001 s)"),
             (replace(enough, memory_mb=50), liar, "needs more memory than limits.memory_mb allows"),

@@ -148,7 +148,7 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
         out=str(place.folder / "predictions.csv"),
     )
     taken = replace(config, out=f"{place.folder}/run/scores.csv/x.csv")
-    assert predict_problems(taken) == [f"out: {taken.out} cannot be a file there; give another place"]
+    assert predict_problems(taken) == [f"out: {Path(taken.out).parent} is a file; give another location"]
     assert predict_problems(config) == []
     answers = predict(config)
     expected = 1 / (1 + np.exp(-np.array([float(row["score"]) for row in rows])))

@@ -188,7 +188,9 @@ def test_nothing_found_says_what_was_looked_for_and_where(tmp_path: Path) -> Non
 
 def test_a_raw_space_scan_is_refused_with_a_hint(tmp_path: Path) -> None:
     save_nifti(tmp_path / "sub-01" / "func" / "sub-01_task-rest_bold.nii.gz", scan_values(0, 5))
-    with pytest.raises(SourceError, match=r"all 1 scans were refused[\s\S]*raw space[\s\S]*fMRIPrep --output-spaces"):
+    with pytest.raises(
+        SourceError, match=r"every scan was refused \(1\)[\s\S]*raw space[\s\S]*fMRIPrep --output-spaces"
+    ):
         volumes(tmp_path)
 
 

@@ -42,7 +42,6 @@ def helper(policy: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[He
     settings = pack_settings(replace(sharding_config(folder, folder / "out"), acceptance=loose), [])
     (folder / SETTINGS).write_text(json.dumps(asdict(settings)))
     with contextlib.closing(Helper(folder, LimitsConfig(memory_mb=300, timeout_s=20.0, download_mb=1))) as process:
-        process.wait_until_ready()
         yield process
 
 

@@ -272,7 +272,6 @@ def test_a_subject_trained_on_in_one_set_and_held_out_in_another_is_refused_by_n
         (["kind=bold"], "kind or shards are given as well"),
         (["sets.anat.weight=0"], "sets.anat.weight: 0.0; must be above 0"),
         (["+sets.t1={kind: bold, shards: a, weight: 1}"], "sets.t1: use small letters, digits and _"),
-        (["sets=null"], "kind: required; add kind=<bold|t1>, or give sets=... for a joint run"),
         (["train.start.checkpoint=nowhere/step-1"], "nowhere/step-1 has no COMMIT.json"),
         (
             ["train.start.registered=a@candidate", "train.tracking.uri=sqlite:///nowhere.db"],
