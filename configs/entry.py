@@ -95,7 +95,7 @@ def load(name: str, words: list[str]) -> tuple[Command, Any]:
     known = sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
     if name not in known:
         raise ConfigError(f"{name}: unknown command; choose one of {', '.join(known)}")
-    overrides, values = _split(words, getattr(_module(name), "POSITIONAL", ()))
+    overrides, values = _split(words, getattr(_module(name), "POSITIONAL", ()))  # as its call of main() says
     command = command_named(name)
     return command, _checked(command, compose(name, overrides) | values)
 

@@ -54,7 +54,7 @@ class GridRun:
     @functools.cached_property
     def needs(self) -> Needs:
         if (needs := command_named(self.part).needs) is None:
-            raise TrainingError(f"python -m {self.part} has no results of its own; a grid is of pretrain or finetune")
+            raise TrainingError(f"python -m {self.part} has no results of its own; run it without a grid")
         return needs(self.config)
 
     @property

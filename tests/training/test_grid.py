@@ -61,6 +61,11 @@ def test_a_result_of_inputs_that_were_written_anew_is_refused(tmp_path: Path) ->
         run_all([grid_run(tmp_path, 1)])
 
 
+def test_a_command_without_results_makes_no_grid() -> None:
+    with pytest.raises(TrainingError, match=r"training\.runs has no results of its own; run it without a grid"):
+        run_all([GridRun("training.runs", None)])
+
+
 def test_a_run_that_was_asked_to_stop_stops_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(part: str) -> None:
         raise StoppedError("step 3: stopped as asked")
