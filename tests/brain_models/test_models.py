@@ -244,19 +244,18 @@ def test_labels_beyond_127_survive_an_image_and_a_file(space: BrainSpace, tmp_pa
         atlas_from_image(tmp_path / "labels.nii.gz", _moved(space))
 
 
-def test_an_image_of_exactly_aal3s_labels_gets_its_groups_and_the_names_of_a_table(tmp_path: Path) -> None:
+def test_an_image_of_exactly_aal3s_labels_gets_its_groups(tmp_path: Path) -> None:
     cube = space_from_mask(np.ones((6, 6, 6), dtype=bool), GRID_AFFINE, name="cube", template="none")
     labels = np.array([label for label in range(1, 171) if label not in (35, 36, 81, 82)])
     image = np.zeros(216, dtype=np.uint8)
     image[:166] = labels
-    (tmp_path / "names.csv").write_text("label,name\n2,Precentral_R\n170,Raphe_M\n")
 
     def read(image: np.ndarray) -> Atlas:
         nibabel.save(nibabel.Nifti1Image(image.reshape(6, 6, 6), GRID_AFFINE), tmp_path / "AAL3.nii.gz")
-        return atlas_from_image(tmp_path / "AAL3.nii.gz", cube, tmp_path / "names.csv")
+        return atlas_from_image(tmp_path / "AAL3.nii.gz", cube)
 
     atlas = read(image)
-    assert [atlas.names[label] for label in (1, 2, 170)] == ["region 1", "Precentral_R", "Raphe_M"]
+    assert [atlas.names[label] for label in (1, 2, 170)] == ["region 1", "region 2", "region 170"]
     assert set(labels) == {label for group in atlas.groups.values() for label in group}
     assert atlas.groups["limbic"] == [*range(37, 47), *range(151, 157)]
     assert atlas.groups["basal_ganglia"] == [75, 76, 77, 78, 79, 80, 157, 158]
@@ -276,8 +275,6 @@ def test_an_image_of_exactly_aal3s_labels_gets_its_groups_and_the_names_of_a_tab
         (lambda space, path: BrainSpace.load(path / "text"), r"text is not a space\.npz .* write the shard set"),
         (lambda space, path: atlas_from_image(path / "shares.nii.gz", space), r"holds whole numbers >= 0; give"),
         (lambda space, path: atlas_from_image(path / "text", space), r"text: not a readable NIfTI volume"),
-        (lambda space, path: atlas_from_image(path / "labels.nii.gz", space, path / "text"),
-         r"expected columns label and name, got \['no', 'numbers'\]"),
         (lambda space, path: volume_space(SpaceConfig("x", "t", 0.0, "mni152", 0.0)), r"spacing_mm is 0\.0; give"),
         (lambda space, path: volume_space(SpaceConfig("x", "t", 12.0, str(path / "empty.nii.gz"), 0.0)),
          r"mask .*empty\.nii\.gz has no voxel on the 12\.0 mm grid"),
@@ -288,7 +285,7 @@ def test_a_space_an_atlas_or_a_layout_that_cannot_be_made_is_refused_with_what_t
 ) -> None:
     (tmp_path / "text").write_text("no,numbers\n1,2\n")
     shares = np.full(space.grid_shape, 0.5, dtype=np.float32)
-    for name, values in {"shares": shares, "labels": shares > 0, "empty": shares * 0}.items():
+    for name, values in {"shares": shares, "empty": shares * 0}.items():
         nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), GRID_AFFINE), tmp_path / f"{name}.nii.gz")
     with pytest.raises(SpaceError, match=words):
         refused(space, tmp_path)
