@@ -200,6 +200,21 @@ def test_a_fresh_decoder_predicts_zero_everywhere(space: BrainSpace, encoder: Br
     assert (predicted == 0).all()
 
 
+def test_a_fresh_decoder_attends_to_visible_tokens_the_more_the_nearer_they_are() -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, num_heads=1, num_frequencies=64)
+    decoder = PatchDecoder(config, width=128, depth=1, num_features={"bold": 8})
+    visible = torch.tensor([[[distance_mm, 0.0, 0.0, 0.0] for distance_mm in (0.0, 8.0, 16.0, 32.0)]])
+    (block,) = decoder.blocks
+    with torch.inference_mode():
+        context = decoder.embed(torch.zeros(1, 4, 32)) + decoder.embed_position(visible)
+        query = block.attention.query(block.norm_tokens(decoder.embed_position(visible[:, :1])))
+        key, _ = block.attention.key_value(block.norm_context(context)).chunk(2, dim=-1)
+    likeness = (query @ key.mT)[0, 0] / 128  # about 1 where they are equal: both are normalised
+    assert float(likeness[0]) == pytest.approx(1, abs=0.1)
+    assert (likeness.diff() < -0.05).all()
+
+
 def test_membership_is_each_patchs_share_of_voxels_and_unlabelled_tissue_gets_regions_of_its_own(
     space: BrainSpace,
 ) -> None:

@@ -141,6 +141,8 @@ def test_evaluation_tiles_without_phase_and_its_subset_is_fixed() -> None:
     everything = tiled(runs, fingerprint="set", limit=None)
     assert len(everything) == runs.num_samples
     assert set((everything.first_frame % WINDOW).tolist()) == {0}
+    assert everything.seed.min() >= 0
+    assert len(set(everything.seed.tolist())) == runs.num_samples
     subset = identity(tiled(runs, fingerprint="set", limit=9))
     assert len(subset) == 9
     assert set(subset) <= set(identity(everything))

@@ -125,4 +125,5 @@ def test_activations_kept_are_those_of_the_plan(geometry: Geometry, precision: s
     for module in task.modules():
         if isinstance(module, nn.LayerNorm):  # autocast computes norms in float32 on a GPU, in bfloat16 on a CPU
             module.register_forward_pre_hook(lambda _, arguments: (arguments[0].float(),))
-    assert planned == pytest.approx(kept_by(task, geometry, precision), rel=0.05)
+    tolerance = {"fp32": 1e-4, "bf16": 0.03}[precision]  # in bfloat16 2.5 % more was measured
+    assert planned == pytest.approx(kept_by(task, geometry, precision), rel=tolerance)

@@ -195,6 +195,15 @@ def test_prediction_sums_agree_with_the_loss(geometry: Geometry) -> None:
     assert bool((sums["count"][:, :-1] <= torch.tensor(voxels) * 4).all())
 
 
+def test_a_batch_may_leave_its_set_unnamed_only_where_there_is_one(geometry: Geometry) -> None:
+    alone, joint = make_task(geometry), make_task(geometry, sets=("bold", "fine"))
+    assert alone.set_named("").name == alone.set_named("bold").name == "bold"
+    assert joint.set_named("fine").name == "fine"
+    for task, name in ((alone, "fine"), (joint, "")):
+        with pytest.raises(ValueError, match="not in list"):
+            task.set_named(name)
+
+
 def test_a_fresh_decoder_starts_at_the_mean_baseline(geometry: Geometry) -> None:
     task = make_task(geometry)
     torch.nn.init.zeros_(task.decoder.predict["bold"].weight)
