@@ -162,6 +162,17 @@ def test_a_frame_is_censored_above_either_limit_not_at_it_and_an_unknown_one_nev
     assert np.flatnonzero(~run.is_kept).tolist() == [3]
 
 
+def test_a_band_ends_at_half_the_frame_rate(packed: PackedScan) -> None:
+    config = replace(NONE, filter="butterworth", high_pass_hz=0.01)
+    whole, cut = (
+        clean_bold(packed, replace(config, low_pass_hz=low_pass_hz), repetition_time_s=TR_S, confounds=None)
+        for low_pass_hz in (None, 0.25)
+    )
+    np.testing.assert_array_equal(cut.packed.values, whole.packed.values)
+    with pytest.raises(ScanError, match=r"high_pass_hz=0\.25 is not below 0\.25 Hz, half the frame rate; lower it"):
+        clean_bold(packed, replace(config, high_pass_hz=0.25), repetition_time_s=TR_S, confounds=None)
+
+
 def test_what_cannot_be_cleaned_is_refused_with_its_cause(packed: PackedScan, tmp_path: Path) -> None:
     good = write_table(tmp_path / "good.tsv")
     short = write_table(tmp_path / "short.tsv", num_frames=20)
