@@ -19,7 +19,7 @@ from training.config import ProfileConfig, ScheduleConfig, SpikeConfig
 from training.loop import Services, fit
 from training.step import BatchFeed
 from training.task import Cost
-from training.watch.meter import Interval, Meter, longest_prefix
+from training.watch.meter import Interval, Meter, longest_prefix, peak_tflops_of
 from training.watch.spikes import Spikes
 from training.watch.tracking import Spool, last_step, read_rows
 
@@ -72,6 +72,17 @@ def test_mfu_is_only_told_of_a_device_whose_peak_is_known() -> None:
     assert longest_prefix("NVIDIA H100 PCIe", table) == 756.5
     assert longest_prefix("NVIDIA A10G", table) == 70.0
     assert longest_prefix("NVIDIA Next", table) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [("cuda", "bf16", 989.4), ("cuda", "fp32", None), ("cpu", "bf16", None), ("cpu", "fp32", None)],
+)
+def test_the_peak_counts_for_bf16_on_a_gpu_alone(
+    device: str, precision: str, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    assert peak_tflops_of(torch.device(device), {"NVIDIA H100": 989.4}, precision=precision) == expected
     numbers = meter()
     numbers.interval.step_s = [1.0]
     assert "mfu" not in numbers.report()
