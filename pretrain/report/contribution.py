@@ -98,12 +98,8 @@ def contributions(
         for name, patches in regions.items()
     ]
     tested = [row for row in rows if row.p is not None]
-    corrected = stats.false_discovery_control([row.p for row in tested])
-    found = {
-        row.region
-        for row, p in zip(tested, corrected, strict=True)
-        if p <= config.false_discovery_rate and row.contribution.low > 0
-    }
+    is_found = stats.false_discovery_control([row.p for row in tested]) <= config.false_discovery_rate
+    found = {row.region for row, is_one in zip(tested, is_found, strict=True) if is_one and row.contribution.low > 0}
     return [replace(row, is_significant=row.region in found) for row in rows]
 
 

@@ -149,7 +149,6 @@ class SubjectStudy:
             for name, (scores, note) in scored.items()
         }
         of_models = {name: scores for name, (scores, _) in scored.items()}
-        first = next(iter(models.values()))
         is_phantom = any(
             "phantom" in text.lower() for text in [self.shard_set.manifest.name, *self.shard_set.manifest.notes]
         )
@@ -164,7 +163,7 @@ class SubjectStudy:
             models=models,
             tested_subjects=trained["test"].subjects,
             notices=phantom_notices() if is_phantom else [],
-            sections=self.outcome.sections(of_models, first.details),
+            sections=self.outcome.sections(of_models, models[MODEL].details),
             numbers={"is_phantom": is_phantom},
             files={"scores.csv": scores_table(of_models)},
             marks=self.marks(result.step),
