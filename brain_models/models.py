@@ -5,6 +5,7 @@ A new kind is a module with its functions and a row here.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,15 @@ class ModelKind:
     packages: tuple[str, ...] = PACKAGES
 
 
+run_kind = partial(
+    ModelKind,
+    build=run_predictor.build,
+    examples=run_predictor.examples,
+    columns=RUN_COLUMNS,
+    read=run_predictor.read,
+    compute=run_predictor.compute,
+)
+
 MODELS: dict[str, ModelKind] = {
     "encoder": ModelKind(
         config=EncoderConfig,
@@ -61,22 +71,6 @@ MODELS: dict[str, ModelKind] = {
         compute=embedding.compute,
         answer=embedding.answer,
     ),
-    "run_classifier": ModelKind(
-        config=RunClassifierConfig,
-        build=run_predictor.build,
-        examples=run_predictor.examples,
-        columns=RUN_COLUMNS,
-        read=run_predictor.read,
-        compute=run_predictor.compute,
-        answer=run_predictor.answer_class,
-    ),
-    "run_regressor": ModelKind(
-        config=RunRegressorConfig,
-        build=run_predictor.build,
-        examples=run_predictor.examples,
-        columns=RUN_COLUMNS,
-        read=run_predictor.read,
-        compute=run_predictor.compute,
-        answer=run_predictor.answer_value,
-    ),
+    "run_classifier": run_kind(config=RunClassifierConfig, answer=run_predictor.answer_class),
+    "run_regressor": run_kind(config=RunRegressorConfig, answer=run_predictor.answer_value),
 }

@@ -7,6 +7,8 @@ are RAS+ of the scan. Knows no template.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,20 +44,18 @@ class Motion:
 def estimate_motion(header: ScanHeader) -> Motion:
     """Returns the poses of a run. ScanError when the reference frame shows nothing to align."""
     middle = header.num_frames // 2
-    reference = _Reference(header, _frame(header, middle))
+    reference = _Reference(header, _finite(next(itertools.islice(_rows(header), middle, None)), header))
     matrices = np.empty((header.num_frames, 4, 4))
     correlation = np.empty(header.num_frames, dtype=np.float32)
     in_mean = set(np.linspace(0, header.num_frames - 1, FRAMES_IN_MEAN).astype(int).tolist())
     mean_image = np.zeros(header.shape)
-    pose, first = np.eye(4), 0
-    for block in stream_frames(header):
-        for frame, row in enumerate(block, start=first):
-            image = _finite(row, header)
-            pose, correlation[frame] = reference.pose_in(image, start=pose)
-            matrices[frame] = pose
-            if frame in in_mean:
-                mean_image += _moved_back(image, pose, header.affine) / len(in_mean)
-        first += len(block)
+    pose = np.eye(4)
+    for frame, row in enumerate(_rows(header)):
+        image = _finite(row, header)
+        pose, correlation[frame] = reference.pose_in(image, start=pose)
+        matrices[frame] = pose
+        if frame in in_mean:
+            mean_image += _moved_back(image, pose, header.affine) / len(in_mean)
     displacement_mm = framewise_displacement(matrices, reference.centre_mm)
     return Motion(matrices, displacement_mm, reference.centre_mm, correlation, mean_image.astype(np.float32))
 
@@ -138,13 +138,9 @@ def _moved_back(image: np.ndarray, pose: np.ndarray, affine: np.ndarray) -> np.n
     return ndimage.affine_transform(image, by_index[:3, :3], by_index[:3, 3], order=1, mode="nearest")
 
 
-def _frame(header: ScanHeader, number: int) -> np.ndarray:
-    first = 0
-    for block in stream_frames(header):
-        if first + len(block) > number:
-            return _finite(block[number - first], header)
-        first += len(block)
-    raise AssertionError("stream_frames ends early only by ScanError")
+def _rows(header: ScanHeader) -> Iterator[np.ndarray]:
+    """Yields the run's frames [source voxel], each valid until the next."""
+    return (row for block in stream_frames(header) for row in block)
 
 
 def _finite(row: np.ndarray, header: ScanHeader) -> np.ndarray:

@@ -242,7 +242,7 @@ def _typed(column: pd.Series) -> pd.Series:
 def read_events(path: Path, *, root: Path) -> list[Event]:
     """The events of a run: those of the nearest events.tsv that applies to it, in the file's order."""
     scan = entities_of(path)
-    folders = [folder for folder in (path.parent, *path.parent.parents) if folder.is_relative_to(root)]
+    folders = [folder for folder in path.parents if folder.is_relative_to(root)]
     for folder in folders:
         for candidate in sorted(folder.glob("*events.tsv")):
             entities = {name: value for name, value in entities_of(candidate).items() if name != "suffix"}
@@ -259,19 +259,16 @@ def events_of_table(path: Path) -> list[Event]:
     table = table[~table.onset.isin(MISSING_VALUES)]
     names = table["trial_type"] if "trial_type" in table.columns else [""] * len(table)
     try:
-        rows = zip(table.onset, table.duration, names, strict=True)
-        return [Event(float(onset), _duration_s(duration), str(name)) for onset, duration, name in rows]
+        durations = table.duration.where(~table.duration.isin(MISSING_VALUES), "0")
+        rows = zip(table.onset, durations, names, strict=True)
+        return [Event(float(onset), float(duration), str(name)) for onset, duration, name in rows]
     except ValueError as error:
         raise SourceError(f"{path}: {error}; onset and duration are times in seconds") from error
 
 
-def _duration_s(text: str) -> float:
-    return 0.0 if text in MISSING_VALUES else float(text)
-
-
 def is_by_fmriprep(path: Path, *, root: Path) -> bool:
     """True when the nearest dataset_description.json above a scan says that fMRIPrep made it."""
-    folders = [folder for folder in (path.parent, *path.parent.parents) if folder.is_relative_to(root)]
+    folders = [folder for folder in path.parents if folder.is_relative_to(root)]
     nearest = next((file for folder in folders if (file := folder / DESCRIPTION).is_file()), None)
     if nearest is None:
         return False

@@ -22,13 +22,12 @@ from data_sharding.errors import ShardError
 from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.register import ScanGroup
 from data_sharding.scans import Scan
-from data_sharding.write.dispatch import anywhere, each_result, write_shards
 from data_sharding.write.isolation import close_helpers, helper_for
 from data_sharding.write.packing import PackSettings
 from data_sharding.write.plan import SetPlan
 from data_sharding.write.prepare import Prepared, prepare, refusal_lines
 from data_sharding.write.tables import all_refused, make_manifest, saved_arrays, saved_tables
-from data_sharding.write.writer import scratch_folder
+from data_sharding.write.writer import anywhere, each_result, scratch_folder, write_shards
 
 
 def build(config: ShardingConfig) -> schema.Manifest:
