@@ -55,7 +55,7 @@ class LimitsConfig:
 
     memory_mb: int
     timeout_s: float
-    download_mb: int  # larger files of an s3:// source are refused
+    download_mb: int  # larger files of a source that is no folder are refused
 
 
 @dataclass

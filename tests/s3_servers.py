@@ -17,11 +17,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import aiobotocore.session
 import botocore.loaders
-import botocore.session
 import pytest
+import s3fs
 
-from cluster.storage import s3, s3_client
+from cluster.storage import remote, s3
 
 BIN = Path(sys.executable).parent
 ACCESS_KEY = "AKIDEXAMPLEOFTESTS"
@@ -89,7 +90,7 @@ def running_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
             server.wait_until_ready()
         with pytest.MonkeyPatch.context() as monkeypatch:
             use(monkeypatch, started["moto"].endpoint)
-            s3_client.client().create_bucket(Bucket=BUCKET)
+            s3fs.S3FileSystem(skip_instance_cache=True).call_s3("create_bucket", Bucket=BUCKET)
         yield started
 
 
@@ -125,14 +126,13 @@ def use(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
         monkeypatch.delenv(name)
     for name, value in aws_environment(endpoint).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(botocore.session, "get_session", session_with_parsed_models)
-    s3_client.forget_clients()
-    s3.forget_probes()
+    monkeypatch.setattr(s3, "AioSession", session_with_parsed_models)
+    remote.forget_drivers()
 
 
-def session_with_parsed_models() -> botocore.session.Session:
-    """As botocore's own, less the tenth of a second a client that parsing the description of S3 takes."""
-    session = botocore.session.Session()
+def session_with_parsed_models() -> aiobotocore.session.AioSession:
+    """As aiobotocore's own, less the tenth of a second a client that parsing the description of S3 takes."""
+    session = aiobotocore.session.AioSession()
     session.register_component("data_loader", MODELS)
     return session
 

@@ -216,7 +216,7 @@ def test_help_says_purpose_example_and_what_is_required_and_imports_nothing_heav
         assert f"python -m {name} " in first_screen
         assert "Required" in first_screen
         assert all(f"\n  {flag} " in page for flag in ("--help", "--validate", "--plan", "--show"))
-    heavy = {"torch", "mlflow", "ray", "hydra", "boto3", "nibabel", "pandas", "sklearn"}
+    heavy = {"torch", "mlflow", "ray", "hydra", "s3fs", "nibabel", "pandas", "sklearn"}
     assert heavy.isdisjoint(found["modules"])
 
 

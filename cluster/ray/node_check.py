@@ -21,7 +21,7 @@ from cluster.errors import StorageError
 from cluster.storage.files import PARTIAL_PREFIX
 from cluster.storage.stores import store_for
 
-PACKAGES = ("torch", "deepspeed", "ray", "numpy", "webdataset", "mlflow", "boto3")
+PACKAGES = ("torch", "deepspeed", "ray", "numpy", "webdataset", "mlflow", "s3fs")
 OUR_PACKAGES = (
     "brain_models",
     "callosum",

@@ -48,6 +48,14 @@ def checked_name(name: str, location: str) -> str:
     return name
 
 
+def ends_early(where: object, end: int) -> StorageError:
+    return StorageError(f"{where} ends before byte {end}; it is cut short, restore or rewrite it")
+
+
+def is_missing(where: object) -> StorageError:
+    return StorageError(f"{where} does not exist; check the location, or write it first")
+
+
 def is_hidden(name: str) -> bool:
     """True for what a killed writer may have left behind, which no list shows."""
     return name.rpartition("/")[2].startswith(PARTIAL_PREFIX)
@@ -76,11 +84,23 @@ def partial_file(folder: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A new file to fill, which is `path` after the block, whole and on disk; if the block raises, nothing changes."""
+    with refusal_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_file(path.parent) as partial:
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes the bytes of a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # otherwise a power cut may forget the new name though the bytes are on disk
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

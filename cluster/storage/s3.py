@@ -1,369 +1,209 @@
-"""The store of s3://bucket/prefix locations. Reads give the bytes of one version of an object or an error; a write is
-seen whole or not at all.
+"""The store of s3://bucket/prefix locations, on s3fs. Reads give the bytes of one version of an object or an error.
 
-A read that is cut or stalls is resumed where it stopped; another version, or other bytes than those asked for, is an
-error.
-
-Creating an object only if its name is free, so that of several writers one wins: a store that honours
-`If-None-Match: *` decides itself, exactly. A probe finds out which do. In any other store a writer puts its token into
-an owner file beside the name, waits SETTLES_S, and continues only if the token is still its own and the name still free
-(Fischer's lock, in Lamport 1987: over atomic reads and writes nothing beats a bound on time). What can still go wrong:
-a writer that is paused, or whose request hangs, for longer than SETTLES_S between reading its token back and the end of
-its write may replace what another wrote. It finds the other's claim afterwards and fails with StorageError, so that two
-writers never both believe they won.
+Two things s3fs cannot promise are done here, on the client it holds. It counts attempts, and multiplies them where a
+read calls a request: `S3Driver` bounds the time instead. Its reads ask for no version: `S3Driver._cat_file` does, so
+that fsspec's `cat_ranges` never mixes two. Settings come from the standard AWS chain alone: environment, config files,
+roles. Never takes, keeps or prints a credential.
 """
 
 from __future__ import annotations
 
-import errno
+import asyncio
+import functools
 import hashlib
-import io
-import os
+import logging
 import random
 import re
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from boto3.exceptions import Boto3Error
-from botocore.exceptions import ClientError, IncompleteReadError
+from aiobotocore.session import AioSession
+from fsspec.asyn import sync_wrapper
+from s3fs import S3FileSystem
 
-from cluster.errors import StorageError
-from cluster.storage import s3_client
-from cluster.storage.files import (
-    PARTIAL_PREFIX,
-    CreateGuarantee,
-    Names,
-    checked_name,
-    is_hidden,
-    partial_file,
-    refusal_is_an_error,
-    sync_folder,
-)
-from cluster.storage.s3_client import (
-    BODY_ERRORS,
-    CHANGED,
-    NO_SUCH_KEY,
-    PART_BYTES,
-    PARTS_AT_ONCE,
-    backoff_s,
-    client,
-    code_of,
-    endpoint,
-    explained,
-    transfer_config,
-)
+from cluster.errors import StorageError, StoreUnavailableError
+from cluster.storage import s3_errors
+from cluster.storage.files import whole_file
+from cluster.storage.remote import RemoteStore, Versions, ignores_ranges
+from cluster.storage.s3_errors import ALL_ERRORS, CHANGED, code_of, is_passing, replaced, storage_error
+
+SETTINGS = {
+    "connect_timeout": 5.0,
+    "read_timeout": 30.0,  # of silence; a slow answer that keeps coming is read to its end
+    "retries": {"mode": "standard", "total_max_attempts": 1},  # ours are bounded by time
+    "max_pool_connections": 16,
+}
+# Other stores refuse, or store as content, the checksums newer clients add unasked.
+NOT_AWS = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+LONGEST_PAUSE_S = 5.0
+WARN_AFTER_S = 3.0
+
+PART_BYTES = 8 << 20  # objects of less than two parts are one request
+PARTS_AT_ONCE = 4
+MAX_PARTS = 10_000
 
 NUM_READS_OF_A_CHANGING_OBJECT = 5
 MD5 = re.compile(r'"?[0-9a-f]{32}"?')
-BLOCK_BYTES = 1 << 20  # at most so much is read again after a cut
-SETTLES_S = 2.0
 WRITER = "writer"
 
-_IS_CONDITIONAL: dict[str, bool] = {}  # by endpoint and bucket
+Answer = dict[str, Any]
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
 
 
-class S3RangeReader:
-    """Ranged reads of one object; all see the version the first one saw."""
+class S3Driver(S3FileSystem):
+    """s3fs that tries for RETRY_FOR_S, and whose ranged reads see one version."""
 
-    def __init__(self, store: S3Store, name: str) -> None:
-        self.store = store
-        self.name = name
-        self.version: str | None = None
+    retries = 1  # of s3fs's own
 
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill the whole buffer from `offset`; StorageError when the object ends before, or was replaced."""
-        if len(buffer):
-            self.version = self.store.fill(self.name, offset, buffer, version=self.version)
+    async def _call_s3(self, method: str, *arguments: object, **named: object) -> Any:
+        return await self._patiently(functools.partial(super()._call_s3, method, *arguments, **named))
 
-    def close(self) -> None:
-        return None
+    call_s3 = sync_wrapper(_call_s3)  # s3fs's own is bound to its own
+
+    async def _cat_file(self, path: str, version_id: None = None, start: int = 0, end: int = 0, **named: Any) -> bytes:
+        """Bytes [start, end) of the version that `versions` notes for this path; the first read makes the note."""
+        versions: Versions = named["versions"]
+        asked = {"Range": f"bytes={start}-{end - 1}"}
+        if path in versions:
+            asked["IfMatch"] = versions[path]
+        answer, data = await self._patiently(functools.partial(self._answer, path, asked))
+        if versions.setdefault(path, answer["ETag"]) != answer["ETag"]:  # first reads may be several at once
+            raise replaced(path)
+        return data
+
+    async def _whole(self, path: str) -> tuple[Answer, bytes]:
+        """What is said of an object, and its bytes where they are one part at most, else b""."""
+        return await self._patiently(functools.partial(self._answer, path, {}, max_bytes=PART_BYTES))
+
+    whole = sync_wrapper(_whole)
+
+    async def _answer(self, path: str, asked: dict[str, str], max_bytes: int = 1 << 62) -> tuple[Answer, bytes]:
+        bucket, key, _ = self.split_path(path)
+        answer = await super()._call_s3("get_object", Bucket=bucket, Key=key, **asked)
+        async with answer["Body"] as body:
+            first = asked.get("Range", "").replace("=", " ").partition("-")[0]  # "bytes 123"
+            if first and not answer.get("ContentRange", "").startswith(f"{first}-"):
+                raise ignores_ranges(path)
+            return answer, await body.read() if answer["ContentLength"] <= max_bytes else b""
+
+    async def _patiently(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
+        """The result of the first attempt that succeeds; the last error once RETRY_FOR_S have passed in failures."""
+        failing_since, num_attempts, is_warned = None, 0, False
+        while True:
+            try:
+                return await attempt()
+            except ALL_ERRORS as error:
+                now, num_attempts = time.monotonic(), num_attempts + 1
+                failing_since = failing_since or now
+                left_s = s3_errors.RETRY_FOR_S - (now - failing_since)
+                if not is_passing(error) or left_s <= 0 or num_attempts == self.max_attempts:
+                    raise
+                if now - failing_since > WARN_AFTER_S and not is_warned:
+                    is_warned, reason = True, code_of(error) or type(error).__name__
+                    log.warning("%s keeps failing (%s); trying for another %.0f s", self.server, reason, left_s)
+            await asyncio.sleep(min(backoff_s(num_attempts), left_s))
+
+    @functools.cached_property
+    def max_attempts(self) -> int | None:
+        """Of the AWS settings, where a site sets it."""
+        return self.session.get_config_variable("max_attempts")
+
+    @property
+    def server(self) -> str:
+        """scheme://host[:port] of the server in use."""
+        parts = urlsplit(self.s3.meta.endpoint_url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # before the @ could be a password
 
 
-class S3Store:
-    """A bucket's prefix. Holds no client, so it travels to other processes."""
+class S3Store(RemoteStore):
+    """A bucket's prefix."""
 
-    def __init__(self, location: str) -> None:
-        self.bucket, _, prefix = location.removeprefix("s3://").rstrip("/").partition("/")
-        self.location = f"s3://{self.bucket}/{prefix}".rstrip("/")
-        self.root = f"{prefix}/" if prefix else ""
-        if not self.bucket:
-            raise StorageError(f"{location!r} names no bucket; give s3://<bucket>/<prefix>")
+    errors = ALL_ERRORS
 
-    def join(self, name: str) -> str:
-        return f"{self.location}/{checked_name(name, self.location)}"
-
-    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        if size == 0:
-            self.size(name)
-            return b""
-        where = self.join(name)
-        answer, data = self._read(name, offset, size)
-        if size is not None and len(data) != size:
-            raise _ends_early(where, offset + size)
-        for _ in range(NUM_READS_OF_A_CHANGING_OBJECT):
-            if offset or size is not None or not may_be_mixed(answer, data):
-                return data
-            first = data
-            answer, data = self._read(name, offset, size)
-            if data == first:
-                return data
-        raise StorageError(f"{where} was replaced again and again while it was read; read it when its writer is done")
-
-    def _read(self, name: str, offset: int, size: int | None) -> tuple[dict[str, Any], bytes]:
-        where = self.join(name)
-        with explained(where, doing="read"):
-            answer = open_range(self.key(name), offset, size, where=where)
-            data = bytearray(answer["ContentLength"])
-            read_body(self.key(name), answer, offset, memoryview(data), where=where)
-        return answer, bytes(data)
-
-    def fill(self, name: str, offset: int, buffer: memoryview, *, version: str | None) -> str:
-        """The version read; `buffer` is then filled from `offset`. StorageError when the object is another version."""
-        where = self.join(name)
-        with explained(where, doing="read"):
-            answer = open_range(self.key(name), offset, len(buffer), where=where, version=version)
-            if answer["ContentLength"] != len(buffer):
-                raise _ends_early(where, offset + len(buffer))
-            read_body(self.key(name), answer, offset, buffer, where=where)
-        return str(answer["ETag"])
-
-    def open_ranges(self, name: str) -> S3RangeReader:
-        return S3RangeReader(self, name)
+    def make_driver(self) -> S3Driver:
+        for name in ("botocore", "aiobotocore"):
+            logging.getLogger(name).setLevel(logging.INFO)  # their DEBUG lines hold session tokens
+        session = AioSession()
+        options = {"session": session, "max_concurrency": PARTS_AT_ONCE, "use_listings_cache": False}
+        try:
+            driver = S3Driver(config_kwargs=SETTINGS, skip_instance_cache=True, **options)
+            driver.connect()
+            if not driver.server.endswith((".amazonaws.com", ".amazonaws.com.cn")):
+                driver = S3Driver(config_kwargs=SETTINGS | NOT_AWS, skip_instance_cache=True, **options)
+                driver.connect()
+        except ValueError as error:
+            reason = re.sub(r"//[^/@]*@", "//", str(error))  # it quotes the endpoint, which could hold a password
+            raise StoreUnavailableError(f"no S3 client can be made ({reason}); check AWS_ENDPOINT_URL_S3") from None
+        return driver
 
     def get_file(self, name: str, local: Path) -> None:
         """Copy an object to a local file, which appears whole or not at all; holds PARTS_AT_ONCE parts in memory."""
-        head = self._head(name)
-        size, version = int(head["ContentLength"]), str(head["ETag"])
-        with refusal_is_an_error(local):
-            local.parent.mkdir(parents=True, exist_ok=True)
-            with partial_file(local.parent) as partial, partial.open("wb") as file:
-
-                def copy_part(offset: int) -> None:
-                    part = memoryview(bytearray(min(PART_BYTES, size - offset)))
-                    self.fill(name, offset, part, version=version)
-                    if os.pwrite(file.fileno(), part, offset) < len(part):  # a disk that has just become full
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-                with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-                    list(pool.map(copy_part, range(0, size, PART_BYTES)))
-                os.fsync(file.fileno())
-                os.replace(partial, local)
-        sync_folder(local.parent)
-
-    def put(self, name: str, source: bytes | Path) -> None:
-        """One request, or a multipart upload that is given up whole when it fails."""
         where = self.join(name)
-        with explained(where, doing="write"):
-            try:
-                self._upload(name, source)
-            except (ClientError, Boto3Error) as error:
-                if code_of(error) != "NoSuchUpload":
-                    raise
-                self._upload(name, source)  # it was completed, and the answer lost: an upload can only end once
+        with self.explained(where, doing="read"):
+            info = self.info(where)
+        with whole_file(local) as partial, partial.open("wb") as file:
+            for first in range(0, info["size"], PARTS_AT_ONCE * PART_BYTES):
+                size = min(PARTS_AT_ONCE * PART_BYTES, info["size"] - first)
+                with self.explained(where, doing="read"):
+                    parts = self.parts(where, first, size, {where: info["ETag"]})
+                file.writelines(parts)
 
-    def put_if_absent(self, name: str, data: bytes) -> bool:
-        """True when this call created the object, False when it was there; `create_guarantee` says how surely."""
-        with explained(self.join(name), doing="write"):
-            return put_if_absent(self, name, data)
+    def read_whole(self, where: str) -> bytes:
+        first = None
+        for _ in range(NUM_READS_OF_A_CHANGING_OBJECT):
+            answer, data = self.driver.whole(where)
+            if len(data) < answer["ContentLength"]:
+                data = b"".join(self.parts(where, 0, answer["ContentLength"], {where: answer["ETag"]}))
+            if data == first or not may_be_mixed(answer, data):
+                return data
+            first = data
+        raise StorageError(f"{where} was replaced again and again while it was read; read it when its writer is done")
 
-    def create_guarantee(self) -> CreateGuarantee:
-        with explained(self.location, doing="write"):
-            return create_guarantee(self)
+    def parts(self, where: str, offset: int, size: int, versions: Versions) -> list[bytes]:
+        starts = range(offset, offset + size, PART_BYTES)
+        ends = [min(start + PART_BYTES, offset + size) for start in starts]
+        options = {"on_error": "raise", "batch_size": PARTS_AT_ONCE, "versions": versions}
+        return list(self.driver.cat_ranges([where] * len(starts), starts, ends, **options))
 
-    def list(self, prefix: str = "") -> Names:
-        names: Names = []
-        with explained(self.location, doing="list"):
-            pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.root + prefix)
-            for page in pages:
-                names += [entry["Key"].removeprefix(self.root) for entry in page.get("Contents", [])]
-        return sorted(name for name in names if not is_hidden(name) and not name.endswith("/"))
+    def upload(self, where: str, source: bytes | Path, **_: int) -> None:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        options = {"chunksize": max(PART_BYTES, -(-size // MAX_PARTS)), "max_concurrency": PARTS_AT_ONCE}
+        try:
+            super().upload(where, source, **options)
+        except ALL_ERRORS as error:
+            if code_of(error) != "NoSuchUpload":
+                raise
+            super().upload(where, source, **options)  # its end was asked for twice: the first answer was lost
 
-    def exists(self, name: str) -> bool:
-        with explained(self.join(name), doing="read"):
-            try:
-                client().head_object(**self.key(name))
-            except ClientError as error:
-                if code_of(error) not in NO_SUCH_KEY:
-                    raise
-                return False
+    def create(self, where: str, data: bytes) -> bool:
+        token = uuid.uuid4().hex
+        try:
+            self.driver.pipe_file(where, data, mode="create", Metadata={WRITER: token})
+        except ALL_ERRORS as error:
+            if code_of(error) not in CHANGED:
+                raise
+            # An answer lost on the way was asked for again: then it is this call's own object that is in the way.
+            return bool(self.driver.metadata(where).get(WRITER) == token)
         return True
 
-    def size(self, name: str) -> int:
-        return int(self._head(name)["ContentLength"])
-
-    def delete(self, name: str) -> None:
-        with explained(self.join(name), doing="delete"):
-            client().delete_object(**self.key(name))
-
-    def _head(self, name: str) -> dict[str, Any]:
-        with explained(self.join(name), doing="read"):
-            try:
-                return client().head_object(**self.key(name))
-            except ClientError as error:
-                if code_of(error) in NO_SUCH_KEY:
-                    client().list_objects_v2(
-                        Bucket=self.bucket, MaxKeys=1
-                    )  # says when it is the bucket that is missing
-                raise
-
-    def _upload(self, name: str, source: bytes | Path) -> None:
-        if isinstance(source, Path):
-            client().upload_file(str(source), *self.key(name).values(), Config=transfer_config())
-        elif len(source) <= PART_BYTES:
-            client().put_object(**self.key(name), Body=source)
-        else:
-            client().upload_fileobj(io.BytesIO(source), *self.key(name).values(), Config=transfer_config())
-
-    def key(self, name: str) -> dict[str, str]:
-        """The name as boto3 wants it."""
-        return {"Bucket": self.bucket, "Key": self.root + checked_name(name, self.location)}
+    def in_words(self, error: Exception, where: str, *, doing: str) -> StorageError:
+        return storage_error(error, where, doing=doing, server=lambda: self.driver.server)
 
 
-def _ends_early(where: str, end: int) -> StorageError:
-    return StorageError(f"{where} ends before byte {end}; it is cut short, restore or rewrite it")
+def backoff_s(num_attempts: int) -> float:
+    """The pause after so many failures in a row: doubled each time, and spread so that readers come back apart."""
+    return min(LONGEST_PAUSE_S, 0.1 * 2 ** min(num_attempts, 10)) * random.uniform(0.5, 1.0)
 
 
-def open_range(
-    key: dict[str, str], offset: int, size: int | None, *, where: str, version: str | None = None
-) -> dict[str, Any]:
-    """The answer that holds bytes [offset, offset + size) of an object, or to its end; fewer where the object ends."""
-    asked: dict[str, str] = {"IfMatch": version} if version else {}
-    if offset or size is not None:
-        asked["Range"] = f"bytes={offset}-{'' if size is None else offset + size - 1}"
-    answer: dict[str, Any] = client().get_object(**key, **asked)
-    if "Range" in asked and not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
-        answer["Body"].close()
-        raise StorageError(
-            f"{where}: {endpoint()} ignores ranged reads; read whole objects (reader=stream), or use another store"
-        )
-    if version and answer["ETag"] != version:  # some stores ignore If-Match
-        answer["Body"].close()
-        raise StorageError(f"{where} was replaced while it was read; read it again once its writer is done")
-    return answer
-
-
-def may_be_mixed(answer: dict[str, Any], data: bytes | bytearray) -> bool:
+def may_be_mixed(answer: Answer, data: bytes) -> bool:
     """True when a whole object is not what its ETag says: `rclone serve s3` sends one version's size with another's
     bytes when an object is replaced just then. Also True where an ETag only looks like an MD5: a second read tells.
     """
     is_md5 = MD5.fullmatch(answer["ETag"]) and answer.get("ServerSideEncryption", "AES256") == "AES256"
     return bool(is_md5) and hashlib.md5(data, usedforsecurity=False).hexdigest() != answer["ETag"].strip('"')
-
-
-def read_body(key: dict[str, str], answer: dict[str, Any], offset: int, buffer: memoryview, *, where: str) -> None:
-    """Fills the buffer from an answer that starts at `offset`; the last error when no byte came for RETRY_FOR_S."""
-    version, body = answer["ETag"], answer["Body"]
-    num_done = num_failures = 0
-    last_byte_at = time.monotonic()
-    while num_done < len(buffer):
-        try:
-            num_read = body.readinto(buffer[num_done : num_done + BLOCK_BYTES])
-            if num_read == 0:
-                raise IncompleteReadError(actual_bytes=num_done, expected_bytes=len(buffer))
-            num_done += num_read
-            num_failures, last_byte_at = 0, time.monotonic()
-        except BODY_ERRORS:
-            body.close()
-            num_failures += 1
-            left_s = s3_client.RETRY_FOR_S - (time.monotonic() - last_byte_at)
-            if left_s <= 0:
-                raise
-            time.sleep(min(backoff_s(num_failures), left_s))
-            body = open_range(key, offset + num_done, len(buffer) - num_done, where=where, version=version)["Body"]
-    body.close()
-
-
-def forget_probes() -> None:
-    """The next call finds out anew what each store honours."""
-    _IS_CONDITIONAL.clear()
-
-
-def create_guarantee(store: S3Store) -> CreateGuarantee:
-    """What put_if_absent promises at this store; writes and deletes a probe at the first call."""
-    if _is_conditional(store):
-        return CreateGuarantee(True, "exactly one writer creates a name: the store honours If-None-Match (probed)")
-    return CreateGuarantee(
-        False,
-        f"one writer creates a name while every request takes less than {SETTLES_S:g} s: the store ignores "
-        "If-None-Match (probed), so writers leave an owner file and read it back; a slower one fails with an error, "
-        "but may have replaced the object: start only one run that writes here",
-    )
-
-
-def put_if_absent(store: S3Store, name: str, data: bytes) -> bool:
-    """True when this call created the object, False when it was there before."""
-    if store.exists(name):
-        return False
-    return _create(store, name, data) if _is_conditional(store) else _create_as_owner(store, name, data)
-
-
-def _is_conditional(store: S3Store) -> bool:
-    """True when the store refuses to create an object that exists."""
-    bucket = f"{endpoint()}/{store.bucket}"
-    if bucket not in _IS_CONDITIONAL:
-        probe = f"{PARTIAL_PREFIX}probe-{uuid.uuid4().hex}"
-        store.put(probe, b"1")
-        try:
-            _IS_CONDITIONAL[bucket] = not _create(store, probe, b"2")
-        finally:
-            store.delete(probe)
-    return _IS_CONDITIONAL[bucket]
-
-
-def _create(store: S3Store, name: str, data: bytes) -> bool:
-    """True when the store let this call create the object."""
-    token = uuid.uuid4().hex
-    key = store.key(name)
-    try:
-        client().put_object(**key, Body=data, IfNoneMatch="*", Metadata={WRITER: token})
-    except ClientError as error:
-        if code_of(error) not in CHANGED:
-            raise
-        # An answer lost on the way was asked for again: then it is this call's own object that is in the way.
-        return client().head_object(**key)["Metadata"].get(WRITER) == token
-    return True
-
-
-def _create_as_owner(store: S3Store, name: str, data: bytes) -> bool:
-    """True when this call created the object in a store that decides nothing."""
-    token = uuid.uuid4().hex.encode()
-    while not store.exists(name):
-        store.put(_owner_name(name), token)
-        time.sleep(SETTLES_S)
-        settled_at = time.monotonic()
-        if not _owns(store, name, token):
-            time.sleep(SETTLES_S * random.uniform(1.0, 2.0))  # the other goes first; if it died, this one tries again
-        elif not store.exists(name) and time.monotonic() - settled_at < SETTLES_S / 2:
-            store.put(name, data)
-            is_late = time.monotonic() - settled_at > SETTLES_S
-            if not _owns(store, name, token) and is_late:
-                raise StorageError(_both_may_have_written(store, name))
-            store.delete(_owner_name(name))
-            return True
-    if _owns(store, name, token):
-        store.delete(_owner_name(name))
-    return False
-
-
-def _both_may_have_written(store: S3Store, name: str) -> str:
-    return (
-        f"{store.join(name)}: another writer claimed this name while its store did not answer for {SETTLES_S:g} s, and "
-        "either may have written it; stop all but one run that writes there, delete the object and run again"
-    )
-
-
-def _owner_name(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{PARTIAL_PREFIX}owner-{base}"
-
-
-def _owns(store: S3Store, name: str, token: bytes) -> bool:
-    try:
-        return bool(client().get_object(**store.key(_owner_name(name)))["Body"].read() == token)
-    except ClientError as error:
-        if code_of(error) in NO_SUCH_KEY:
-            return False
-        raise

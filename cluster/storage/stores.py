@@ -1,4 +1,4 @@
-"""Bytes at a location (a folder, or s3://bucket/prefix) behind one small interface.
+"""Bytes at a location (a folder, s3://bucket/prefix, or another address of fsspec) behind one small interface.
 
 Names are relative to the location, with `/`. A `put` is seen whole or not at all. Knows nothing about what is stored.
 """
@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from cluster.errors import StorageError
 from cluster.storage.files import (
     CreateGuarantee,
     Names,
     checked_name,
+    ends_early,
     is_hidden,
+    is_missing,
     partial_file,
     refusal_is_an_error,
-    sync_folder,
+    sync,
+    whole_file,
 )
 
 
@@ -61,15 +63,19 @@ class Store(Protocol):
 
 
 def store_for(location: str | Path) -> Store:
-    """The store of a location: s3://bucket/prefix, or a local folder (made at the first write)."""
+    """The store of a location: a local folder (made at the first write), or an address fsspec has a driver for."""
     text = str(location)
+    if "://" not in text:
+        return LocalStore(text)
+    if text.startswith("file://"):
+        return LocalStore(text.removeprefix("file://"))
     if text.startswith("s3://"):
-        from cluster.storage.s3 import S3Store  # boto3 takes half a second to import, and most commands never touch it
+        from cluster.storage.s3 import S3Store  # s3fs takes half a second to import, and most commands never touch it
 
         return S3Store(text)
-    if "://" in text:
-        raise StorageError(f"{text}: only local folders and s3:// are supported; copy the data to one of them")
-    return LocalStore(text)
+    from cluster.storage.remote import RemoteStore
+
+    return RemoteStore(text)
 
 
 class LocalRangeReader:
@@ -85,9 +91,7 @@ class LocalRangeReader:
         while num_done < len(buffer):
             num_read = os.preadv(self.descriptor, [buffer[num_done:]], offset + num_done)
             if num_read == 0:
-                raise StorageError(
-                    f"{self.path} ends before byte {offset + len(buffer)}; it is cut short, restore or rewrite it"
-                )
+                raise ends_early(self.path, offset + len(buffer))
             num_done += num_read
 
     def close(self) -> None:
@@ -110,7 +114,7 @@ class LocalStore:
             file.seek(offset)
             data = file.read() if size is None else file.read(size)
         if size is not None and len(data) != size:
-            raise StorageError(f"{path} ends before byte {offset + size}; it is cut short, restore or rewrite it")
+            raise ends_early(path, offset + size)
         return data
 
     def open_ranges(self, name: str) -> LocalRangeReader:
@@ -121,11 +125,12 @@ class LocalStore:
     def get_file(self, name: str, local: Path) -> None:
         """Copy an object to a local file, which appears whole or not at all."""
         path = self._path(name)
-        with _missing_is_an_error(path):
-            _write_atomically(local, path)
+        with _missing_is_an_error(path), whole_file(local) as partial:
+            _fill(partial, path)
 
     def put(self, name: str, source: bytes | Path) -> None:
-        _write_atomically(self._path(name), source)
+        with whole_file(self._path(name)) as partial:
+            _fill(partial, source)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """True when this call created the object, False when it was there before; of several callers one gets True."""
@@ -134,11 +139,12 @@ class LocalStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial_file(path.parent) as partial:
                 _fill(partial, data)
+                sync(partial)
                 try:
                     os.link(partial, path)  # unlike rename, link fails when the target exists: also on NFS
                 except FileExistsError:
                     return False
-            sync_folder(path.parent)
+            sync(path.parent)
         return True
 
     def create_guarantee(self) -> CreateGuarantee:
@@ -171,7 +177,7 @@ def _missing_is_an_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise StorageError(f"{path} does not exist; check the location, or write it first") from error
+        raise is_missing(path) from error
 
 
 def _fill(path: Path, source: bytes | Path) -> None:
@@ -181,14 +187,3 @@ def _fill(path: Path, source: bytes | Path) -> None:
         else:
             with source.open("rb") as original:
                 shutil.copyfileobj(original, file, 1 << 20)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_atomically(path: Path, source: bytes | Path) -> None:
-    with refusal_is_an_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial_file(path.parent) as partial:
-            _fill(partial, source)
-            os.replace(partial, path)
-        sync_folder(path.parent)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cluster.storage.files import sync_folder
+from cluster.storage.files import sync
 from cluster.storage.stores import Store
 from data_sharding.errors import ShardError
 
@@ -83,7 +83,7 @@ class FileCache:
             os.replace(partial, path)
         finally:
             shutil.rmtree(under_way)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _make_room(self, num_bytes: int) -> None:
         """Deletes what killed processes left, then the files that were used longest ago, until `num_bytes` more fit."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,6 @@ from cluster.errors import StorageError
 from cluster.storage.stores import Store, store_for
 from data_sharding.errors import SourceError
 
-REMOTE = "s3://"
 HEAD_BYTES = 1 << 18  # holds every NIfTI header and nearly every CIFTI one
 WHOLE_BYTES = 1 << 22  # tables, sidecars, small masks
 MAX_HEADER_BYTES = 1 << 26
@@ -52,8 +52,8 @@ class SourceView:
 
 @contextlib.contextmanager
 def source_view(location: str) -> Iterator[SourceView]:
-    """The source itself where it is a folder; for s3:// a local view of it, deleted at the end of the block."""
-    if not location.startswith(REMOTE):
+    """The source itself where it is a folder; for another address a local view of it, deleted after the block."""
+    if "://" not in location:
         yield SourceView(location, location)
         return
     store = store_for(location)
@@ -93,13 +93,13 @@ def _head(store: Store, name: str, size: int) -> bytes:
 
 
 def fetched(value: Any, folder: Path, *, max_bytes: int) -> Any:
-    """The value (a path, None, or a mapping of them) with every s3:// file copied to `folder` and named there.
+    """The value (a path, None, or a mapping of them) with every file elsewhere copied to `folder` and named there.
 
     ScanError for a file larger than `max_bytes`, UnreachableError when the store does not return it.
     """
     if isinstance(value, dict):
         return {name: fetched(item, folder, max_bytes=max_bytes) for name, item in value.items()}
-    if isinstance(value, str) and value.startswith(REMOTE):
+    if isinstance(value, str) and "://" in value:
         return str(_fetch(value, folder, max_bytes))
     return value
 
@@ -107,7 +107,7 @@ def fetched(value: Any, folder: Path, *, max_bytes: int) -> Any:
 def _fetch(location: str, folder: Path, max_bytes: int) -> Path:
     parent, _, name = location.rpartition("/")
     store = store_for(parent)
-    target = folder / location.removeprefix(REMOTE)
+    target = folder / location.replace("://", "/", 1)
     try:
         size = store.size(name)
         if size > max_bytes:
@@ -116,3 +116,8 @@ def _fetch(location: str, folder: Path, max_bytes: int) -> Path:
     except StorageError as error:
         raise UnreachableError(str(error)) from error
     return target
+
+
+def originals(text: str, folder: Path) -> str:
+    """The text with the names of fetched files replaced by the locations they were fetched from."""
+    return re.sub(rf"{re.escape(str(folder))}/(\w+)/", r"\1://", text)

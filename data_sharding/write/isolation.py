@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -29,7 +30,7 @@ from brain_models.errors import ScanError
 from brain_models.nifti import read_header
 from brain_models.resample import grid_resampler
 from brain_models.space import BrainSpace
-from cluster.storage.stores import Store
+from cluster.storage.stores import Store, store_for
 from configs.parse import parse
 from data_sharding import schema
 from data_sharding.config import LimitsConfig
@@ -37,7 +38,7 @@ from data_sharding.errors import ShardError
 from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.register import ScanGroup, register_group
 from data_sharding.scans import Scan
-from data_sharding.sources.remote import UnreachableError, fetched
+from data_sharding.sources.remote import UnreachableError, fetched, originals
 from data_sharding.write.packing import PackContext, PackSettings, write_segment
 
 # One BLAS thread: sums over several depend on how many there are, and the bytes must not.
@@ -48,7 +49,7 @@ Outcome = dict[str, Any]  # what the work returned, or {"reason": ...}, or {"unr
 
 READY = "ready\n"
 SETTINGS = "settings.json"
-LOCATIONS = ("path", "brain_mask", "confounds", "files", "t1_path", "runs")  # of a request: what may lie on s3://
+LOCATIONS = ("path", "brain_mask", "confounds", "files", "t1_path", "runs")  # of a request: what may lie elsewhere
 PR_SET_PDEATHSIG = 1
 
 _HELPERS: dict[str, Helper] = {}  # a worker process writes many shards of one set with one helper
@@ -150,8 +151,8 @@ def serve(folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes stdin
     last_grid = None
     for line in sys.stdin:
-        if "s3://" in line:
-            import boto3  # noqa: F401 - half a second, once; the client itself is made in the child
+        for scheme in re.findall(r'"(\w+)://', line):
+            store_for(f"{scheme}://bucket")  # imports the driver, for half a second, once; it connects in the child
         answer = answer_to(json.loads(line), context)
         print(answer, flush=True)
         grid = json.loads(answer).get("grid")
@@ -208,7 +209,7 @@ def _limit_child(errors: Path, *, memory_bytes: int) -> None:
 
 
 def _report(task: dict[str, Any], context: PackContext) -> str:
-    """Fetches what lies on s3://, does the work, and returns its outcome as JSON."""
+    """Fetches what lies elsewhere, does the work, and returns its outcome as JSON."""
     files = Path(f"{task['output']}.files")
     request = task["request"]
     locations = {name: request[name] for name in LOCATIONS if name in request}
@@ -226,7 +227,7 @@ def _report(task: dict[str, Any], context: PackContext) -> str:
             "reason": f"{task['path']} needs more memory than limits.memory_mb allows; raise it, or check its size"
         }
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return json.dumps(outcome).replace(f"{files}/", "s3://")
+    return originals(json.dumps(outcome), files)
 
 
 def _pack(task: dict[str, Any], context: PackContext) -> Outcome:

@@ -11,7 +11,7 @@ from s3_servers import BUCKET, Fault, FaultProxy, fault_proxy, rclone_server, us
 from test_training_checkpoints import run
 from training_toys import ToyConfig, toy_config
 
-from cluster.storage import s3
+from cluster.storage import remote
 from cluster.storage.stores import Store, store_for
 from training.checkpoint import COMMIT, SPOOL, committed_folders, read_commit
 
@@ -20,7 +20,7 @@ FAULT_SECTION = "Training: checkpoints on S3"
 
 @pytest.fixture
 def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    monkeypatch.setattr(s3, "SETTLES_S", 0.3)
+    monkeypatch.setattr(remote, "SETTLES_S", 0.3)
     server = rclone_server(tmp_path)
     server.start()
     try:

@@ -91,11 +91,11 @@ def refusals_named(name: str, uri: str) -> Iterator[None]:
 def server_errors() -> tuple[type[Exception], ...]:
     """Returns the errors MLflow raises: its own, and those of the artifact store: a folder's or a proxy's (both
     OSError), a bucket's."""
+    from boto3.exceptions import Boto3Error  # MLflow's own S3 client
+    from botocore.exceptions import BotoCoreError, ClientError
     from mlflow.exceptions import MlflowException
 
-    from cluster.storage.s3_client import ALL_ERRORS
-
-    return (MlflowException, OSError, *ALL_ERRORS)
+    return (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
 
 
 def pull(model: str, folder: Path, *, uri: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -13,9 +14,8 @@ from botocore.exceptions import ClientError
 from s3_servers import ACCESS_KEY, BUCKET, SECRET_KEY, Fault, FaultProxy, Server, fault_proxy, running_rclone, use  # noqa: F401
 
 from cluster.errors import StorageError, StoreUnavailableError
-from cluster.storage import s3, s3_client
+from cluster.storage import files, remote, s3_errors
 from cluster.storage.s3 import S3Store
-from cluster.storage.s3_client import storage_error
 from cluster.storage.stores import Store, store_for
 
 DATA = random.Random(0).randbytes(300_000)
@@ -23,7 +23,7 @@ DATA = random.Random(0).randbytes(300_000)
 
 @pytest.fixture
 def proxy(rclone: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 15.0)
+    monkeypatch.setattr(s3_errors, "RETRY_FOR_S", 15.0)
     with fault_proxy(rclone.endpoint) as running:
         use(monkeypatch, running.endpoint)
         yield running
@@ -38,26 +38,26 @@ def store(proxy: FaultProxy, tmp_path: Path) -> Store:
 
 def test_another_secret_is_refused_with_what_to_do(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    s3_client.forget_clients()
+    remote.forget_drivers()
     for attempt in (store.read, store.exists, store.size, lambda name: store.put(name, b"")):
         with pytest.raises(StoreUnavailableError, match=r"/a: .*(not accept these credentials|access denied)"):
             attempt("a")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    s3_client.forget_clients()
+    remote.forget_drivers()
     with pytest.raises(StoreUnavailableError, match=r"no AWS credentials were found; set AWS_PROFILE"):
         store.read("a")
 
 
 def test_a_local_disk_that_becomes_full_during_a_download_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such a disk takes a part of the bytes first, without an error."""
-    monkeypatch.setattr(S3Store, "_head", lambda store, name: {"ContentLength": 100, "ETag": "v"})
-    monkeypatch.setattr(S3Store, "fill", lambda store, name, offset, buffer, *, version: version)
-    monkeypatch.setattr(os, "pwrite", lambda descriptor, part, offset: len(part) - 1)
+    def fill_the_disk(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "sync", fill_the_disk)
     with pytest.raises(StorageError, match=r"scratch/a cannot be written: No space left on device; free some"):
-        S3Store("s3://brains/run").get_file("a", tmp_path / "scratch" / "a")
+        store.get_file("a", tmp_path / "scratch" / "a")
     assert os.listdir(tmp_path / "scratch") == []
 
 
@@ -86,12 +86,12 @@ def test_a_missing_bucket_is_named(store: Store) -> None:
 
 def test_wrong_settings_are_named(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    s3_client.forget_clients()
+    remote.forget_drivers()
     with pytest.raises(StoreUnavailableError, match=r"profile \(nobody\) could not be found; check the AWS settings"):
         store.read("a")
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "minio:9000")
-    s3_client.forget_clients()
+    remote.forget_drivers()
     with pytest.raises(StoreUnavailableError, match=r"no S3 client can be made \(.*minio:9000.*AWS_ENDPOINT_URL_S3"):
         store.read("a")
 
@@ -113,19 +113,23 @@ REFUSALS = {
 
 def test_each_refusal_says_what_to_do(proxy: FaultProxy) -> None:
     for code, words in REFUSALS.items():
-        error = storage_error(refusal(code), "s3://brains/set/a", doing="read")
-        assert str(error).startswith("s3://brains/set/a: ")
-        with pytest.raises(StoreUnavailableError, match=words):
-            raise error
+        store = S3Store("s3://brains/set")
+        with (
+            pytest.raises(StoreUnavailableError, match=f"^s3://brains/set/a: .*{words}"),
+            store.explained("s3://brains/set/a", doing="read"),
+        ):
+            raise refusal(code)
 
 
 def test_checksums_nobody_asked_for_go_to_aws_only(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert s3_client.client().meta.config.request_checksum_calculation == "when_required"
-    assert s3_client.client().meta.config.response_checksum_validation == "when_required"
+    driver = S3Store("s3://brains/set").driver
+    assert driver.s3.meta.config.request_checksum_calculation == "when_required"
+    assert driver.s3.meta.config.response_checksum_validation == "when_required"
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
-    s3_client.forget_clients()
-    assert s3_client.endpoint() == "https://s3.amazonaws.com"
-    assert s3_client.client().meta.config.request_checksum_calculation == "when_supported"
+    remote.forget_drivers()
+    driver = S3Store("s3://brains/set").driver
+    assert driver.server == "https://s3.amazonaws.com"
+    assert driver.s3.meta.config.request_checksum_calculation == "when_supported"
 
 
 def test_no_secret_is_written_or_logged(
@@ -138,16 +142,16 @@ def test_no_secret_is_written_or_logged(
 ) -> None:
     token = "plantedSessionToken4711"
     monkeypatch.setenv("AWS_SESSION_TOKEN", token)
-    s3_client.forget_clients()
+    remote.forget_drivers()
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(s3, "SETTLES_S", 0.1)
+    monkeypatch.setattr(remote, "SETTLES_S", 1.0)
     messages = []
     store.put_if_absent("COMMIT.json", DATA)
     store.create_guarantee()
     for fault in (Fault("answer"), Fault("cut"), Fault("drop")):
         proxy.faults = [fault]
         store.read("a")
-    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 0.2)
+    monkeypatch.setattr(s3_errors, "RETRY_FOR_S", 0.2)
     proxy.always = [Fault("answer", status=403, code="SignatureDoesNotMatch"), Fault("drop", "PUT")]
     for attempt in (lambda: store.read("a"), lambda: store.put("a", b""), lambda: store.read("missing")):
         with pytest.raises(StorageError) as caught:

@@ -33,7 +33,7 @@ from s3_servers import (  # noqa: F401  (running_ are fixtures)
 )
 
 from cluster.errors import StoreUnavailableError
-from cluster.storage import s3, s3_client
+from cluster.storage import remote, s3_errors
 from cluster.storage.stores import store_for
 from data_sharding import schema
 from data_sharding.check.verify import verify
@@ -65,8 +65,8 @@ def proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Before rclone; in test-faults also before moto, which takes seconds to start."""
     is_moto = request.param == "moto"
     server = request.getfixturevalue("servers")["moto"] if is_moto else request.getfixturevalue("rclone")
-    monkeypatch.setattr(s3, "SETTLES_S", 0.3)
-    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 20.0)
+    monkeypatch.setattr(remote, "SETTLES_S", 0.3)
+    monkeypatch.setattr(s3_errors, "RETRY_FOR_S", 20.0)
     with fault_proxy(server.endpoint) as running:
         use(monkeypatch, running.endpoint)
         yield running
@@ -185,8 +185,8 @@ def test_a_server_that_dies_and_returns_while_a_set_is_written_costs_time_only(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    monkeypatch.setattr(s3, "SETTLES_S", 0.3)
-    monkeypatch.setattr(s3_client, "RETRY_FOR_S", 30.0)
+    monkeypatch.setattr(remote, "SETTLES_S", 0.3)
+    monkeypatch.setattr(s3_errors, "RETRY_FOR_S", 30.0)
     server = rclone_server(tmp_path)
     server.start()
     try:
@@ -215,7 +215,7 @@ def test_a_server_that_dies_and_returns_while_a_set_is_written_costs_time_only(
 @pytest.mark.parametrize("proxy", ["rclone"], indirect=True)  # moto takes any credentials
 def test_a_set_nobody_may_reach_says_so(config: ShardingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    s3_client.forget_clients()
+    remote.forget_drivers()
     with pytest.raises(StoreUnavailableError, match=r"access denied|does not accept these credentials"):
         build(config)
 
