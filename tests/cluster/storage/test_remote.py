@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
+from web_servers import WebHandler, web_server
 
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.storage import remote
 from cluster.storage.stores import LocalStore, store_for
 
 
-class Handler(SimpleHTTPRequestHandler):
-    """A folder as web servers show it, with ranged reads."""
-
-    honours_ranges = True
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        if asked is None or not self.honours_ranges:
-            super().do_GET()
-            return
-        first, last = map(int, asked.removeprefix("bytes=").split("-"))
-        data = Path(self.translate_path(self.path)).read_bytes()[first : last + 1]
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        return None
-
-
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     """The address at which `tmp_path` is served."""
-    handler = functools.partial(Handler, directory=str(tmp_path))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with web_server(tmp_path) as address:
+        yield address
 
 
 def test_a_web_server_is_read_and_never_written(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +38,7 @@ def test_a_web_server_is_read_and_never_written(web: str, tmp_path: Path, monkey
     assert not store.create_guarantee().is_exact
     assert "read only" in store.create_guarantee().words
     assert local.read("a") == b"a" * 1000
-    monkeypatch.setattr(Handler, "honours_ranges", False)
+    monkeypatch.setattr(WebHandler, "honours_ranges", False)
     with pytest.raises(StorageError, match=r"/set/a: its server ignores ranged reads; read whole objects"):
         store.read("a", 10, 3)
 

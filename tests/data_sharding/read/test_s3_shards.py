@@ -31,6 +31,7 @@ from s3_servers import (  # noqa: F401  (running_ are fixtures)
     running_servers,
     use,
 )
+from web_servers import web_server
 
 from cluster.errors import StoreUnavailableError
 from cluster.storage import remote, s3_errors
@@ -210,6 +211,19 @@ def test_a_server_that_dies_and_returns_while_a_set_is_written_costs_time_only(
         record_property("recovery_s", time.monotonic() - killed)
     finally:
         server.kill()
+
+
+def test_a_set_at_other_addresses_is_the_local_one(
+    written: ShardingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scans read from a web server, the set written by a driver of fsspec, and read from the web server again."""
+    monkeypatch.setattr(remote, "SETTLES_S", 0.3)
+    with web_server(Path(written.source.root)) as scans:
+        build(replace(written, out=f"local://{tmp_path}/set", source=replace(written.source, root=scans)))
+    assert contents(tmp_path / "set") == contents(Path(written.out))
+    with web_server(tmp_path) as address:
+        remote_rows = [rows_of(batches) for batches in steps_of(source_of(f"{address}/set", num_workers=1), 2)]
+    assert remote_rows == [rows_of(batches) for batches in steps_of(source_of(written.out), 2)]
 
 
 @pytest.mark.parametrize("proxy", ["rclone"], indirect=True)  # moto takes any credentials
