@@ -5,7 +5,7 @@ It is checked here, submitted and followed; this command exits as the job did.
 Example:
 
   python -m cluster.submit pretrain kind=bold shards=s3://brains/shards run.folder=s3://runs/bold \
-      train.tracking.uri=http://mlflow:5000 cluster=ray cluster.num_workers=16
+      tracking=http://mlflow:5000 cluster=ray cluster.num_workers=16
 
 Required: the command (data_sharding, pretrain, finetune, ...) and its arguments
 Before the command: address=<of the cluster's job server>  working_dir=<uploaded to the nodes>  wait=false

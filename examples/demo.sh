@@ -28,12 +28,12 @@ stage verify python -m data_sharding.verify "$OUT/shards"
 # 3. Shards -> two registered backbones: DeepSpeed ZeRO 2 on two workers, half the brain hidden region by region.
 for kind in bold t1; do
     stage "pretrain_$kind" python -m pretrain experiment=demo_$kind shards="$OUT/shards" \
-        run.folder="$OUT/pretrain-$kind" run.scratch="$OUT/scratch" train.tracking.uri="$RUNS"
+        run.folder="$OUT/pretrain-$kind" run.scratch="$OUT/scratch" tracking="$RUNS"
 done
 
 # 4. Backbone -> registered classifier and report: the head first, then the encoder from its top block down.
 stage finetune python -m finetune experiment=demo_adhd task=adhd_classification shards="$OUT/shards" \
-    encoder=models:/callosum-bold@candidate run.folder="$OUT/adhd" run.scratch="$OUT/scratch" train.tracking.uri="$RUNS"
+    encoder=models:/callosum-bold@candidate run.folder="$OUT/adhd" run.scratch="$OUT/scratch" tracking="$RUNS"
 
 # 5. The registered classifier, loaded back, on the NIfTI files of eight test subjects.
 SUBJECTS=$(python -c "

@@ -20,7 +20,7 @@ Often changed:
   data.split.rule=set                  or fold, site, stratified, file: who is trained on and who is tested
   bootstrap.num_resamples=2000         of the intervals
   cluster.num_workers=2                ranks; with cluster.use_gpu=true a GPU each
-  train.tracking.uri=sqlite:///out/mlflow.db
+  tracking=sqlite:///out/mlflow.db
 
 Run the same command again to resume. Results: <run.folder>/report.html, metrics.json (every number with its
 interval, beside the baselines), scores.csv and bundle/.

@@ -19,6 +19,7 @@ class FinetuneConfig:
 
     shards: str
     encoder: str  # a registered backbone, 'models:/name@alias' or 'name@alias', or a bundle folder
+    tracking: str | None = field(metadata=FREE)  # the MLflow server: train.tracking.uri, by one name on all commands
     run: RunConfig = field(metadata=FREE)
     task: dict[str, Any]  # {name, module, ...}: the rest is what the module of finetune/tasks/ says
     data: DataConfig
@@ -35,7 +36,7 @@ class PredictConfig:
     registered_model: str  # models:/name@alias
     scans: list[str]  # NIfTI files, folders or glob patterns
     brain_masks: bool  # take the desc-brain_mask beside a scan where there is one
-    uri: str
+    tracking: str  # the MLflow server that has the model
     out: str
 
 

@@ -90,16 +90,16 @@ def predict(config: PredictConfig) -> pd.DataFrame:
 
     scans = find_scans(config.scans)
     mlflow_environment(timeout_s=60)
-    mlflow.set_tracking_uri(known_server(config.uri))
-    mlflow.set_registry_uri(config.uri)
+    mlflow.set_tracking_uri(known_server(config.tracking))
+    mlflow.set_registry_uri(config.tracking)
     name = config.registered_model
     location = name if name.startswith("models:/") else f"models:/{name}"
     try:
         model = mlflow.pyfunc.load_model(location)
     except mlflow.exceptions.MlflowException as error:
         raise FinetuneError(
-            f"registered_model={name}: cannot be loaded from {config.uri} ({error}); "
-            f"'python -m training.runs {config.uri}' lists what is registered"
+            f"registered_model={name}: cannot be loaded from {config.tracking} ({error}); "
+            f"'python -m training.runs {config.tracking}' lists what is registered"
         ) from error
     columns = model.metadata.get_input_schema().input_names()
     table = pd.DataFrame(scan_rows(scans, columns, brain_masks=config.brain_masks))
@@ -148,7 +148,9 @@ def command() -> Command:
     from cluster.config import Needs
     from finetune.config import PredictConfig
 
-    return Command(PredictConfig, run, plan, validate, lambda config: Needs(results=config.out, tracking=config.uri))
+    return Command(
+        PredictConfig, run, plan, validate, lambda config: Needs(results=config.out, tracking=config.tracking)
+    )
 
 
 if __name__ == "__main__":

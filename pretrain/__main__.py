@@ -22,7 +22,7 @@ Often changed:
   masking.hidden_share=0.5             share of the brain that is hidden
   cluster.num_workers=2                ranks; with cluster.use_gpu=true a GPU each
   train.checkpoint.every_steps=1000    the most that a failure can cost
-  train.tracking.uri=sqlite:///out/mlflow.db
+  tracking=sqlite:///out/mlflow.db
 
 Run the same command again to resume. Results: <run.folder>/metrics.json (r2 of hidden voxels about the training mean,
 beside the mean, neighbour, drift and ridge baselines) and <run.folder>/bundle.

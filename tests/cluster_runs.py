@@ -46,7 +46,7 @@ class Cluster:
         short += ["model.encoder.width=32", "model.decoder.width=32", "model.encoder.depth=1", "model.decoder.depth=1"]
         short += ["data.num_workers=0", f"train.steps={STEPS}", f"train.checkpoint.every_steps={INTERVAL}"]
         short += ["train.checkpoint.keep_last=100", f"train.evaluation.every_steps={STEPS}"]
-        short += ["train.tracking.every_steps=1", f"train.tracking.uri={TRACKING}", "train.tracking.timeout_s=30"]
+        short += ["train.tracking.every_steps=1", f"tracking={TRACKING}", "train.tracking.timeout_s=30"]
         command = [*short, *self.on_workers(num_workers), *overrides]
         return self.net.submit(f"{run}-{attempt}", "python", "-m", "pretrain", *command)
 

@@ -90,7 +90,7 @@ PARTS = {
     "pretrain.analysis": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),
     "training.grid": (GridConfig, ["part=pretrain"]),
     "training.pull": (PullConfig, ["name=a@b", "folder=c"]),
-    "training.runs": (RunsConfig, ["uri=http://a"]),
+    "training.runs": (RunsConfig, ["tracking=http://a"]),
     "cluster.preflight": (PreflightConfig, ["part=pretrain"]),
     "cluster.submit": (SubmitConfig, ["part=pretrain"]),
     "finetune": (FinetuneConfig, ["shards=a", "encoder=models:/a@candidate", "run.folder=b"]),
@@ -253,9 +253,9 @@ def test_a_flag_nobody_knows_is_refused_and_an_error_that_is_not_for_users_keeps
     with pytest.raises(SystemExit, match="2"):
         main("training.runs", "", lambda: Command(RunsConfig, print, str))
     assert "unknown flag --profile; known: --help, --validate, --plan, --show\n" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["x", "uri=a"])
+    monkeypatch.setattr("sys.argv", ["x", "tracking=a"])
     with pytest.raises(ValueError, match="invalid literal"):
-        main("training.runs", "", lambda: Command(RunsConfig, lambda config: int(config.uri), str))
+        main("training.runs", "", lambda: Command(RunsConfig, lambda config: int(config.tracking), str))
 
 
 def test_validate_finds_what_a_run_would_only_meet_later(tmp_path: Path) -> None:

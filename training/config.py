@@ -169,10 +169,10 @@ def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[s
     if config.profile.start_step < 0 or config.profile.num_steps < 0:
         problems.append(f"{key}.profile: start_step and num_steps must be 0 or more")
     if config.tracking.uri is not None and "://" not in config.tracking.uri:
-        problems.append(f"{key}.tracking.uri: {config.tracking.uri}; give sqlite:///<file>, http://<server>, or null")
+        problems.append(f"tracking: {config.tracking.uri}; give sqlite:///<file>, http://<server>, or null")
     if config.tracking.uri and "@" in config.tracking.uri.partition("://")[2].partition("/")[0]:
         problems.append(
-            f"{key}.tracking.uri: names a user or a password, and is stored with the run; leave them out and set "
+            "tracking: names a user or a password, and is stored with the run; leave them out and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     if config.start.checkpoint and config.start.registered:

@@ -1,7 +1,7 @@
 """Fetch the bundle of a registered model into a local folder.
 
 Example:
-  python -m training.pull callosum-bold@champion out/bold uri=sqlite:///out/mlflow.db
+  python -m training.pull callosum-bold@champion out/bold tracking=sqlite:///out/mlflow.db
 
 Required: the model (name@alias, name/version or models:/...) and a new folder
 
@@ -43,19 +43,19 @@ class PullConfig:
 
     name: str
     folder: str
-    uri: str
+    tracking: str
 
 
 def run(config: PullConfig) -> None:
     from training.registry import models as registry
 
-    tags = registry.version_tags(config.name, uri=config.uri)
-    folder = pull_to(config.name, Path(config.folder), uri=config.uri)
+    tags = registry.version_tags(config.name, uri=config.tracking)
+    folder = pull_to(config.name, Path(config.folder), uri=config.tracking)
     print(f"{config.name} is in {folder}", *(f"  {key} {value}" for key, value in sorted(tags.items())), sep="\n")
 
 
 def command() -> Command:
-    return Command(PullConfig, run, lambda config: f"fetch {config.name} from {config.uri} into {config.folder}")
+    return Command(PullConfig, run, lambda config: f"fetch {config.name} from {config.tracking} into {config.folder}")
 
 
 if __name__ == "__main__":

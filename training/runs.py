@@ -96,11 +96,11 @@ def list_models(uri: str) -> list[str]:
 class RunsConfig:
     """Which tracking server."""
 
-    uri: str
+    tracking: str
 
 
 def run(config: RunsConfig) -> None:
-    uri = config.uri
+    uri = config.tracking
     mlflow_environment(timeout_s=30)
     from mlflow.exceptions import MlflowException
 
@@ -113,8 +113,8 @@ def run(config: RunsConfig) -> None:
 
 
 def command() -> Command:
-    return Command(RunsConfig, run, lambda config: f"list the runs and registered models of {config.uri}")
+    return Command(RunsConfig, run, lambda config: f"list the runs and registered models of {config.tracking}")
 
 
 if __name__ == "__main__":
-    main("training.runs", __doc__, command, positional=("uri",))
+    main("training.runs", __doc__, command, positional=("tracking",))

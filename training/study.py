@@ -294,7 +294,7 @@ def summary(numbers: Mapping[str, Any], *, folder: str) -> str:
         table.append([name, *(str(interval_of(model[metric])) for metric in titles)])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    registered = ", ".join(numbers["registered"]) or "no (register=null or train.tracking.uri=null)"
+    registered = ", ".join(numbers["registered"]) or "no (register=null or tracking=null)"
     return "\n".join(
         [
             numbers["verdict"],

@@ -22,4 +22,4 @@ LAUNCH=${LAUNCH:-${SUBMIT:+bash cluster/submit.sh}}  # a Ray job that is checked
 LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS; echo: only show commands
 
 $LAUNCH finetune task=adhd_classification shards="$SHARDS" encoder="$ENCODER" run.name="$NAME" run.folder="$OUT" \
-    register.name="$NAME" train.tracking.uri="$TRACKING" "$@"
+    register.name="$NAME" tracking="$TRACKING" "$@"

@@ -22,4 +22,4 @@ LAUNCH=${LAUNCH:-${SUBMIT:+bash cluster/submit.sh}}  # a Ray job that is checked
 LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at RAY_ADDRESS; echo: only show commands
 
 $LAUNCH pretrain kind="$KIND" shards="$SHARDS" run.name="$NAME" run.folder="$OUT" register.names."$KIND"="$NAME" \
-    train.tracking.uri="$TRACKING" "$@"
+    tracking="$TRACKING" "$@"

@@ -37,7 +37,7 @@ LAUNCH=${LAUNCH:-python -m}                      # this machine, or the Ray at R
 $LAUNCH training.grid pretrain kind=bold $PRETRAIN shards="$SHARDS" masking="${ARMS// /,}" \
     masking.hidden_share="$HIDDEN" train.seed="${SEEDS// /,}" data.seed='${train.seed}' \
     run.name="$NAME"'-${masking.kind}-${train.seed}' run.folder="$OUT"'/pretrain/${masking.kind}-${train.seed}' \
-    register.names.bold='${run.name}' register.alias=candidate train.tracking.uri="$TRACKING"
+    register.names.bold='${run.name}' register.alias=candidate tracking="$TRACKING"
 
 ENCODERS=""
 for arm in $ARMS; do
@@ -46,4 +46,4 @@ for arm in $ARMS; do
 done
 
 $LAUNCH finetune.compare $FINETUNE encoders="{$ENCODERS}" seeds="[${FINETUNE_SEEDS// /,}]" shards="$SHARDS" \
-    task=adhd_classification run.name="$NAME" run.folder="$OUT/compare" train.tracking.uri="$TRACKING"
+    task=adhd_classification run.name="$NAME" run.folder="$OUT/compare" tracking="$TRACKING"

@@ -42,6 +42,7 @@ class PretrainConfig:
     shards: str | None
     sets: dict[str, SetConfig] | None  # instead of the two: a joint run, by name
     atlas: str | None  # an atlas of every set: regions for masking and for scores; None: pseudo-regions
+    tracking: str | None = field(metadata=FREE)  # the MLflow server: train.tracking.uri, by one name on all commands
     run: RunConfig = field(metadata=FREE)
     windows: dict[str, WindowConfig]  # by kind, or by the name of a set that has its own
     model: ModelConfig

@@ -225,6 +225,6 @@ def test_what_a_run_needs_is_read_from_the_part_itself(tmp_path: Path, monkeypat
     with pytest.raises(ConfigError, match=r"windows\.blod"):
         needs_of("pretrain", [*words, "windows.blod=1"])
     with pytest.raises(PreflightError, match=r"training\.runs runs in one process"):
-        needs_of("training.runs", ["uri=http://a"])
+        needs_of("training.runs", ["tracking=http://a"])
     with pytest.raises(PreflightError, match="cluster=inline runs in this process alone"):
         preflight(replace(found, cluster=replace(LOCAL, kind="inline")))

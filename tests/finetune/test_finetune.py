@@ -63,7 +63,7 @@ class Place:
             "encoder=models:/tiny@candidate",
             f"run.folder={self.folder}/run",
             f"run.scratch={self.folder}/scratch",
-            f"train.tracking.uri={self.uri}",
+            f"tracking={self.uri}",
             "engine=plain",
             "cluster=inline",
             "train.steps=4",
@@ -80,7 +80,7 @@ class Place:
 
     def comparison(self, *overrides: str, encoders: str = TWINS) -> CompareConfig:
         fixed = [f"shards={self.shards}", f"run.folder={self.folder}/compare", f"run.scratch={self.folder}/scratch"]
-        fixed += [f"train.tracking.uri={self.uri}", "engine=plain", "cluster=inline", "bootstrap.num_resamples=100"]
+        fixed += [f"tracking={self.uri}", "engine=plain", "cluster=inline", "bootstrap.num_resamples=100"]
         fixed += ["train.steps=2", "train.schedule.warmup_steps=1", "train.checkpoint.every_steps=2"]
         fixed += ["train.evaluation.every_steps=2"]
         fixed += ["data.batch_size=4", "data.num_workers=0", "task.head.num_channels=2", "task.num_windows=8"]
@@ -144,7 +144,7 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
         registered_model=numbers["registered"][0],
         scans=[str(place.scans / f"sub-{row['subject']}") for row in rows],
         brain_masks=True,
-        uri=place.uri,
+        tracking=place.uri,
         out=str(place.folder / "predictions.csv"),
     )
     taken = replace(config, out=f"{place.folder}/run/scores.csv/x.csv")
@@ -181,7 +181,7 @@ def test_a_backbone_that_does_not_say_whom_it_saw_is_followed_by_a_bundle_that_d
     silent = write_backbone(tmp_path / "silent", open_set(str(place.shards)))
     (silent / SEEN).unlink()
     few = [f"encoder={silent}", f"run.folder={tmp_path}/run", f"run.scratch={tmp_path}", "train.steps=2"]
-    config = place.config(*few, "task.probe=null", "train.tracking.uri=null", "train.schedule.warmup_steps=1")
+    config = place.config(*few, "task.probe=null", "tracking=null", "train.schedule.warmup_steps=1")
     assert train(config)["overlap"] is None
     assert read_seen(tmp_path / "run" / "bundle") is None
     # Said later, by whatever the same name means then, it is not of the weights that the run started from.

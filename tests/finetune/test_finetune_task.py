@@ -55,7 +55,7 @@ def make_config(folder: Path, *overrides: str) -> FinetuneConfig:
         "engine=plain",
         "cluster=inline",
         "train.steps=6",
-        "train.tracking.uri=null",
+        "tracking=null",
         "train.evaluation.every_steps=3",
         "train.checkpoint.every_steps=3",
         "train.evaluation.final_splits=[test]",

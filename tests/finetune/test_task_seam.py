@@ -59,7 +59,7 @@ def test_age_is_predicted_from_command_line_to_registered_model(place: Place) ->
         registered_model=numbers["registered"][0],
         scans=[str(place.scans / f"sub-{row['subject']}/func") for row in rows[:2]],
         brain_masks=True,
-        uri=place.uri,
+        tracking=place.uri,
         out=str(place.folder / "ages.csv"),
     )
     np.testing.assert_allclose(predict(asked)["prediction"], values[:2], rtol=1e-4)
@@ -163,7 +163,7 @@ def test_a_task_of_another_shape_is_one_module(
     (tmp_path / "found/toy.py").write_text("")
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path / "found")])
     monkeypatch.setitem(sys.modules, "finetune.tasks.toy", module)
-    config = place.config(f"run.folder={tmp_path}/run", f"run.scratch={tmp_path}", "train.tracking.uri=null")
+    config = place.config(f"run.folder={tmp_path}/run", f"run.scratch={tmp_path}", "tracking=null")
     config = replace(config, task={"name": "toy", "module": "toy"}, register=None)
     config.train.checkpoint.best_metric, config.train.checkpoint.best_is = "validation/error", "lowest"
     assert validate(config) == []

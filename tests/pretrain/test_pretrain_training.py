@@ -55,7 +55,7 @@ TINY = [  # a model that trains in seconds, in this process
     "model.encoder.depth=1",
     "model.decoder.depth=1",
     "data.num_workers=0",
-    "train.tracking.uri=null",
+    "tracking=null",
     "report.maps.num_samples=0",
 ]
 
@@ -266,7 +266,7 @@ def test_a_finished_run_is_looked_at_again_from_its_weights(shards: str, tmp_pat
 
 def test_a_registered_backbone_is_pulled_and_training_can_start_from_it(shards: str, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    overrides = ["train.steps=6", f"train.tracking.uri={uri}", "train.evaluation.subset=4"]
+    overrides = ["train.steps=6", f"tracking={uri}", "train.evaluation.subset=4"]
     summary = train(config_of(shards, tmp_path, *overrides))
     assert summary["registered"] == ["callosum-bold@candidate"]
     logged = MlflowClient(tracking_uri=uri).list_artifacts(str(summary["mlflow_run_id"]), "report")

@@ -24,6 +24,7 @@ FREE = {
     "data.num_workers",
     "data.prefetch",
     "register",
+    "tracking",
     "report.probes.num_folds",
     "train.checkpoint.best_is",
     "train.checkpoint.best_metric",

@@ -48,7 +48,7 @@ def test_a_number_that_must_be_above_zero_is_refused_at_zero(key: str, tmp_path:
         ("schedule.final_share=1.0", "schedule.final_share=1.1", "schedule.final_share: 1.1; must lie in 0..1"),
         ("profile.start_step=0", "profile.start_step=-1", "profile: start_step and num_steps must be 0 or more"),
         ("profile.num_steps=1", "profile.num_steps=-1", "profile: start_step and num_steps must be 0 or more"),
-        ("tracking.uri=http://server", "tracking.uri=server", "tracking.uri: server; give sqlite:///<file>, http://"),
+        ("tracking.uri=http://server", "tracking.uri=server", "tracking: server; give sqlite:///<file>, http://"),
         ("schedule.plateau.patience=1", "schedule.plateau.patience=0", "schedule.plateau.patience: 0; must be 1 or"),
         ("schedule.plateau.min_change=0", "schedule.plateau.min_change=-1", "schedule.plateau.min_change: -1; must be"),
         ("schedule.plateau.factor=0.9", "schedule.plateau.factor=1.0", "schedule.plateau.factor: 1.0; must lie betw"),
@@ -67,7 +67,7 @@ def test_a_value_beyond_the_last_allowed_one_is_the_only_problem(
 ) -> None:
     assert problems_with(tmp_path, allowed) == []
     (problem,) = problems_with(tmp_path, refused)
-    assert problem.startswith(f"train.{message}")
+    assert problem.removeprefix("train.").startswith(message)
 
 
 def test_values_that_are_allowed_alone_are_refused_together(tmp_path: Path) -> None:

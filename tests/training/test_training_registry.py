@@ -92,7 +92,7 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
         ("training.runs", ["sqlite:///no/such.db"], "sqlite:///no/such.db: there is no file no/such.db; check"),
         ("training.runs", ["out/mlflow.db"], "out/mlflow.db is not an address; give sqlite:///<file>"),
         ("training.pull", ["toy", "new"], "toy names no version; give toy@<alias> or toy/<version>"),
-        ("training.pull", ["toy@x", "new", "uri=sqlite:///no/such.db"], "there is no file no/such.db"),
+        ("training.pull", ["toy@x", "new", "tracking=sqlite:///no/such.db"], "there is no file no/such.db"),
     ],
 )
 def test_a_database_or_version_that_is_not_there_is_named_and_none_is_made(

@@ -203,7 +203,7 @@ def test_a_server_s_address_with_a_password_is_refused_without_saying_it(tmp_pat
     config = toy_config(tmp_path)
     for uri in ("http://rater:hunter2@mlflow:5000", "postgresql://rater:hunter2@db/mlflow"):
         (problem,) = validate_train(dataclasses.replace(config, tracking=tracking(uri)), "train", num_workers=1)
-        assert problem.startswith("train.tracking.uri: ")
+        assert problem.startswith("tracking: ")
         assert "MLFLOW_TRACKING_PASSWORD" in problem
         assert "hunter2" not in problem
     for uri in ("http://mlflow:5000", "sqlite:////disk/a@b/mlflow.db", None):
@@ -213,7 +213,7 @@ def test_a_server_s_address_with_a_password_is_refused_without_saying_it(tmp_pat
 def test_a_tracking_address_that_is_a_bare_path_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(toy_config(tmp_path), tracking=tracking("/disk/mlflow.db"))
     (problem,) = validate_train(config, "train", num_workers=1)
-    assert problem == "train.tracking.uri: /disk/mlflow.db; give sqlite:///<file>, http://<server>, or null"
+    assert problem == "tracking: /disk/mlflow.db; give sqlite:///<file>, http://<server>, or null"
 
 
 def test_the_spool_writes_a_key_and_step_once(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def server_errors() -> tuple[type[Exception], ...]:
 def pull(model: str, folder: Path, *, uri: str | None) -> Path:
     """Returns the local bundle folder of 'name@alias', 'name/version' or 'models:/...', downloaded below `folder`."""
     if uri is None:
-        raise RegistryError(f"{model}: no registry is configured; set train.tracking.uri")
+        raise RegistryError(f"{model}: no registry is configured; give tracking=<address>")
     mlflow_environment(timeout_s=60)
     import mlflow
 

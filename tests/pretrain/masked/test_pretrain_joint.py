@@ -274,7 +274,7 @@ def test_a_subject_trained_on_in_one_set_and_held_out_in_another_is_refused_by_n
         (["+sets.t1={kind: bold, shards: a, weight: 1}"], "sets.t1: use small letters, digits and _"),
         (["train.start.checkpoint=nowhere/step-1"], "nowhere/step-1 has no COMMIT.json"),
         (
-            ["train.start.registered=a@candidate", "train.tracking.uri=sqlite:///nowhere.db"],
+            ["train.start.registered=a@candidate", "tracking=sqlite:///nowhere.db"],
             "there is no file nowhere.db",
         ),
         (["+windows.fin=${windows.fine}"], "windows.fin: no set has this name; they are rest, fine, anat"),
