@@ -41,7 +41,7 @@ import pandas
 subjects = pandas.read_parquet('$OUT/shards/subjects.parquet')
 held_out = subjects['subject_id'][subjects['split'] == 'test'][:8]
 print(','.join(f'$OUT/bids/sub-{subject}' for subject in held_out))")
-stage predict python -m finetune.predict registered_model=models:/callosum-adhd@candidate uri="$RUNS" \
+stage predict python -m finetune.predict registered_model=models:/callosum-adhd@candidate tracking="$RUNS" \
     scans="[$SUBJECTS]" out="$OUT/predictions.csv"
 
 python examples/demo_summary.py "$OUT"
