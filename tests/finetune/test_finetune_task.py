@@ -23,7 +23,7 @@ from finetune.errors import FinetuneError
 from finetune.tasks import parse_task
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.outcomes import class_weights
-from finetune.tasks.subject_prediction.probe import principal_channels, start_head
+from finetune.tasks.subject_prediction.probe import ProbeConfig, principal_channels, start_head
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS
 from finetune.tasks.subject_prediction.study import Config, make_outcome
 from finetune.tasks.subject_prediction.task import NO_LABEL, SubjectPrediction, build_model
@@ -228,6 +228,34 @@ def test_principal_channels_are_the_directions_of_largest_variance() -> None:
     assert int(channels[0].abs().argmax()) == 1
     assert int(channels[1].abs().argmax()) == 3
     assert float(projected[:, 0].square().mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_probed_head_has_the_channels_of_the_first_runs_and_tells_the_labelled_subjects_apart(
+    small: tuple[SubjectPrediction, PhantomRuns],
+) -> None:
+    task, runs = small
+    chosen, head = runs.runs[:16], task.model.head
+    stranger = dataclasses.replace(chosen[0], subject="pending")
+    padded = make_batch([*chosen[8:], stranger, chosen[0]])
+    padded.weight[-1] = 0
+    config = ProbeConfig(strengths=[1e3], num_folds=2, num_runs_for_channels=3, seed=0)
+    batches = [make_batch(chosen[:8]), padded]
+    result = start_head(task.model, batches, labels=task.labels, outcome=task.outcome, config=config)
+    assert result.num_subjects == 16
+
+    task.eval()
+    batch = make_batch(chosen)
+    with torch.no_grad():
+        tokens = task.model.tokens(batch.values, batch.is_measured, batch.repetition_time_s)
+        nodes = head.pool.node_tokens(tokens[:3]).flatten(0, 2).double()
+        features, outputs = head.pool(tokens), task.outputs(batch)
+    _, directions = np.linalg.eigh((nodes.T @ nodes).numpy())
+    channels = torch.nn.functional.normalize(head.pool.project.weight.detach(), dim=1).numpy()
+    np.testing.assert_allclose(np.abs(channels @ directions[:, ::-1][:, :4]), np.eye(4), atol=0.02)
+    torch.testing.assert_close(head.centre, features.mean(dim=0), atol=1e-4, rtol=1e-4)
+    is_case = torch.tensor([run.is_case for run in chosen])
+    assert 3 < int(is_case.sum()) < 13
+    assert float(outputs[is_case].min()) > 0 > float(outputs[~is_case].max())
 
 
 def test_labels_that_are_not_there_are_named(tmp_path: Path) -> None:
