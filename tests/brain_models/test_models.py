@@ -206,9 +206,12 @@ def test_a_fresh_decoder_attends_to_visible_tokens_the_more_the_nearer_they_are(
     decoder = PatchDecoder(config, width=128, depth=1, num_features={"bold": 8})
     visible = torch.tensor([[[distance_mm, 0.0, 0.0, 0.0] for distance_mm in (0.0, 8.0, 16.0, 32.0)]])
     (block,) = decoder.blocks
+    given: list[torch.Tensor] = []
+    block.register_forward_pre_hook(lambda _, arguments: given.extend(arguments))
     with torch.inference_mode():
-        context = decoder.embed(torch.zeros(1, 4, 32)) + decoder.embed_position(visible)
-        query = block.attention.query(block.norm_tokens(decoder.embed_position(visible[:, :1])))
+        decoder(torch.zeros(1, 4, 32), visible, visible[:, :1], "bold")
+        tokens, context = given
+        query = block.attention.query(block.norm_tokens(tokens))
         key, _ = block.attention.key_value(block.norm_context(context)).chunk(2, dim=-1)
     likeness = (query @ key.mT)[0, 0] / 128  # about 1 where they are equal: both are normalised
     assert float(likeness[0]) == pytest.approx(1, abs=0.1)
