@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from cluster.config import Needs
 from cluster.storage.stores import store_for
-from data_sharding.read.reader import open_set
 from finetune import planning
 from finetune.backbone import fetch_backbone
 from finetune.compare.cells import arms_of, cell_config, cells_of, runs_of, slug
 from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, metric_of, read_answer, write
 from finetune.config import CompareConfig, FinetuneConfig
-from finetune.tasks import parse_task, task_module
-from finetune.tasks.subject_prediction.labels import Labels, read_labels
-from finetune.tasks.subject_prediction.study import Config
+from finetune.tasks import task_module
 from training.grid import is_finished, run_all
 from training.registry.seen_subjects import overlap
 
@@ -45,8 +40,8 @@ def validate(config: CompareConfig) -> list[str]:
         run_config = cell_config(config, cell)
         found = planning.validate(run_config) or metric_problems(config)
         if not found:
-            tested, labels = tested_subjects(run_config)
-            found = overlap_problems(run_config) + pair_problems(metric_of(config).name, *labels.rows(tested))
+            unscored = task_module(config.task).unscored_problems(run_config, metric_of(config).name)
+            found = overlap_problems(run_config) + unscored
         problems += found
     return list(dict.fromkeys(problems))
 
@@ -83,27 +78,10 @@ def arm_problems(config: CompareConfig) -> list[str]:
     return problems
 
 
-def tested_subjects(config: FinetuneConfig) -> tuple[list[str], Labels]:
-    """The labelled subjects of the test split, and the set's labels."""
-    shard_set = open_set(config.shards, split=config.data.split)
-    labels = read_labels(shard_set.subjects, parse_task(config.task, Config).label, location=config.shards)
-    return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.truth_of.keys()), labels
-
-
-def pair_problems(metric: str, is_case: np.ndarray, sites: np.ndarray) -> list[str]:
-    """A metric of pairs within sites, where no site of the test split has such a pair."""
-    if metric != "within_site_auroc" or set(sites[is_case]) & set(sites[~is_case]):
-        return []
-    return [
-        "metric: within_site_auroc, but no site of the test split has both cases and controls; use metric=auroc, or "
-        "split anew (data_sharding splits.*)"
-    ]
-
-
 def overlap_problems(config: FinetuneConfig) -> list[str]:
     """An encoder that was pretrained on test subjects; one that does not say is marked in the table instead."""
     seen = fetch_backbone(config).seen
-    tested, _ = tested_subjects(config)
+    tested = task_module(config.task).tested_subjects(config)
     shared = overlap(tested, seen or set())
     if not shared:
         return []

@@ -8,7 +8,9 @@ A module has the dataclass `Config`, which configs/task/*.yaml fills, and
 - `plan(config) -> dict[str, str]`: what would happen, by subject;
 for finetune.compare also
 - `read_scores(text)`: scores as the metrics take them, with their `subjects`, of every model of scores.csv, the trained
-  one first.
+  one first,
+- `tested_subjects(config) -> list[str]`: the subjects of the test split that can be scored,
+- `unscored_problems(config, metric) -> list[str]`: why the metric of this name has no value on them.
 """
 
 from __future__ import annotations

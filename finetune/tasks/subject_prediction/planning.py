@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from brain_models.bundle import Bundle
 from brain_models.errors import BundleError
 from cluster.errors import StorageError
@@ -23,6 +25,7 @@ from training.statistics import Metric
 from training.task import Task
 from training.unfreezing import unfreezing_problems
 
+SPLIT_KEYS = "other splits (data.split, or data_sharding splits.*)"
 ALL_SPLITS = ("train", "validation", "test")
 
 
@@ -66,6 +69,30 @@ def validate(config: FinetuneConfig) -> list[str]:
     if "bold" in backbone.stems and task.num_windows > 0:
         problems += length_problems(task, shard_set, backbone.stems["bold"].window_frames)
     return problems
+
+
+def tested_subjects(config: FinetuneConfig) -> list[str]:
+    """The labelled subjects of the test split."""
+    shard_set = open_set(config.shards, split=config.data.split)
+    labels = read_labels(shard_set.subjects, parse_task(config.task, Config).label, location=config.shards)
+    return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.truth_of.keys())
+
+
+def unscored_problems(config: FinetuneConfig, metric: str) -> list[str]:
+    """A metric of pairs within sites, where no site of the test split has such a pair."""
+    subjects = open_set(config.shards, split=config.data.split).subjects
+    labels = read_labels(subjects, parse_task(config.task, Config).label, location=config.shards)
+    return pair_problems(metric, *labels.rows(tested_subjects(config)))
+
+
+def pair_problems(metric: str, is_case: np.ndarray, sites: np.ndarray) -> list[str]:
+    """The same from labels and sites."""
+    if metric != "within_site_auroc" or set(sites[is_case]) & set(sites[~is_case]):
+        return []
+    return [
+        "metric: within_site_auroc, but no site of the test split has both cases and controls; use metric=auroc, or "
+        f"{SPLIT_KEYS}"
+    ]
 
 
 def number_problems(task: Config) -> list[str]:
@@ -121,12 +148,12 @@ def split_problems(config: FinetuneConfig, shard_set: ShardSet, labels: Labels) 
         if is_classes and min(num_cases, len(subjects) - num_cases) < needed:
             problems.append(
                 f"shards={config.shards}: split '{split}' has {num_cases} cases and {len(subjects) - num_cases} "
-                f"controls with a BOLD run; at least {needed} of each are needed: split anew (data_sharding splits.*)"
+                f"controls with a BOLD run; at least {needed} of each are needed: choose {SPLIT_KEYS}"
             )
         elif len(subjects) < needed:
             problems.append(
                 f"shards={config.shards}: split '{split}' has {len(subjects)} labelled subjects with a BOLD run; at "
-                f"least {needed} are needed: split anew (data_sharding splits.*)"
+                f"least {needed} are needed: choose {SPLIT_KEYS}"
             )
     return problems
 

@@ -17,9 +17,10 @@ from configs.parse import parse
 from finetune import planning
 from finetune.compare.cells import Cell, arms_of, cell_config, cells_of
 from finetune.compare.comparison import Answer, Comparison, as_markdown, compare, draw, metric_of, read_answer, readings
-from finetune.compare.planning import metric_problems, pair_problems
+from finetune.compare.planning import metric_problems
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
+from finetune.tasks.subject_prediction.planning import pair_problems
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS, Scores, scores_table
 from finetune.tasks.subject_prediction.study import MODEL
 from training.checkpoint import file_sha256
