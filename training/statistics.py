@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int64
-from scipy import stats
 
 BLOCK = 2**24  # weights held at once: 128 MiB
 
@@ -99,6 +98,8 @@ def sign_flip_p(
 ) -> float:
     """One-sided p of the sum of differences, each as likely to have either sign: all signs where they are no more than
     `num_permutations`, else as many random ones, the true ones counted too."""
+    from scipy import stats  # a machine that only times a step has no scipy
+
     found = stats.permutation_test(
         (differences,),
         lambda values, axis: values.sum(axis=axis),
