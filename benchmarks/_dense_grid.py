@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from brain_models.atlas import Atlas
 from brain_models.encoder import BrainEncoder, EncoderConfig
 from brain_models.space import require_grid, space_from_mask
-from data_sharding.read.batch import Batch
+from data_sharding.read.batch import WindowBatch
 from pretrain.masked.masked_set import Geometry
 from pretrain.masked.masked_volumes import take_tokens
 from pretrain.masked.masking import MaskingConfig
@@ -45,7 +45,7 @@ class DenseGrid(Task):
         self.register_buffer("to_grid", torch.from_numpy(np.ravel_multi_index(tuple(inside.T), (edge,) * 3)), False)
         self.num_voxels = grid.num_voxels
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: WindowBatch) -> dict[str, Tensor]:
         """The mean squared error over hidden tokens."""
         stem = self.encoder.stem("bold")
         values = batch.values.new_zeros(*batch.values.shape[:2], self.num_voxels)
@@ -70,7 +70,7 @@ class DenseGrid(Task):
     def parameter_groups(self) -> list[ParameterGroup]:
         return split_decay("model", [self], learning_rate_scale=1.0, weight_decay=0.05, opens_at=0)
 
-    def cost(self, batch: Batch) -> Cost:
+    def cost(self, batch: WindowBatch) -> Cost:
         config, tokens, rows = self.encoder.config, self.masker.num_tokens, len(batch.weight)
         matrices = sum(parameter.numel() for parameter in self.encoder.blocks.parameters() if parameter.ndim == 2)
         ends = 2 * self.encoder.stem("bold").num_features * config.width

@@ -19,7 +19,7 @@ import torch
 from _measure import Row, arguments_of, cpu_seconds, report
 from _task import Workload, geometry_of, packed_task, stored_batches, train_config
 
-from data_sharding.read.batch import Batch, decode
+from data_sharding.read.batch import WindowBatch, decode
 from pretrain.masked.masked_volumes import MaskedVolumes, take_tokens
 from training.engine.base import Engine
 from training.engine.engines import make_engine
@@ -69,7 +69,7 @@ def shares(load: Workload, repetitions: int) -> Row:
     return found | {"share of the step": share, "within 5 %": "yes" if share <= BUDGET else "no"}
 
 
-def tokenised(task: MaskedVolumes, batch: Batch) -> None:
+def tokenised(task: MaskedVolumes, batch: WindowBatch) -> None:
     """Everything a step does between decoded windows and the encoder's input, and between its output and the loss."""
     masked = task.mask(batch)
     take_tokens(masked.features, masked.choice.visible)
@@ -77,7 +77,7 @@ def tokenised(task: MaskedVolumes, batch: Batch) -> None:
     take_tokens(masked.error_scale(masked.set.root_weight), masked.hidden_patch)
 
 
-def step(engine: Engine, batch: Batch) -> None:
+def step(engine: Engine, batch: WindowBatch) -> None:
     """One update."""
     engine.begin(0)
     engine.backward(engine.losses(batch)["loss"])

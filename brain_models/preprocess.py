@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float16, Float32, Int8, UInt8
 from brain_models.errors import ScanError
 from brain_models.nifti import ScanHeader, read_header, stream_frames, stream_stored
 from brain_models.recipe import NOT_MEASURED, UNITS_PER_SCALE, BoldType, UnknownOrientation
-from brain_models.resample import HeldScan, Piece, direct_pieces, resampler_for
+from brain_models.resample import HeldScan, VoxelBlock, direct_pieces, resampler_for
 from brain_models.space import NO_TEMPLATE, BrainSpace
 from brain_models.transform import Transform
 
@@ -59,7 +59,7 @@ class PackedScan:
             by_voxel[piece.voxels] = self.block(piece)
         return by_voxel.T
 
-    def block(self, piece: Piece) -> Float32[np.ndarray, "voxel time"]:
+    def block(self, piece: VoxelBlock) -> Float32[np.ndarray, "voxel time"]:
         """Returns the values of a piece's voxels, a new array each time; 0.0 where not measured."""
         voxels = self.held.block(piece)
         voxels[~self.is_measured[piece.voxels]] = 0.0

@@ -26,7 +26,7 @@ HELD_AS_STORED_BYTES = 2  # wider types are held as float32, which is what they 
 
 
 @dataclass(frozen=True)
-class Piece:
+class VoxelBlock:
     """Consecutive voxels of a space, and the rows of a held scan that they are the weighted sums of."""
 
     voxels: slice
@@ -39,20 +39,20 @@ class HeldScan:
     """What is held of a scan, as its file stores it: far less than its values on a finer space."""
 
     rows: np.ndarray  # [row, time]
-    pieces: Sequence[Piece]
+    pieces: Sequence[VoxelBlock]
     slope: float = 1.0
     intercept: float = 0.0
 
-    def block(self, piece: Piece) -> Float32[np.ndarray, "voxel time"]:
+    def block(self, piece: VoxelBlock) -> Float32[np.ndarray, "voxel time"]:
         """Returns the frames of a piece's voxels in scan units, a new array each time."""
         rows = self.rows[piece.rows].astype(np.float32, order="C")
         voxels = rows if piece.weights is None else piece.weights @ rows
         return in_scan_units(voxels, self.slope, self.intercept)
 
 
-def direct_pieces(num_voxels: int, num_frames: int) -> list[Piece]:
+def direct_pieces(num_voxels: int, num_frames: int) -> list[VoxelBlock]:
     """Returns the pieces of a space whose voxels are the rows."""
-    return [Piece(block, block, None) for block in _blocks(num_voxels, max(VALUES_A_PIECE // num_frames, 1))]
+    return [VoxelBlock(block, block, None) for block in _blocks(num_voxels, max(VALUES_A_PIECE // num_frames, 1))]
 
 
 def _blocks(num_voxels: int, size: int) -> list[slice]:
@@ -97,14 +97,14 @@ class Resampler:
 
 def _weighted(
     coordinates: np.ndarray, sigmas: np.ndarray, shape: tuple[int, int, int]
-) -> tuple[np.ndarray, list[Piece]]:
+) -> tuple[np.ndarray, list[VoxelBlock]]:
     """Returns the source voxels that have a weight, which the rows of a held scan are, and the pieces."""
     blocks = [_matrix(coordinates[block], sigmas, shape) for block in _blocks(len(coordinates), VOXELS_A_BLOCK)]
     matrix, sources = _without_empty_columns(sparse.vstack(blocks, format="csr"))
     pieces = []
     for block in _blocks(len(coordinates), VOXELS_A_PIECE):
         weights, rows = _without_empty_columns(matrix[block])
-        pieces.append(Piece(block, rows, weights))
+        pieces.append(VoxelBlock(block, rows, weights))
     return sources, pieces
 
 

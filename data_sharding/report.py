@@ -16,13 +16,13 @@ from configs.entry import Command, main
 
 
 @dataclass
-class ReportConfig:
+class SetReportConfig:
     """Which set."""
 
     set: str
 
 
-def run(config: ReportConfig) -> None:
+def run(config: SetReportConfig) -> None:
     from data_sharding.check.report import REPORT, render
     from data_sharding.read.shard_set import open_set
 
@@ -32,7 +32,7 @@ def run(config: ReportConfig) -> None:
 
 
 def command() -> Command:
-    return Command(ReportConfig, run, lambda config: f"a page about {config.set}: {config.set}/report.html")
+    return Command(SetReportConfig, run, lambda config: f"a page about {config.set}: {config.set}/report.html")
 
 
 if __name__ == "__main__":

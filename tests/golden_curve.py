@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from brain_models.encoder import EncoderConfig
-from data_sharding.read.batch import Batch
+from data_sharding.read.batch import WindowBatch
 from pretrain.masked.costs import DecoderConfig, ModelConfig
 from pretrain.masked.masked_set import Geometry, LossConfig, SetSpec
 from pretrain.masked.masked_volumes import MaskedVolumes
@@ -50,7 +50,7 @@ def losses() -> list[float]:
     return found
 
 
-def windows(geometry: Geometry, step: int) -> Batch:
+def windows(geometry: Geometry, step: int) -> WindowBatch:
     """A pattern all windows share, smooth ones with random courses, and noise; a voxel in twenty is not measured."""
     generator = np.random.Generator(np.random.PCG64(step))
     positions = geometry.space.positions_mm
@@ -60,7 +60,7 @@ def windows(geometry: Geometry, step: int) -> Batch:
     courses[:, :, 0] += 2
     is_measured = generator.random((BATCH_SIZE, len(positions))) > 0.05
     values = courses @ patterns.T + 0.3 * generator.normal(size=(*courses.shape[:2], len(positions)))
-    return Batch(
+    return WindowBatch(
         values=torch.from_numpy((values * is_measured[:, None]).astype(np.float32)),
         is_measured=torch.from_numpy(is_measured),
         repetition_time_s=torch.from_numpy(generator.uniform(0.7, 3.0, BATCH_SIZE).astype(np.float32)),

@@ -16,7 +16,7 @@ from data_sharding.phantoms.study.config import PhantomConfig
 from data_sharding.phantoms.study.population import Population, load_population
 from data_sharding.phantoms.study.scans import bold_frames, brain_voxels, field_of_view, subject_tissue
 from data_sharding.phantoms.study.subject import Subject, draw_subject
-from data_sharding.read.batch import Batch
+from data_sharding.read.batch import WindowBatch
 
 SPACING_MM = 12.0
 NUM_FRAMES = 96
@@ -96,7 +96,7 @@ class RunSource:
     def merge_states(self, states: list[dict[str, object]]) -> dict[str, object]:
         return states[0]
 
-    def steps(self, state: dict[str, object]) -> Iterator[tuple[list[Batch], dict[str, object]]]:
+    def steps(self, state: dict[str, object]) -> Iterator[tuple[list[WindowBatch], dict[str, object]]]:
         step = int(str(state["step"]))
         train = self.splits["train"]
         while True:
@@ -109,7 +109,7 @@ class RunSource:
     def permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.splits["train"]))
 
-    def evaluation(self, split: str, *, limit: int | None) -> Iterator[Batch]:
+    def evaluation(self, split: str, *, limit: int | None) -> Iterator[WindowBatch]:
         runs = self.splits[split][:limit]
         for first in range(0, len(runs), self.batch_size):
             yield make_batch(runs[first : first + self.batch_size])
@@ -118,8 +118,8 @@ class RunSource:
         return
 
 
-def make_batch(runs: list[Run]) -> Batch:
-    return Batch(
+def make_batch(runs: list[Run]) -> WindowBatch:
+    return WindowBatch(
         values=torch.from_numpy(np.stack([run.values for run in runs])),
         is_measured=torch.from_numpy(np.stack([run.is_measured for run in runs])),
         repetition_time_s=torch.tensor([run.repetition_time_s for run in runs]),

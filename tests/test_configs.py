@@ -19,7 +19,7 @@ from configs.entry import Command, compose, main
 from configs.parse import ConfigError, parse
 from data_sharding.config import ShardingConfig
 from data_sharding.phantoms.study.config import PhantomConfig
-from data_sharding.report import ReportConfig
+from data_sharding.report import SetReportConfig
 from data_sharding.source_phantoms import SourcePhantomConfig
 from data_sharding.verify import VerifyConfig
 from finetune.config import CompareConfig, FinetuneConfig, PredictConfig
@@ -83,7 +83,7 @@ ROOT = Path(configs.__file__).parent
 PARTS = {
     "data_sharding": (ShardingConfig, ["source.root=a", "out=b"]),
     "data_sharding.phantom": (PhantomConfig, ["out=a"]),
-    "data_sharding.report": (ReportConfig, ["set=a"]),
+    "data_sharding.report": (SetReportConfig, ["set=a"]),
     "data_sharding.source_phantoms": (SourcePhantomConfig, ["out=a"]),
     "data_sharding.verify": (VerifyConfig, ["set=a"]),
     "pretrain": (PretrainConfig, ["kind=bold", "shards=a", "run.folder=b"]),

@@ -18,7 +18,7 @@ CACHED_VALUES = 1 << 18
 
 
 @dataclass
-class Batch:
+class WindowBatch:
     """Windows of one kind: BOLD in robust units, T1 or region series in standard deviations; 0.0 where not measured.
 
     The last axis of region series is the region.
@@ -44,24 +44,24 @@ class Batch:
         """The windows as this batch holds them."""
         return self.values
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> WindowBatch:
         """The batch on a device."""
         return dataclasses.replace(self, **_moved(vars(self), device))
 
-    def rows(self, chosen: Sequence[int]) -> Batch:
+    def rows(self, chosen: Sequence[int]) -> WindowBatch:
         """The batch of these rows."""
         of_rows: dict[str, Any] = {}
-        for name in (one.name for one in dataclasses.fields(Batch)):
+        for name in (one.name for one in dataclasses.fields(WindowBatch)):
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 of_rows[name] = value[list(chosen)]
             else:
                 of_rows[name] = [value[row] for row in chosen] if isinstance(value, list) else value
-        return Batch(**of_rows)
+        return WindowBatch(**of_rows)
 
 
 @dataclass
-class StoredBatch(Batch):
+class StoredBatch(WindowBatch):
     """A batch whose windows are still as a shard holds them: `to` moves those few bytes and decodes on the device."""
 
     values: Float[Tensor, "batch time voxel"] = field(init=False, repr=False)  # decoded when first asked for
@@ -77,11 +77,11 @@ class StoredBatch(Batch):
     def frames(self) -> Shaped[Tensor, "batch time voxel"]:
         return self.stored
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> WindowBatch:
         """The decoded batch on a device."""
         values, is_measured = decode(self.stored.to(device, non_blocking=True))
         others = {name: value for name, value in vars(self).items() if name not in ("stored", "values", "is_measured")}
-        return Batch(values=values, is_measured=is_measured, **(others | _moved(others, device)))
+        return WindowBatch(values=values, is_measured=is_measured, **(others | _moved(others, device)))
 
 
 @dataclass
@@ -108,7 +108,7 @@ class ResponseBatch:
 class PairedBatch:
     """Windows of the same subjects from several sides; a row with a damaged side has weight 0."""
 
-    sides: dict[str, Batch]
+    sides: dict[str, WindowBatch]
     weight: Float[Tensor, "batch"]  # 0 marks padding and pairs that are not whole
     sample_seed: Int[Tensor, "batch"]
     scan_ids: list[str]  # the sides' scans, joined by +
@@ -122,7 +122,7 @@ class PairedBatch:
         return dataclasses.replace(self, sides=sides, **_moved(vars(self), device))
 
 
-AnyBatch = Batch | ResponseBatch | PairedBatch
+AnyBatch = WindowBatch | ResponseBatch | PairedBatch
 
 
 def _moved(values: dict[str, object], device: torch.device | str) -> dict[str, Any]:

@@ -16,14 +16,14 @@ import numpy as np
 
 from data_sharding.errors import ShardError
 from data_sharding.hashing import hash_name
-from data_sharding.read.batch import AnyBatch, Batch
+from data_sharding.read.batch import AnyBatch, WindowBatch
 from data_sharding.read.config import DataConfig
 from data_sharding.read.loading import fetched_in_order
 from data_sharding.read.order import RunTable, SampleOrder, Samples, micro_batches, substitute, tiled
 from data_sharding.read.shard_set import ShardSet, open_set
 from data_sharding.read.windows import Windows
 
-__all__ = ["Batch", "BatchSource", "DataConfig", "DataState", "ShardSet", "Windows", "open_set"]
+__all__ = ["BatchSource", "DataConfig", "DataState", "ShardSet", "WindowBatch", "Windows", "open_set"]
 
 MAX_SUBSTITUTES = 16  # damaged samples in a row before the set itself is called damaged
 NOTHING_TAKEN = f"{0:016x}"

@@ -27,7 +27,7 @@ from data_sharding.read.shard_set import Kind, ShardSet
 class Windows:
     """Windows of one kind of a set, as a source draws them; a T1 or a response is one window of one frame.
 
-    A run shorter than `window_frames` has no window, or with `pads_short_runs` one that is padded (Batch.is_frame).
+    A run shorter than `window_frames` has no window; with `pads_short_runs` it has one, padded (WindowBatch.is_frame).
     """
 
     has_substitutes = True  # a damaged window is replaced by another one

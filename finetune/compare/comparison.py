@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from cluster.storage.stores import Store
 from finetune.compare.cells import Cell, arms_of, slug
-from finetune.compare.paired import Readings, differences, estimate, resampled_metrics, spare_subjects
+from finetune.compare.paired import Readings, differences, estimate, resampled_metrics, subject_freedom
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
 from finetune.tasks import task_module
@@ -112,7 +112,7 @@ def compare(config: CompareConfig, found: Mapping[Cell, Answer]) -> Comparison:
     them together."""
     metric, arms, first = metric_of(config), arms_of(config), next(iter(found.values()))
     reference, confidence = next(iter(arms)), config.bootstrap.confidence
-    spare = spare_subjects(metric.strata(first.trained))
+    freedom = subject_freedom(metric.strata(first.trained))
     baselines = {name: [[scores]] for name, scores in [*first.scores.items()][1:]}  # which know no encoder and no seed
     every = [(mode, readings(found, mode)) for mode in config.modes] + [("baseline", baselines)]
     draws = {
@@ -122,11 +122,11 @@ def compare(config: CompareConfig, found: Mapping[Cell, Answer]) -> Comparison:
     }
     rows = []
     for (mode, arm), numbers in draws.items():
-        own = estimate(numbers, spare_subjects=spare, confidence=confidence, null=metric.chance)
+        own = estimate(numbers, subject_freedom=freedom, confidence=confidence, null=metric.chance)
         seen = seen_by(arm, found) if arm in arms else ""
         rows.append(ComparisonRow("arm", mode, arm, "", **asdict(own), p_corrected=own.p, verdict=seen))
     pairs = [((mode, arm), (mode, reference)) for mode in config.modes for arm in arms if arm != reference]
-    between = differences(draws, pairs, metric, spare_subjects=spare, confidence=confidence)
+    between = differences(draws, pairs, metric, subject_freedom=freedom, confidence=confidence)
     for ((mode, arm), _), one in zip(pairs, between, strict=True):
         said = asdict(one.estimate) | {"p_corrected": one.p_corrected, "verdict": one.verdict}
         rows.append(ComparisonRow("difference", mode, arm, reference, **said))

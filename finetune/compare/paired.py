@@ -66,8 +66,9 @@ def resampled_metrics(readings: Readings, metric: Metric, config: BootstrapConfi
     }
 
 
-def estimate(draws: np.ndarray, *, spare_subjects: int, confidence: float, null: float | None) -> Estimate:
-    """The mean over units of draws [1 + resample, unit]; `spare_subjects` is subjects less strata.
+def estimate(draws: np.ndarray, *, subject_freedom: int, confidence: float, null: float | None) -> Estimate:
+    """The mean over units of draws [1 + resample, unit]; `subject_freedom`, the degrees of freedom of subjects, is
+    subjects less strata.
 
     Resamples in which a unit is undefined are left out; without any, the interval is NaN. Where nothing varies at all
     (one arm twice) the interval is the value itself. Nothing is claimed of either: p is 1. Without a null it is NaN.
@@ -86,7 +87,9 @@ def estimate(draws: np.ndarray, *, spare_subjects: int, confidence: float, null:
     value, variance = float(of_units.mean()), by_units + by_subjects
     if variance < 1e-24:
         return Estimate(value, value, value, 1.0)
-    half_width = partial(reach, by_units=by_units, num_units=num_units, by_subjects=by_subjects, spare=spare_subjects)
+    half_width = partial(
+        reach, by_units=by_units, num_units=num_units, by_subjects=by_subjects, freedom=subject_freedom
+    )
     width, distance = half_width(1 - confidence), math.nan if null is None else abs(value - null)
     if math.isnan(distance):
         p = math.nan
@@ -99,14 +102,14 @@ def estimate(draws: np.ndarray, *, spare_subjects: int, confidence: float, null:
     return Estimate(value, value - width, value + width, p)
 
 
-def reach(level: float, *, by_units: float, num_units: int, by_subjects: float, spare: int) -> float:
+def reach(level: float, *, by_units: float, num_units: int, by_subjects: float, freedom: int) -> float:
     """Half the width of the interval that misses with probability `level`: both parts' own, squared and added."""
     of_units = float(stats.t.isf(level / 2, max(num_units - 1, 1)))
-    of_subjects = float(stats.t.isf(level / 2, max(spare, 1)))
+    of_subjects = float(stats.t.isf(level / 2, max(freedom, 1)))
     return (of_units**2 * by_units + of_subjects**2 * by_subjects) ** 0.5
 
 
-def spare_subjects(strata: np.ndarray) -> int:
+def subject_freedom(strata: np.ndarray) -> int:
     """Subjects less strata: the degrees of freedom of the subjects' spread."""
     return len(strata) - len(np.unique(strata))
 
@@ -116,12 +119,12 @@ def differences(
     pairs: list[tuple[Key, Key]],
     metric: Metric,
     *,
-    spare_subjects: int,
+    subject_freedom: int,
     confidence: float,
 ) -> list[Difference]:
     """One for every (arm, reference) of the metric, corrected for all of them; units are paired in their order."""
     found = [
-        estimate(draws[arm] - draws[reference], spare_subjects=spare_subjects, confidence=confidence, null=0.0)
+        estimate(draws[arm] - draws[reference], subject_freedom=subject_freedom, confidence=confidence, null=0.0)
         for arm, reference in pairs
     ]
     corrected = holm([each.p for each in found])

@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from data_sharding.read.batch import Batch
+from data_sharding.read.batch import WindowBatch
 from pretrain.baselines.global_drift import GlobalDrift
 from pretrain.baselines.guesses import (
     BaselineConfig,
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 NAMES = ("neighbour", "global_drift", "ridge")  # of the baselines, in the order of tables
 
-HiddenTokens = Callable[[Batch], Bool[Tensor, "batch tubelet patch"]]
+HiddenTokens = Callable[[WindowBatch], Bool[Tensor, "batch tubelet patch"]]
 SumsByRegion = Callable[[Float[Tensor, "batch time voxel"]], Float[Tensor, "batch region"]]
 
 
@@ -56,7 +56,7 @@ class BaselineScores:
         return {name: errors[rows] for name, errors in self.errors.items()}
 
 
-def voxel_statistics(batches: Iterable[Batch], num_voxels: int) -> VoxelStatistics:
+def voxel_statistics(batches: Iterable[WindowBatch], num_voxels: int) -> VoxelStatistics:
     """Mean and deviation of every voxel over the measured frames of all ranks' `batches`."""
     statistics = VoxelStatistics.empty(num_voxels)
     for batch in batches:
@@ -98,7 +98,7 @@ class References:
         return guesses
 
     def squared_errors(
-        self, batch: Batch, is_hidden: Bool[Tensor, "batch tubelet patch"]
+        self, batch: WindowBatch, is_hidden: Bool[Tensor, "batch tubelet patch"]
     ) -> dict[str, Float[Tensor, "batch time voxel"]]:
         """Each baseline's squared error where a hidden voxel was measured, 0 elsewhere."""
         centred = centre(batch.values, batch.is_measured, self.offset)
@@ -180,7 +180,7 @@ def centre(
 
 
 def fit_references(
-    batches: Callable[[], Iterable[Batch]],
+    batches: Callable[[], Iterable[WindowBatch]],
     config: BaselineConfig,
     *,
     offset: Float[Tensor, "voxel"],
@@ -219,7 +219,7 @@ def fit_references(
 
 def score_baselines(
     references: References,
-    batches: Iterable[Batch],
+    batches: Iterable[WindowBatch],
     *,
     hidden_tokens: HiddenTokens,
     by_region: SumsByRegion,
@@ -242,7 +242,7 @@ def score_baselines(
 
 def fit_ridge(
     references: References,
-    batches: Callable[[], Iterable[Batch]],
+    batches: Callable[[], Iterable[WindowBatch]],
     is_kept: Bool[Tensor, "row"],
     hidden_tokens: HiddenTokens,
 ) -> None:
@@ -297,7 +297,9 @@ def sum_over_ranks(*sums: Tensor) -> None:
         sum_in_place(each, own_device())
 
 
-def _with_rows(batches: Iterable[Batch], chosen: Bool[Tensor, "row"]) -> Iterator[tuple[Batch, Bool[Tensor, "batch"]]]:
+def _with_rows(
+    batches: Iterable[WindowBatch], chosen: Bool[Tensor, "row"]
+) -> Iterator[tuple[WindowBatch, Bool[Tensor, "batch"]]]:
     """The batches that have chosen rows, and which; padding is no row."""
     start = 0
     for batch in batches:
@@ -312,7 +314,7 @@ def _with_rows(batches: Iterable[Batch], chosen: Bool[Tensor, "row"]) -> Iterato
 def _best_penalty(
     references: References,
     ridge: RidgeOracle,
-    held_out: Iterable[tuple[Batch, Bool[Tensor, "batch"]]],
+    held_out: Iterable[tuple[WindowBatch, Bool[Tensor, "batch"]]],
     hidden_tokens: HiddenTokens,
 ) -> float:
     """The candidate with the least squared error over the hidden, measured voxels of the chosen rows."""

@@ -27,7 +27,7 @@ class SetConfig:
 
 
 @dataclass
-class RegisterConfig:
+class RegisterBackbonesConfig:
     """Under which name the backbone enters the registry."""
 
     names: dict[str, str]  # by kind; 'joint' for sets of several kinds
@@ -57,7 +57,9 @@ class PretrainConfig:
     baselines: BaselineConfig
     report: ReportConfig = field(metadata=FREE)
     train: TrainConfig
-    register: RegisterConfig | None = field(metadata=FREE)  # null: the bundle is only written to the run folder
+    register: RegisterBackbonesConfig | None = field(
+        metadata=FREE
+    )  # null: the bundle is only written to the run folder
     cluster: ClusterConfig = field(metadata=FREE)
 
     @staticmethod

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from brain_models.encoder import BrainEncoder, PatchDecoder, Stem, StemName, kind_of
 from brain_models.patches import PatchLayout
-from data_sharding.read.batch import Batch
+from data_sharding.read.batch import WindowBatch
 from pretrain.baselines.references import centre, hidden_voxels
 from pretrain.errors import PretrainError
 from pretrain.masked.costs import ModelConfig, PassShape, flops_of_pass
@@ -31,7 +31,7 @@ from training.unfreezing import split_decay
 class MaskedBatch:
     """A batch with everything a forward pass looks up once: its set, the set's stem, what is hidden, the features."""
 
-    batch: Batch
+    batch: WindowBatch
     set: MaskedSet
     stem: Stem
     choice: TokenChoice
@@ -120,7 +120,7 @@ class MaskedVolumes(Task):
         self.encoder.stem(stem).voxel_offset.copy_(mean)
         self.encoder.stem(stem).voxel_scale.copy_(deviation)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: WindowBatch) -> dict[str, Tensor]:
         """The loss: weighted squared error over measured voxels of hidden tokens, divided by a constant; of several
         sets also under the set's name."""
         masked = self.mask(batch)
@@ -131,7 +131,7 @@ class MaskedVolumes(Task):
             return {"loss": loss}
         return {"loss": loss + self._untouched(masked.set.stem_name), f"loss/{masked.set.name}": loss.detach()}
 
-    def mask(self, batch: Batch, choice: TokenChoice | None = None) -> MaskedBatch:
+    def mask(self, batch: WindowBatch, choice: TokenChoice | None = None) -> MaskedBatch:
         """The batch with its hidden tokens: those that its samples' seeds choose, unless a choice is given."""
         own = self.set_named(batch.set_name)
         stem = self.encoder.stem(own.stem_name)
@@ -151,7 +151,7 @@ class MaskedVolumes(Task):
         """Guess minus truth of the hidden tokens, in standardised voxels."""
         return self.guess(masked).hidden - take_tokens(masked.features, masked.choice.hidden)
 
-    def reconstruct(self, batch: Batch) -> Reconstruction:
+    def reconstruct(self, batch: WindowBatch) -> Reconstruction:
         """What is hidden of each sample, and how well each of its voxels is guessed."""
         masked = self.mask(batch)
         own, stem, guess = masked.set, masked.stem, self.guess(masked)
@@ -162,7 +162,7 @@ class MaskedVolumes(Task):
         return Reconstruction(guess.encoded, is_scored, truth, (guessed - truth).square() * is_scored)
 
     def patch_errors(
-        self, batch: Batch, hidden: Bool[Tensor, "patch"]
+        self, batch: WindowBatch, hidden: Bool[Tensor, "patch"]
     ) -> tuple[Float[Tensor, "batch patch"], Float[Tensor, "batch patch"]]:
         """With these patches hidden in all frames: squared error summed over each, 0 where visible; and the total
         about the training mean, of all."""
@@ -177,7 +177,7 @@ class MaskedVolumes(Task):
         errors[:, hidden] = reduce(error, by_patch, "sum", patch=int(hidden.sum()))
         return errors, total
 
-    def predict(self, batch: Batch) -> dict[str, Tensor]:
+    def predict(self, batch: WindowBatch) -> dict[str, Tensor]:
         """Per sample and region (the last column: no region): squared error, total about this run's training mean, and
         the number of values they are summed over; per sample, the weighted error of the loss, its set and its seed;
         where there are sentinels, the mean encoded token and a few single ones."""
@@ -243,7 +243,7 @@ class MaskedVolumes(Task):
             opens_at=0,
         )
 
-    def cost(self, batch: Batch) -> Cost:
+    def cost(self, batch: WindowBatch) -> Cost:
         shape = self.pass_shape(self.set_named(batch.set_name), rows=len(batch.weight))
         return Cost(tokens=shape.rows * shape.num_tokens, flops=flops_of_pass(self.config, shape))
 
@@ -278,7 +278,7 @@ class MaskedVolumes(Task):
             else:
                 mine.start_from(known[min(known, key=lambda other: kind_of(other) != kind_of(name))])
 
-    def is_hidden(self, batch: Batch) -> Bool[Tensor, "batch tubelet patch"]:
+    def is_hidden(self, batch: WindowBatch) -> Bool[Tensor, "batch tubelet patch"]:
         """True for the tokens that this batch hides."""
         own = self.set_named(batch.set_name)
         return own.is_hidden(own.masker.choose(batch.sample_seed))

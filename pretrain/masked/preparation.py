@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cluster.storage.stores import Store, store_for
-from data_sharding.read.batch import Batch
+from data_sharding.read.batch import WindowBatch
 from data_sharding.read.joint import named
 from data_sharding.read.reader import BatchSource
 from pretrain.baselines.references import (
@@ -137,7 +137,7 @@ def untrained_embedding(task: MaskedVolumes, config: PretrainConfig, opened: Ope
     return embedding_metrics({key: torch.cat([row[key] for row in every]) for key in every[0]})
 
 
-def evaluated(config: PretrainConfig, opened: OpenedSet, split: str, limit: int | None) -> Iterator[Batch]:
+def evaluated(config: PretrainConfig, opened: OpenedSet, split: str, limit: int | None) -> Iterator[WindowBatch]:
     """This rank's share of what an evaluation of a split reads of one set."""
     here = this_process()
     source = BatchSource(windows_of(opened), config.data, rank=here.rank, world_size=here.world_size)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.storage.stores import store_for
-from data_sharding.read.batch import Batch
+from data_sharding.read.batch import WindowBatch
 from data_sharding.read.joint import named
 from data_sharding.read.reader import BatchSource
 from pretrain.masked.config import PretrainConfig
@@ -44,7 +44,7 @@ class TrainedRun:
     sets: Mapping[str, OpenedSet]
     device: torch.device
 
-    def batches(self, name: str, split: str, limit: int | None) -> Iterator[Batch]:
+    def batches(self, name: str, split: str, limit: int | None) -> Iterator[WindowBatch]:
         """The windows of a set's split, or a fixed hashed subset, without padding, on the device."""
         source = BatchSource(windows_of(self.sets[name]), self.config.data, rank=0, world_size=1)
         for batch in source.evaluation(split, limit=limit):
@@ -58,7 +58,7 @@ class TrainedRun:
         return dict(zip(runs["scan_id"], runs["subject"], strict=True))
 
 
-def without_padding(batch: Batch) -> Batch:
+def without_padding(batch: WindowBatch) -> WindowBatch:
     """The rows that count."""
     return batch.rows(torch.nonzero(batch.weight > 0)[:, 0].tolist())
 

@@ -10,7 +10,7 @@ from brain_models.atlas import Atlas, no_atlas
 from brain_models.encoder import TokenKind
 from brain_models.space import BrainSpace
 from data_sharding.read.joint import JointSource, named
-from data_sharding.read.reader import Batch, BatchSource, ShardSet, Windows, open_set
+from data_sharding.read.reader import BatchSource, ShardSet, WindowBatch, Windows, open_set
 from pretrain.errors import PretrainError
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_set import Geometry, SetSpec
@@ -92,7 +92,7 @@ def open_source(config: PretrainConfig, sets: Mapping[str, OpenedSet], process: 
     return JointSource(sources, {name: each.weight for name, each in sets.items()}, seed=config.data.seed)
 
 
-def training_subset(config: PretrainConfig, opened: OpenedSet) -> Iterator[Batch]:
+def training_subset(config: PretrainConfig, opened: OpenedSet) -> Iterator[WindowBatch]:
     """This rank's share of the training samples that statistics and baselines are fitted on, the same every time.
 
     Dealt out, so that the last subjects, on which the ridge's penalty is chosen, are spread over the ranks.

@@ -25,7 +25,7 @@ Reader = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartitionSlice:
     """A stretch of a flattened parameter, and where it lies in this rank's partition of a group."""
 
     name: str
@@ -55,7 +55,7 @@ def load_whole(engine: Any, task: nn.Module, file: Path) -> None:
 
 
 def _fill(
-    optimizer: torch.optim.Optimizer, flat: Tensor, *, members: list[str], pieces: list[Piece], read: Reader
+    optimizer: torch.optim.Optimizer, flat: Tensor, *, members: list[str], pieces: list[PartitionSlice], read: Reader
 ) -> None:
     """One group's partition: weights in place, moments and step count anew."""
     moments = {key: torch.zeros_like(flat) for key in MOMENTS}
@@ -67,7 +67,7 @@ def _fill(
     optimizer.state[flat] = {STEP: read(f"{STEP}/{members[0]}").to(counts_on), **moments}
 
 
-def _groups_of_stage_1_2(zero: Any, names: dict[int, str]) -> Iterator[tuple[Tensor, list[str], list[Piece]]]:
+def _groups_of_stage_1_2(zero: Any, names: dict[int, str]) -> Iterator[tuple[Tensor, list[str], list[PartitionSlice]]]:
     for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
         members = [names[id(parameter)] for parameter in group]
         pieces = []
@@ -75,11 +75,11 @@ def _groups_of_stage_1_2(zero: Any, names: dict[int, str]) -> Iterator[tuple[Ten
             if (mapping := parameter._hp_mapping) is not None:  # None: this rank holds nothing of it
                 start = mapping.lp_fragment_address.start
                 ours = mapping.get_hp_fragment_address()
-                pieces.append(Piece(name, start, ours.start, ours.numel))
+                pieces.append(PartitionSlice(name, start, ours.start, ours.numel))
         yield flat, members, pieces
 
 
-def _groups_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[tuple[Tensor, list[str], list[Piece]]]:
+def _groups_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[tuple[Tensor, list[str], list[PartitionSlice]]]:
     """Every parameter is cut into equal parts, the last one padded; this rank's parts follow one another."""
     rank = torch.distributed.get_rank(group=zero.dp_process_group)
     for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
@@ -88,7 +88,7 @@ def _groups_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[tuple[Tenso
         for name, parameter in zip(members, group, strict=True):
             share = parameter.partition_numel()
             start = min(rank * share, parameter.ds_numel)
-            pieces.append(Piece(name, start, at, min(share, parameter.ds_numel - start)))
+            pieces.append(PartitionSlice(name, start, at, min(share, parameter.ds_numel - start)))
             at += share
         yield flat, members, pieces
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from brain_models.heads import CovariancePool, RunHead
 from brain_models.run_predictor import RunPredictor
-from data_sharding.read.reader import Batch
+from data_sharding.read.reader import WindowBatch
 from finetune.tasks.subject_prediction.baselines import LinearConfig
 from finetune.tasks.subject_prediction.labels import Labels
 from finetune.tasks.subject_prediction.outcomes import Outcome
@@ -46,7 +46,7 @@ class ProbeResult:
 
 
 def start_head(
-    model: RunPredictor, batches: Iterable[Batch], *, labels: Labels, outcome: Outcome, config: ProbeConfig
+    model: RunPredictor, batches: Iterable[WindowBatch], *, labels: Labels, outcome: Outcome, config: ProbeConfig
 ) -> ProbeResult:
     """Sets the head's channels, standardisation and weights from labelled training runs; the same on every rank."""
     model.eval()
@@ -87,7 +87,7 @@ def principal_channels(moment: Float[Tensor, "width width"], num_channels: int) 
     return (strongest / sizes[-1].clamp_min(1e-12).sqrt()).float()
 
 
-def _pooled(model: RunPredictor, batches: Iterable[Batch]) -> Iterator[tuple[str, str, Tensor]]:
+def _pooled(model: RunPredictor, batches: Iterable[WindowBatch]) -> Iterator[tuple[str, str, Tensor]]:
     """(scan, subject, tokens pooled as far as nothing is learned) of every real run of this rank."""
     device = next(model.parameters()).device
     pool = model.head.pool

@@ -16,7 +16,7 @@ from brain_models.atlas import Atlas
 from brain_models.bundle import Bundle
 from brain_models.heads import HeadConfig
 from brain_models.run_predictor import RunPredictor, run_predictor
-from data_sharding.read.reader import Batch
+from data_sharding.read.reader import WindowBatch
 from finetune.tasks.subject_prediction.labels import Labels
 from finetune.tasks.subject_prediction.outcomes import Outcome
 from finetune.tasks.subject_prediction.scores import Scores, subject_scores
@@ -58,18 +58,18 @@ class SubjectPrediction(Task):
         """Frames of a run that one prediction is made from."""
         return self.num_windows * self.model.window_frames
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: WindowBatch) -> dict[str, Tensor]:
         """The loss: the outcome's, of labelled runs, over the constant batch size (see training.task)."""
         truth, is_labelled = self._truth(batch)
         losses = self.outcome.losses(self.outputs(batch), truth)
         return {"loss": (batch.weight * is_labelled * losses).sum() / self.batch_size}
 
-    def outputs(self, batch: Batch) -> Float[Tensor, "batch"]:
+    def outputs(self, batch: WindowBatch) -> Float[Tensor, "batch"]:
         """One number per run."""
         tokens = self.model.tokens(batch.values, batch.is_measured, batch.repetition_time_s)
         return self.model.head(tokens).float()
 
-    def predict(self, batch: Batch) -> dict[str, Tensor]:
+    def predict(self, batch: WindowBatch) -> dict[str, Tensor]:
         """`output`, and `subject`: the number of the run's subject among the labelled ones, NO_LABEL for the others."""
         numbers = [self.number_of_subject.get(subject, NO_LABEL) for subject in batch.subjects]
         return {"output": self.outputs(batch), "subject": torch.tensor(numbers, device=batch.values.device)}
@@ -103,7 +103,7 @@ class SubjectPrediction(Task):
         layers = self.model.encoder.layers()
         return [*head, *layer_groups("encoder", layers, self.unfreezing, weight_decay=self.weight_decay)]
 
-    def cost(self, batch: Batch) -> Cost:
+    def cost(self, batch: WindowBatch) -> Cost:
         """The encoder over every window (backward only once a block is open); head and positions are left out."""
         encoder = self.model.encoder
         stem, width = encoder.stem("bold"), encoder.config.width
@@ -119,7 +119,7 @@ class SubjectPrediction(Task):
         self.model.encoder.recomputes_activations = True
 
     @torch.compiler.disable  # names looked up in a dict: compiled, it would be compiled anew for every batch
-    def _truth(self, batch: Batch) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    def _truth(self, batch: WindowBatch) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         """The truth of each run's subject (1 for a case), 0 without a label; and 1 where there is a label."""
         known = [self.labels.truth_of.get(subject) for subject in batch.subjects]
         device = batch.values.device

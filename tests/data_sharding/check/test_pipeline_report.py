@@ -12,7 +12,7 @@ import pytest
 
 from data_sharding.check.report import balance_columns, mean_maps, render, split_balance, worst_regions
 from data_sharding.read.shard_set import ShardSet, open_set
-from data_sharding.report import ReportConfig, run
+from data_sharding.report import SetReportConfig, run
 from data_sharding.schema import MEAN
 from data_sharding.write.build import build
 from reports import figures
@@ -60,7 +60,7 @@ def test_quality_is_known_or_missing_and_never_made_up(shard_set: ShardSet) -> N
 def test_the_page_holds_counts_refusals_images_and_balance(
     shard_set: ShardSet, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(ReportConfig(shard_set.location))
+    run(SetReportConfig(shard_set.location))
     assert "report.html" in capsys.readouterr().out
     page = (Path(shard_set.location) / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)

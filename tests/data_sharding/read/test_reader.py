@@ -19,7 +19,7 @@ from data_sharding.errors import ShardError
 from data_sharding.read import index_file
 from data_sharding.read.batch import decode
 from data_sharding.read.order import SampleOrder, Samples
-from data_sharding.read.reader import Batch, BatchSource, DataConfig, Windows, open_set
+from data_sharding.read.reader import BatchSource, DataConfig, WindowBatch, Windows, open_set
 from data_sharding.splits import AS_WRITTEN
 from data_sharding.write.build import build
 from tests.data_sharding.test_shards import copy_set, flip, npy
@@ -62,7 +62,7 @@ def windows_of(location: str, window_frames: int = 4) -> Windows:
     return Windows(open_set(location), kind="bold", window_frames=window_frames)
 
 
-def rows_of(batches: list[Batch]) -> list[tuple[str, int, int, bytes]]:
+def rows_of(batches: list[WindowBatch]) -> list[tuple[str, int, int, bytes]]:
     """(scan, first frame, seed, values) of every sample that counts."""
     return [
         (batch.scan_ids[row], batch.first_frame[row], int(batch.sample_seed[row]), batch.values[row].numpy().tobytes())
@@ -72,7 +72,7 @@ def rows_of(batches: list[Batch]) -> list[tuple[str, int, int, bytes]]:
     ]
 
 
-def steps_of(source: BatchSource, num_steps: int, state: dict[str, object] | None = None) -> list[list[Batch]]:
+def steps_of(source: BatchSource, num_steps: int, state: dict[str, object] | None = None) -> list[list[WindowBatch]]:
     steps = source.steps(state or source.initial_state())
     taken = [batches for batches, _ in itertools.islice(steps, num_steps)]
     steps.close()  # type: ignore[attr-defined]

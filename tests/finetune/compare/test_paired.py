@@ -14,7 +14,7 @@ from finetune.compare.paired import (
     differences,
     estimate,
     resampled_metrics,
-    spare_subjects,
+    subject_freedom,
     verdict,
 )
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS, VALUE_METRICS, Scores
@@ -58,13 +58,13 @@ def arms_of(values: dict[str, np.ndarray], is_case: np.ndarray, sites: np.ndarra
 
 
 def spare(arms: Arms) -> int:
-    return spare_subjects(WITHIN_SITES.strata(arms["plain"][0][0]))
+    return subject_freedom(WITHIN_SITES.strata(arms["plain"][0][0]))
 
 
 def judged(arms: Arms, config: BootstrapConfig = CONFIG) -> list[Difference]:
     draws = resampled_metrics(arms, WITHIN_SITES, config)
     pairs = [("second", "plain"), ("third", "plain")]
-    return differences(draws, pairs, WITHIN_SITES, spare_subjects=spare(arms), confidence=config.confidence)
+    return differences(draws, pairs, WITHIN_SITES, subject_freedom=spare(arms), confidence=config.confidence)
 
 
 def is_claim(difference: Difference) -> bool:
@@ -101,7 +101,7 @@ def test_sites_with_one_case_and_one_control_do_not_make_intervals_too_short() -
         arms = arms_of(values, is_case, sites)
         draws = resampled_metrics(arms, BALANCED_ACCURACY, BootstrapConfig(120, 0.95, seed))
         difference = draws["second"] - draws["plain"]
-        found = estimate(difference, spare_subjects=spare(arms), confidence=0.95, null=0.0)
+        found = estimate(difference, subject_freedom=spare(arms), confidence=0.95, null=0.0)
         covered += found.low <= 0 <= found.high
     assert covered >= 85  # 88; 58 where those subjects were never drawn otherwise
 
@@ -113,8 +113,8 @@ def test_a_draw_without_a_pair_of_one_site_is_left_out() -> None:
     difference = draws["second"] - draws["plain"]
     is_defined = np.isfinite(difference[:, 0])
     assert 1 < is_defined.sum() < 1 + CONFIG.num_resamples
-    kept = estimate(difference[is_defined], spare_subjects=2, confidence=0.95, null=0.0)
-    assert estimate(difference, spare_subjects=2, confidence=0.95, null=0.0) == kept
+    kept = estimate(difference[is_defined], subject_freedom=2, confidence=0.95, null=0.0)
+    assert estimate(difference, subject_freedom=2, confidence=0.95, null=0.0) == kept
 
 
 def test_a_class_with_one_subject_and_a_metric_without_a_chance_claim_nothing() -> None:
@@ -124,7 +124,7 @@ def test_a_class_with_one_subject_and_a_metric_without_a_chance_claim_nothing() 
     assert (same.estimate.value, same.p_corrected) == (0, 1)
     draws = resampled_metrics(arms_of(values, np.arange(4) + 1.0, np.full(4, "a")), VALUE_METRICS[2], CONFIG)["plain"]
     error = estimate(
-        draws + np.random.default_rng(0).normal(size=draws.shape), spare_subjects=3, confidence=0.95, null=None
+        draws + np.random.default_rng(0).normal(size=draws.shape), subject_freedom=3, confidence=0.95, null=None
     )
     assert np.isnan(error.p)
     assert error.low < error.value < error.high
@@ -153,7 +153,7 @@ def test_labels_without_meaning_put_every_arm_at_chance_and_claim_nothing() -> N
         found = judged(shuffled, BootstrapConfig(120, 0.95, seed))
         claims += any(map(is_claim, found))
         draws = resampled_metrics(shuffled, WITHIN_SITES, CONFIG)["plain"]
-        own = estimate(draws, spare_subjects=spare(shuffled), confidence=0.95, null=0.5)
+        own = estimate(draws, subject_freedom=spare(shuffled), confidence=0.95, null=0.5)
         chance += own.low <= 0.5 <= own.high
     assert claims <= 6  # 5 % of 60 are 3, and twice as many are not unlikely
     assert chance >= 53
@@ -177,7 +177,7 @@ def test_an_arms_interval_holds_the_metric_of_all_subjects_and_seeds() -> None:
     for seed in range(NUM_STUDIES):
         readings = draw_readings(generator, num_units=3, seed_spread=spread)
         draws = resampled_metrics(readings, WITHIN_SITES, BootstrapConfig(120, 0.95, seed))["plain"]
-        own = estimate(draws, spare_subjects=spare(readings), confidence=0.95, null=0.5)
+        own = estimate(draws, subject_freedom=spare(readings), confidence=0.95, null=0.5)
         covered += own.low <= truth <= own.high
     assert 0.91 <= covered / NUM_STUDIES <= 0.99
 

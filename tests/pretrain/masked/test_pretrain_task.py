@@ -6,7 +6,7 @@ import torch
 
 from brain_models.atlas import Atlas
 from brain_models.encoder import EncoderConfig
-from data_sharding.read.reader import Batch
+from data_sharding.read.reader import WindowBatch
 from pretrain.baselines.guesses import BaselineConfig
 from pretrain.baselines.references import (
     References,
@@ -59,12 +59,12 @@ def make_task(
     return task
 
 
-def make_batch(geometry: Geometry, size: int = BATCH_SIZE, seed: int = 3) -> Batch:
+def make_batch(geometry: Geometry, size: int = BATCH_SIZE, seed: int = 3) -> WindowBatch:
     generator = torch.Generator().manual_seed(seed)
     num_voxels = geometry.space.num_voxels
     is_measured = torch.rand(size, num_voxels, generator=generator) < 0.9
     values = torch.randn(size, 4, num_voxels, generator=generator) * is_measured[:, None]
-    return Batch(
+    return WindowBatch(
         values=values,
         is_measured=is_measured,
         repetition_time_s=torch.full((size,), 2.0),
@@ -76,11 +76,11 @@ def make_batch(geometry: Geometry, size: int = BATCH_SIZE, seed: int = 3) -> Bat
     )
 
 
-def rows(batch: Batch, chosen: slice) -> Batch:
-    return Batch(**{name: getattr(batch, name)[chosen] for name in batch.__dataclass_fields__})
+def rows(batch: WindowBatch, chosen: slice) -> WindowBatch:
+    return WindowBatch(**{name: getattr(batch, name)[chosen] for name in batch.__dataclass_fields__})
 
 
-def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: Batch, weight: np.ndarray) -> float:
+def reference_loss(task: MaskedVolumes, geometry: Geometry, batch: WindowBatch, weight: np.ndarray) -> float:
     """The definition, one hidden voxel at a time, in float64; voxels count as `weight` says."""
     with torch.no_grad():
         masked = task.mask(batch)
@@ -142,7 +142,7 @@ def test_balanced_loss_has_the_scale_of_the_plain_one_where_all_voxels_are_as_ha
     assert losses["balanced"] == pytest.approx(losses["plain"], rel=0.03)
 
 
-def gradients(task: MaskedVolumes, batches: list[Batch]) -> tuple[float, list[torch.Tensor]]:
+def gradients(task: MaskedVolumes, batches: list[WindowBatch]) -> tuple[float, list[torch.Tensor]]:
     task.zero_grad()
     loss = torch.stack([task(batch)["loss"] for batch in batches]).sum()
     loss.backward()
@@ -255,13 +255,13 @@ def test_a_budget_out_of_reach_is_refused_before_a_model_is_made(geometry: Geome
         geometry.masker(MaskingConfig(kind="region", hidden_share=0.9, rule="pure", groups=["left"], exclude=[]))
 
 
-def give_baselines(task: MaskedVolumes, references: References, batches: list[Batch], name: str = "") -> None:
+def give_baselines(task: MaskedVolumes, references: References, batches: list[WindowBatch], name: str = "") -> None:
     own = task.set_named(name)
     own.training_mean = references.offset
     own.baselines = score_baselines(references, batches, hidden_tokens=task.is_hidden, by_region=own.by_region)
 
 
-def references_of(task: MaskedVolumes, geometry: Geometry, batches: list[Batch], **changes: object) -> References:
+def references_of(task: MaskedVolumes, geometry: Geometry, batches: list[WindowBatch], **changes: object) -> References:
     config = {"num_neighbours": 3, "drift_degree": 1, "ridge_max_gib": 1.0, "ridge_penalties": [1.0], "fit_samples": 24}
     return fit_references(
         lambda: batches,
