@@ -152,7 +152,8 @@ class S3Store(RemoteStore):
                 size = min(PARTS_AT_ONCE * PART_BYTES, info["size"] - first)
                 with self.explained(where, doing="read"):
                     parts = self.parts(where, first, size, {where: info["ETag"]})
-                file.writelines(parts)
+                while parts:
+                    file.write(parts.pop(0))  # and free it, before the next are fetched
 
     def read_whole(self, where: str) -> bytes:
         first = None
