@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -117,3 +118,25 @@ def test_the_links_of_the_hcp_page_make_a_folder_that_the_bids_source_reads(tmp_
     ]
     assert [scan.repetition_time_s for scan in contents.scans] == [0.72, 0.72, 0.0]
     assert all(scan.brain_mask is not None for scan in contents.scans)
+
+
+def text_of(node: ast.AST) -> str | None:
+    """A string as it is written in the source, with ... for each value that is filled in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def test_every_message_of_the_faq_is_one_that_the_code_can_print() -> None:
+    packages = sorted(path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
+    sources = [path for package in packages for path in package.rglob("*.py")]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    written = {text for node in nodes if (text := text_of(node)) is not None}
+    headings = re.findall(r"^### `(.*)`$", (DOCS / "faq.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    patterns = {heading: ".*".join(map(re.escape, heading.split("..."))) for heading in headings}
+    assert len(headings) >= 20
+    assert [
+        heading
+        for heading, pattern in patterns.items()
+        if not any(re.fullmatch(pattern + ".*", text, flags=re.DOTALL) for text in written)
+    ] == []
