@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -99,8 +100,27 @@ def slices(
         figure.subplots_adjust(left=0.005, right=0.9, bottom=0.02, top=0.98, wspace=0.02)
         scale = figure.add_axes((0.915, 0.12, 0.012, 0.76))
         figure.colorbar(shown, cax=scale).ax.tick_params(colors="white", labelsize=6, length=2)
-        encoded = base64.b64encode(as_png(figure, dpi=110)).decode()
-        return f'<img alt="{label}" src="data:image/png;base64,{encoded}">'
+        return as_image(as_png(figure, dpi=110), label=label)
+
+
+def overlay(values: np.ndarray, space: BrainSpace, *, labels: np.ndarray | None, name: str, caption: str) -> str:
+    """Three axial slices of a scan with region outlines, as a <figure> that `index_of` links to by its name."""
+    with style():
+        figure = Figure(figsize=(2.7, 1.1), facecolor="black")
+        FigureCanvasAgg(figure)
+        row = figure.subplots(1, 3)
+        heights, upper = slice_heights(space, 5)[1:4], float(np.nanpercentile(values, 99))
+        ramp = matplotlib.colormaps["gray"]
+        draw_slices(row, values, space, labels=labels, heights=heights, colours=ramp, limits=(0, upper))
+        figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02)
+        image = as_image(as_png(figure, dpi=100), label=f"{caption} with region outlines")
+    return f'<figure id="{html.escape(name)}">{image}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def index_of(names: Sequence[str]) -> str:
+    """Links to the figures of these names, as a <nav>."""
+    links = " ".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a>' for name in names)
+    return f"<nav>{links}</nav>"
 
 
 def draw_slices(
@@ -182,3 +202,8 @@ def as_png(figure: Figure, *, dpi: int) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return data.getvalue()
+
+
+def as_image(png: bytes, *, label: str) -> str:
+    """A PNG as an <img> that needs no other file; `label` is read aloud where it cannot be seen."""
+    return f'<img alt="{html.escape(label)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

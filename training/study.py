@@ -59,6 +59,7 @@ class Conclusion:
     numbers: Mapping[str, object] = field(default_factory=dict)  # further top-level entries of metrics.json
     files: Mapping[str, str] = field(default_factory=dict)  # text by name, beside metrics.json
     marks: Mapping[str, int] = field(default_factory=dict)  # steps to point out in the training curves
+    curves: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by chart, validation metrics; {}: all in one
     lineage: Mapping[str, str] = field(default_factory=dict)  # beside the study's tags
     tags: Mapping[str, str] = field(default_factory=dict)  # of the registered version, beside the study's
 
@@ -157,7 +158,7 @@ def publish(
         "MLflow run": result.mlflow_run_id or "none",
     }
     notices = [*conclusion.notices, seen_notice(tested, num_tested=len(conclusion.tested_subjects))]
-    sections = [results_section(conclusion), *conclusion.sections, training_section(store, conclusion.marks, seconds)]
+    sections = [results_section(conclusion), *conclusion.sections, training_section(store, conclusion, seconds)]
     page = Page(study.title, conclusion.verdict, notices, sections, lineage)
     for name, text in {**conclusion.files, "report.html": render(page)}.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -254,7 +255,7 @@ def seen_notice(tested: Sequence[str] | None, *, num_tested: int) -> Notice:
     return Notice("remark", f"None of the {num_tested} test subjects was seen in pretraining.")
 
 
-def training_section(store: Store, marks: Mapping[str, int], seconds: Mapping[str, float]) -> Section:
+def training_section(store: Store, conclusion: Conclusion, seconds: Mapping[str, float]) -> Section:
     """Loss and validation metrics over steps, and where the time went."""
     history: dict[str, list[tuple[int, float]]] = {}
     for line in store.read("metrics.jsonl").splitlines():
@@ -267,7 +268,11 @@ def training_section(store: Store, marks: Mapping[str, int], seconds: Mapping[st
         if name.startswith("validation/") and name != "validation/loss"
     }
     text = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    figures = [curves(losses, label="loss", marks=marks), curves(scores, label="validation", marks=marks)]
+    charts = {"loss": losses} | {
+        label: {name: scores[name] for name in names if name in scores}
+        for label, names in (conclusion.curves or {"validation": list(scores)}).items()
+    }
+    figures = [curves(lines, label=label, marks=conclusion.marks) for label, lines in charts.items() if lines]
     return Section("Training", text=text, figures=figures)
 
 

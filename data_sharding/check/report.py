@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from configs.parse import flatten
 from data_sharding import schema
 from data_sharding.hashing import hash_names
 from data_sharding.read.shard_set import ShardSet
@@ -22,6 +23,7 @@ REPORT = "report.html"
 PREVIEW = "affine registration only: a preview, regions are off by several millimetres."
 SCANS_IN_MEAN = 40
 REFUSED_SHOWN = 500
+OVERLAYS_SHOWN = 200
 WORST_REGIONS = 12
 MAX_CATEGORIES = 12
 BALANCE = ("site", "sex", "gender", "age", "diagnosis", "dx", "group", "handedness")
@@ -73,6 +75,7 @@ def render(shard_set: ShardSet) -> str:
             figures=_distributions(quality, made["acceptance"]),
         ),
         *_images(shard_set),
+        *_overlays(shard_set),
         _coverage(shard_set, is_preview=is_preview),
         *(_balance(shard_set.subjects, column) for column in balance_columns(shard_set.subjects)),
     ]
@@ -83,7 +86,7 @@ def render(shard_set: ShardSet) -> str:
             verdict=shard_set.location,
             notices=[Notice("warning", f"These scans were aligned by an {PREVIEW}")] if is_preview else [],
             sections=sections,
-            lineage={name: str(value) for name, value in lineage.items()},
+            lineage={key: str(value) for key, value in flatten(lineage).items()},
         )
     )
 
@@ -103,9 +106,10 @@ def split_rows(shard_set: ShardSet) -> list[list[str]]:
 
 
 def _refusals(refused: list[schema.Refusal]) -> Section:
-    """Reasons with how many scans each refused, then the scans one by one."""
-    counted = Counter(_kind_of_reason(refusal) for refusal in refused).most_common()
-    table = [["scans", "reason"], *([str(count), reason] for reason, count in counted)]
+    """Reasons with how many scans each refused, worded as for the first of them, then the scans one by one."""
+    counted = Counter(_kind_of_reason(refusal) for refusal in refused)
+    first = {_kind_of_reason(refusal): refusal.reason for refusal in reversed(refused)}
+    table = [["scans", "reason"], *([str(count), first[kind]] for kind, count in counted.most_common())]
     table += [[refusal.scan_id, refusal.reason] for refusal in refused[:REFUSED_SHOWN]]
     more = f"and {len(refused) - REFUSED_SHOWN} more, all in {schema.MANIFEST}" if len(refused) > REFUSED_SHOWN else ""
     return Section(f"Refused scans: {len(refused)}", table if refused else (), more)
@@ -247,8 +251,28 @@ def _images(shard_set: ShardSet) -> list[Section]:
     return [replace(section, text=sides) for section in drawn]
 
 
+def _overlays(shard_set: ShardSet) -> list[Section]:
+    """One picture per subject, of its first run or else its T1, with the regions of the first atlas; an index first."""
+    space, scans = shard_set.space, shard_set.index[shard_set.index.kind.isin([schema.MEAN, schema.T1])]
+    if space.kind != "volume" or scans.empty:
+        return []
+    labels = next((atlas.labels for atlas in shard_set.atlases.values()), None)
+    subject_of = shard_set.quality.set_index("scan_id").subject
+    ordered = scans.assign(subject=subject_of.reindex(scans.scan_id).to_numpy(), is_t1=scans.kind == schema.T1)
+    first = ordered.sort_values(["subject", "is_t1", "scan_id"]).drop_duplicates("subject")
+    drawn = []
+    for row in first[:OVERLAYS_SHOWN].itertuples():
+        values = _array(shard_set, row).astype(np.float32)
+        values = np.where(np.isfinite(values), values - np.nanpercentile(values, 2), np.nan)
+        drawn.append(figures.overlay(values, space, labels=labels, name=row.subject, caption=row.scan_id))
+    index = figures.index_of([row.subject for row in first[:OVERLAYS_SHOWN].itertuples()])
+    more = f" The first {OVERLAYS_SHOWN} of {len(first)} subjects." if len(first) > OVERLAYS_SHOWN else ""
+    text = f"One scan per subject; region outlines must follow the anatomy.{more}"
+    return [Section("Alignment, subject by subject", text=text, figures=[index, *drawn])]
+
+
 def _kind_of_reason(refusal: schema.Refusal) -> str:
     """A reason without the file's name and numbers, so that equal reasons are counted together."""
     text = refusal.reason.replace(refusal.path, "").lstrip(" :")
     words = ["#" if any(letter.isdigit() for letter in word) else word for word in text.split()]
-    return " ".join(words[:12])
+    return " ".join(words)

@@ -31,7 +31,7 @@ def analyse_again(config: PretrainConfig) -> None:
         weights = Path(scratch) / WEIGHTS
         store.get_file(WEIGHTS, weights)
         run_id = summary["mlflow_run_id"]
-        found = report_run(config, sets, weights=weights, tables={}, mlflow_run_id=run_id)
+        found, _ = report_run(config, sets, weights=weights, tables={}, mlflow_run_id=run_id)
     known = summary.get("report", {})
     summary["report"] = {name: known.get(name, {}) | numbers for name, numbers in found.items()}
     store.put("metrics.json", json.dumps(summary, indent=1, sort_keys=True).encode())

@@ -64,6 +64,7 @@ class Reconstruction:
     encoded: Float[Tensor, "batch visible width"]
     is_scored: Bool[Tensor, "batch time voxel"]
     truth: Float[Tensor, "batch time voxel"]  # about the mean that the stem holds
+    guessed: Float[Tensor, "batch time voxel"]
     squared: Float[Tensor, "batch time voxel"]
 
 
@@ -159,7 +160,7 @@ class MaskedVolumes(Task):
         is_scored = is_scored & batch.is_measured[:, None]
         truth = centre(batch.values, batch.is_measured, stem.voxel_offset)
         guessed = own.by_voxel(stem, guess.hidden, masked.choice) * stem.voxel_scale
-        return Reconstruction(guess.encoded, is_scored, truth, (guessed - truth).square() * is_scored)
+        return Reconstruction(guess.encoded, is_scored, truth, guessed, (guessed - truth).square() * is_scored)
 
     def patch_errors(
         self, batch: WindowBatch, hidden: Bool[Tensor, "patch"]

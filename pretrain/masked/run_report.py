@@ -25,9 +25,12 @@ from pretrain.masked.sets import OpenedSet, build_task, windows_of
 from pretrain.report.config import PROBED_SPLITS
 from pretrain.report.contribution import Contribution, Experiment, contexts, contributions
 from pretrain.report.maps import voxel_maps, write_nifti
-from pretrain.report.pictures import draw_contributions, draw_maps
+from pretrain.report.pictures import Example, draw_contributions, draw_courses, draw_example, draw_maps
 from pretrain.report.probes import by_subject, probe, same_question
 from pretrain.report.scores import RegionScore, as_csv, plain
+from pretrain.report.sections import region_section, score_section
+from reports.figures import as_image
+from reports.page import Section
 from training.engine.base import own_device
 from training.watch.tracking import log_folder
 
@@ -70,8 +73,9 @@ def report_run(
     weights: Path,
     tables: Mapping[str, Mapping[str, Sequence[RegionScore]]],
     mlflow_run_id: str | None,
-) -> dict[str, object]:
-    """The numbers of the report on weights in a local file; its files are in the run folder and in MLflow."""
+) -> tuple[dict[str, object], list[Section]]:
+    """The numbers of the report on weights in a local file, and its part of the page; its files are in the run folder
+    and in MLflow."""
     task = build_task(config, sets)
     task.load_state_dict(load_file(weights))
     trained_run = TrainedRun(task.to(own_device()).eval(), config, sets, own_device())
@@ -86,7 +90,43 @@ def report_run(
         for path in sorted(folder.iterdir()):
             store.put(f"{FOLDER}/{path.name}", path)
         log_folder(folder, name=FOLDER, run_id=mlflow_run_id, config=config.train.tracking)
-    return numbers
+        return numbers, page_sections(trained_run, tables, folder)
+
+
+def page_sections(
+    trained_run: TrainedRun, tables: Mapping[str, Mapping[str, Sequence[RegionScore]]], folder: Path
+) -> list[Section]:
+    """Scores, then for every set its regions, one window with its guesses, and the pictures that are in the folder."""
+    sections = [score_section(tables)] if tables else []
+    for name, opened in trained_run.sets.items():
+        for split in list(tables)[:1]:
+            sections += [region_section(name, tables[split][name]), example_section(trained_run, name, split)]
+        pictures = [as_image(path.read_bytes(), label=path.stem) for path in sorted(folder.glob(f"{name}_*.png"))]
+        if pictures:
+            text = f"Region outlines are those of {opened.geometry.atlas.name}. The maps are NIfTI files in {FOLDER}/."
+            sections.append(Section(f"Maps and region contributions of {name}", text=text, figures=pictures))
+    return sections
+
+
+def example_section(trained_run: TrainedRun, name: str, split: str) -> Section:
+    """The first window of a split: what was hidden, and what was guessed."""
+    geometry = trained_run.sets[name].geometry
+    batch = next(trained_run.batches(name, split, 1))
+    with torch.no_grad():
+        found = trained_run.task.reconstruct(batch)
+    example = Example(
+        truth=found.truth[0].cpu().numpy(),
+        guessed=found.guessed[0].cpu().numpy(),
+        is_hidden=found.is_scored[0].cpu().numpy(),
+        seconds=float(batch.repetition_time_s[0]),
+        region_of=geometry.atlas.labels,
+        names=geometry.atlas.names,
+    )
+    figures = [draw_example(example, geometry.space)] if geometry.space.kind == "volume" else []
+    if len(example.truth) > 1:
+        figures.append(draw_courses(example))
+    text = f"Scan {batch.scan_ids[0]} of split {split}. Grey: hidden. Time courses are means over hidden voxels."
+    return Section(f"A window of {name} and its guesses", text=text, figures=figures)
 
 
 def analyse(trained_run: TrainedRun, folder: Path) -> dict[str, object]:

@@ -106,7 +106,9 @@ class MaskedStudy:
             for split, found in result.evaluations.items()
         }
         tables = {split: {name: own.regions for name, own in each.items()} for split, each in scores.items()}
-        report = report_run(config, self.sets, weights=self.weights, tables=tables, mlflow_run_id=result.mlflow_run_id)
+        report, sections = report_run(
+            config, self.sets, weights=self.weights, tables=tables, mlflow_run_id=result.mlflow_run_id
+        )
         numbers = {
             "kind": config.label,
             "sets": {
@@ -126,6 +128,8 @@ class MaskedStudy:
             metrics={f"r2_{name}": f"R² of {name}" for name in whole},
             models=models(whole),
             tested_subjects=sorted({subject for each in runs for subject in each["subject"]}),
+            sections=sections,
+            curves=charts(whole),
             numbers=numbers,
         )
 
@@ -162,6 +166,16 @@ def models(whole: Mapping[str, RegionScore]) -> dict[str, Model]:
     """The model and every baseline with the r2 of everything, by set; NaN for a baseline that a set does without."""
     names = dict.fromkeys([MODEL, *(name for score in whole.values() for name in score.r2)])
     return {name: Model({f"r2_{key}": score.r2.get(name, UNKNOWN) for key, score in whole.items()}) for name in names}
+
+
+def charts(whole: Mapping[str, RegionScore]) -> dict[str, list[str]]:
+    """Which validation metrics a chart shows together; names of several sets start with the set's."""
+    shown: dict[str, list[str]] = {"R²": [], "effective rank": []}
+    for name, score in whole.items():
+        prefix = f"{name}/" if len(whole) > 1 else ""
+        shown["R²"] += [f"{prefix}r2", *(f"{prefix}r2/{baseline}" for baseline in score.gain)]
+        shown["effective rank"] += [f"{prefix}embedding_rank", f"{prefix}token_rank"]
+    return shown
 
 
 def verdict(score: RegionScore, name: str, split: str) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brain_models.space import BrainSpace, require_grid
+from brain_models.space import NO_TEMPLATE, BrainSpace, require_grid
 
+MNI_152, SCANNER = 4, 1  # NIfTI codes of what coordinates refer to
 MIN_VALUES = 8  # hidden values a voxel needs for an r2
 
 
@@ -56,5 +57,8 @@ def write_nifti(values: np.ndarray, space: BrainSpace, path: Path) -> None:
     volume = np.full(shape, np.nan, dtype=np.float32)
     volume[tuple(indices.T)] = values
     image = nibabel.Nifti1Image(volume, affine)
+    code = SCANNER if space.template == NO_TEMPLATE else MNI_152
+    image.set_sform(affine, code)
+    image.set_qform(affine, code)
     image.header.set_xyzt_units("mm")
     nibabel.save(image, path)

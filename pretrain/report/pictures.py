@@ -1,7 +1,9 @@
 """The pictures of a run's report as PNG: maps on slices with region outlines, contributions as bars."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -12,14 +14,73 @@ from matplotlib.figure import Figure
 from brain_models.space import BrainSpace
 from pretrain.report.contribution import Contribution
 from pretrain.report.maps import VoxelMaps
-from reports.figures import draw_slices, height_mm, slice_heights, style
+from reports.figures import COLOURS, as_image, as_png, as_svg, draw_slices, height_mm, slice_heights, style
 
 NUM_SLICES = 8
+NUM_COURSES = 4
 MAX_BARS = 30
 LEGEND = "dark: more than controls of its size (FDR); black: interval over subjects; red: the mean of those controls"
 NOTE = "grey: R² below 0, worse than the training mean; white: outside, not measured or hidden too rarely"
 WORSE = "#5a5a5a"  # r2 below 0: worse than the training mean
 DPI = 150
+
+
+@dataclass(frozen=True)
+class Example:
+    """One window as a model sees and guesses it, float arrays [time, voxel] about the training mean."""
+
+    truth: np.ndarray
+    guessed: np.ndarray
+    is_hidden: np.ndarray  # bool [time, voxel]; measured voxels only
+    seconds: float  # per frame
+    region_of: np.ndarray  # label of each voxel, 0 for none
+    names: Mapping[int, str]
+
+
+def draw_example(example: Example, space: BrainSpace) -> str:
+    """One frame as it is, with its hidden voxels left out, and with their guesses put in, as an <img>."""
+    frame = int(example.is_hidden.sum(axis=1).argmax())
+    truth, is_hidden = example.truth[frame], example.is_hidden[frame]
+    rows = {
+        "original": truth,
+        "visible": np.where(is_hidden, np.nan, truth),
+        "guess": np.where(is_hidden, example.guessed[frame], truth),
+    }
+    limit = float(np.nanpercentile(np.abs(truth), 98)) or 1.0
+    with style():
+        figure = Figure(figsize=(11.0, 4.6), facecolor="white")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(rows), NUM_SLICES)
+        figure.subplots_adjust(left=0.07, right=0.99, bottom=0.01, top=0.99, wspace=0.02, hspace=0.02)
+        heights = slice_heights(space, NUM_SLICES)
+        colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#dddddd")
+        for row, (caption, values) in zip(axes, rows.items(), strict=True):
+            draw_slices(row, values, space, labels=None, heights=heights, colours=colours, limits=(-limit, limit))
+            row[0].text(-0.05, 0.5, caption, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
+        return as_image(as_png(figure, dpi=DPI // 2), label="one frame: original, visible, and with the guesses")
+
+
+def draw_courses(example: Example) -> str:
+    """Mean time courses of the hidden voxels of the largest regions, original and guessed, as an <svg>."""
+    labels, sizes = np.unique(example.region_of[example.is_hidden.any(axis=0)], return_counts=True)
+    largest = [label for label in labels[np.argsort(-sizes, kind="stable")] if label][:NUM_COURSES]
+    with style():
+        figure = Figure(figsize=(11.0, 2.2))
+        all_axes = np.atleast_1d(figure.subplots(1, max(1, len(largest)), sharey=True))
+        for axes, label in zip(all_axes, largest, strict=False):
+            voxels = (example.region_of == label) & example.is_hidden.any(axis=0)
+            hidden = np.where(example.is_hidden[:, voxels], 1.0, np.nan)
+            seconds = example.seconds * np.arange(len(example.truth))
+            for values, colour, name in ((example.truth, "black", "original"), (example.guessed, COLOURS[1], "guess")):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # a frame in which nothing of it is hidden
+                    axes.plot(seconds, np.nanmean(values[:, voxels] * hidden, axis=1), color=colour, label=name)
+            axes.set_title(example.names.get(int(label), str(label)), fontsize=8)
+            axes.set_xlabel("s")
+        if largest:
+            all_axes[0].legend(frameon=False, fontsize=7)
+            all_axes[0].set_ylabel("standard deviations")
+        return as_svg(figure)
 
 
 def draw_maps(maps: VoxelMaps, space: BrainSpace, labels: np.ndarray, *, title: str, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,13 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     assert "report.html" in capsys.readouterr().out
     page = (Path(shard_set.location) / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)
-    assert page.count("<img") == 3
+    assert page.count("<img") == 3 + 5  # and one per subject
+    linked, shown = re.findall(r'<a href="#(.*?)">', page), re.findall(r'<figure id="(.*?)">', page)
+    assert linked == shown == [f"{number:02d}" for number in range(1, 6)]
+    (refusal,) = shard_set.manifest.refused
+    reasons = [html.unescape(cell) for cell in re.findall(r"<tr><td>1</td><td>(.*?)</td></tr>", page)]
+    assert reasons[0] == refusal.reason, "whole, with its numbers"
+    assert re.search(r"<td>acceptance\.min_frames</td><td><code>\d+</code>", page)
     assert page.count("<svg") == 8
     captions = re.findall(r"<h2>(.*? over \d.*?)</h2>", page)
     assert [caption.split(" over ")[0] for caption in captions] == ["Mean BOLD", "Temporal signal to noise", "Mean T1"]

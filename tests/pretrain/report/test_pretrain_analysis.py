@@ -1,6 +1,7 @@
 """What a run reports: region contribution, probes, sentinels, intervals, maps. Positive and negative controls."""
 
 import csv
+import dataclasses
 import io
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from brain_models.atlas import Atlas
+from brain_models.space import NO_TEMPLATE
 from configs.entry import compose
 from configs.parse import parse
 from pretrain.baselines.guesses import RidgeOracle
@@ -17,9 +19,10 @@ from pretrain.report.collapse import SentinelConfig, Sentinels, collapses, effec
 from pretrain.report.config import ConfoundProbeConfig, ContributionConfig, report_problems
 from pretrain.report.contribution import Contribution, Experiment, contexts, contributions
 from pretrain.report.maps import VoxelMaps, write_nifti
-from pretrain.report.pictures import draw_contributions, draw_maps
+from pretrain.report.pictures import Example, draw_contributions, draw_courses, draw_example, draw_maps
 from pretrain.report.probes import by_subject, probe, same_question
-from pretrain.report.scores import Regions, as_csv, score_rows
+from pretrain.report.scores import Regions, RegionScore, as_csv, score_rows
+from pretrain.report.sections import region_section, score_section
 from tests.phantom_spaces import ball
 from training.config import TrackingConfig
 from training.statistics import BootstrapConfig, Interval
@@ -204,12 +207,15 @@ def test_maps_are_written_in_the_sets_space_and_drawn(tmp_path: Path) -> None:
     import nibabel
 
     geometry = ball(patch_voxels=3)
-    space, num_voxels = geometry.space, geometry.space.num_voxels
+    space, num_voxels = dataclasses.replace(geometry.space, template="NLin6Asym"), geometry.space.num_voxels
     r2 = np.linspace(-0.2, 0.8, num_voxels)
     r2[7] = np.nan
     write_nifti(r2, space, tmp_path / "r2.nii.gz")
     image = nibabel.load(tmp_path / "r2.nii.gz")
     assert np.allclose(image.affine, space.affine)
+    assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (4, 4)  # MNI 152
+    write_nifti(r2, dataclasses.replace(space, template=NO_TEMPLATE), tmp_path / "cube.nii.gz")
+    assert int(nibabel.load(tmp_path / "cube.nii.gz").header["sform_code"]) == 1
     found = np.asarray(image.dataobj)[tuple(space.voxel_indices.T)]
     assert np.allclose(found, r2, equal_nan=True)
     assert np.isnan(np.asarray(image.dataobj)).sum() == np.prod(space.grid_shape) - num_voxels + 1
@@ -219,6 +225,42 @@ def test_maps_are_written_in_the_sets_space_and_drawn(tmp_path: Path) -> None:
     draw_contributions([row], title="a ball", path=tmp_path / "bars.png")
     for name in ("maps.png", "bars.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_who_won_where_and_why_a_linear_map_can() -> None:
+    def score(scope: str, name: str, model: float, gain: tuple[float, float, float]) -> RegionScore:
+        r2 = {"model": Interval(model, model - 0.1, model + 0.1), "ridge": Interval(0.6, 0.5, 0.7)}
+        return RegionScore(scope, name, 4, 100, r2, {"ridge": Interval(*gain)})
+
+    rows = [score("all", "", 0.5, (-0.1, -0.15, -0.05))]
+    rows += [score("region", f"r{number}", number / 100, (0.0, -0.1, 0.1)) for number in range(30)]
+    section = score_section({"test": {"rest": rows}})
+    assert section.table[1:] == [
+        ["test", "rest", "model", "0.500 [0.400, 0.600]", "", "4"],
+        ["test", "rest", "ridge", "0.600 [0.500, 0.700]", "-0.100 [-0.150, -0.050]", "4"],
+        ["test", "rest", "training mean", "0.000", "", "4"],
+    ]
+    assert "linearly from the visible ones" in section.text
+    won = score_section({"test": {"rest": [score("all", "", 0.7, (0.1, 0.05, 0.15))]}})
+    assert "linearly" not in won.text
+    regions = region_section("rest", rows)
+    assert [row[0] for row in regions.table[1:]] == [f"r{n}" for n in (*range(29, 19, -1), *range(9, -1, -1))]
+    assert regions.table[1] == ["r29", "0.290 [0.190, 0.390]", "ridge 0.600 [0.500, 0.700]", "+0.000 [-0.100, +0.100]"]
+    assert "of 30 regions" in regions.text
+
+
+def test_an_example_shows_what_was_hidden_and_the_courses_of_the_largest_hidden_regions() -> None:
+    geometry = ball(patch_voxels=3)
+    labels = geometry.atlas.labels
+    is_hidden = np.zeros((5, len(labels)), dtype=bool)
+    first, second, third, *_ = geometry.atlas.names
+    is_hidden[:, np.isin(labels, [first, second])] = True
+    truth = np.random.default_rng(0).normal(size=is_hidden.shape)
+    example = Example(truth, 0.5 * truth, is_hidden, 2.0, labels, geometry.atlas.names)
+    courses = draw_courses(example)
+    shown = [geometry.atlas.names[label] in courses for label in (first, second, third)]
+    assert shown == [True, True, False]
+    assert draw_example(example, geometry.space).startswith('<img alt="one frame: original, visible, and')
 
 
 def test_numbers_that_cannot_be_meant_are_refused_by_key() -> None:
