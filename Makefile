@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup check test test-faults test-demo demo bench
+.PHONY: setup check test test-faults test-demo demo docs bench
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ test-demo: setup
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+docs: setup
+	$(BIN)/python -m tests.api_pages out/api
 
 bench: setup
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from data_sharding.config import ShardingConfig
 from data_sharding.phantoms.fields import bold_values, grid, t1_values, write_volume
 from data_sharding.sources import find
 from data_sharding.write.prepare import make_space
+from tests import api_pages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -140,3 +142,22 @@ def test_every_message_of_the_faq_is_one_that_the_code_can_print() -> None:
         for heading, pattern in patterns.items()
         if not any(re.fullmatch(pattern + ".*", text, flags=re.DOTALL) for text in written)
     ] == []
+
+
+def test_a_link_of_the_reference_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<p id="x"></p><a href="b.html#y"></a><a href="#x"></a><a href="https://c.org"></a>'
+    )
+    (tmp_path / "b.html").write_text(
+        '<p id="y"></p><a href="a.html#z"></a><script>href="${url}"</script><a href="c.html">'
+    )
+    assert api_pages.broken_links(tmp_path) == ["b.html: a.html#z", "b.html: c.html"]
+
+
+@pytest.mark.demo
+def test_the_reference_is_written_and_its_links_hold(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.api_pages", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "does not resolve" not in done.stderr
+    assert "IterableDataset" in (tmp_path / "callosum.html").read_text(encoding="utf-8")
