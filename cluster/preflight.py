@@ -26,6 +26,7 @@ from cluster.ray.launch import ray_session
 from cluster.ray.node_check import Link, NodeFacts, clock_s, node_facts
 from cluster.storage.stores import store_for
 from configs.entry import Command, load, main
+from configs.words import aligned, counted, next_command, size_of
 
 MAX_CLOCK_SKEW_S = 2.0  # an S3 server refuses requests 15 min off; metrics of several nodes should stay in order
 MIN_LINK_SHARE = 0.5  # of the fastest: one slow link slows every step of every rank
@@ -60,6 +61,7 @@ def run(config: PreflightConfig) -> None:
     print(table(rows))
     if failed := [row for row in rows if not row.is_ok]:
         raise PreflightError(f"{len(failed)} of {len(rows)} checks failed; this run would not finish")
+    print(next_command(config.part, *config.overrides))
 
 
 def plan(config: PreflightConfig) -> str:
@@ -224,9 +226,9 @@ def capacity(cluster: ClusterConfig, nodes: list[NodeFacts]) -> list[Row]:
 
     resources, least = ray.cluster_resources(), least_resources(cluster)
     found = resources.get("CPU", 0)
-    rows = [Row("CPUs", f"{found:.0f} on {len(nodes)} nodes", f"{least['CPU']}", found >= least["CPU"])]
+    rows = [Row("CPUs", f"{found:.0f} on {counted(len(nodes), 'node')}", f"{least['CPU']}", found >= least["CPU"])]
     if "GPU" in least:
-        memory = ", ".join(f"{node.host} {node.num_gpus} x {node.gpu_bytes / 2**30:.0f} GiB" for node in nodes)
+        memory = ", ".join(f"{node.host} {node.num_gpus} x {size_of(node.gpu_bytes)}" for node in nodes)
         num_gpus = min(int(resources.get("GPU", 0)), sum(node.num_gpus for node in nodes))
         rows.append(Row("GPUs", f"{num_gpus} ({memory})", f"{least['GPU']}", num_gpus >= least["GPU"]))
     return rows
@@ -262,14 +264,14 @@ def disks(needs: Needs, nodes: list[NodeFacts]) -> list[Row]:
             folders = [folder for folder in node.free_bytes if node.disks[folder] == disk]
             free, needed = max(node.free_bytes[each] for each in folders), sum(wanted[each] for each in folders)
             name = f"{node.host}: disk of {' and '.join(folders)}"
-            rows.append(Row(name, gigabytes(free), gigabytes(needed), free >= needed))
+            rows.append(Row(name, size_of(free), size_of(needed), free >= needed))
     return rows
 
 
 def speeds(nodes: list[NodeFacts]) -> list[Row]:
     """What every node reads and writes per second; shown, never refused."""
     return [
-        Row(f"{node.host}: {what}", f"{speed / 1e6:,.0f} MB/s", "-", True)
+        Row(f"{node.host}: {what}", f"{size_of(speed)}/s", "-", True)
         for node in nodes
         for what, speed in node.speeds.items()
     ]
@@ -281,7 +283,7 @@ def links(cluster: ClusterConfig) -> list[Row]:
 
     members = [node for node in alive_nodes() if hosts_ranks(node, cluster)]
     if len(members) < 2:
-        return [Row("collectives", f"{len(members)} node for ranks", "-", True)]
+        return [Row("collectives", f"{counted(len(members), 'node')} for ranks", "-", True)]
     link: Any = ray.remote(Link)
     actors = [link.options(**pinned(node)).remote() for node in members]
     try:
@@ -300,7 +302,7 @@ def links(cluster: ClusterConfig) -> list[Row]:
     return [
         Row(
             f"{node['NodeManagerHostname']}: collectives",
-            f"{speed / 1e6:,.0f} MB/s",
+            f"{size_of(speed)}/s",
             f"{MIN_LINK_SHARE:.0%} of the fastest",
             speed >= MIN_LINK_SHARE * fastest,
         )
@@ -332,15 +334,9 @@ def tracking(uri: str) -> Row:
     return Row("tracking server", f"{uri}: a run in {time.perf_counter() - started:.1f} s", "it takes a run", True)
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"
-
-
 def table(rows: list[Row]) -> str:
     """Aligned lines: ok or FAILED, check, found, needed."""
-    cells = [("ok" if row.is_ok else "FAILED", row.check, row.found, row.needed) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    return aligned([("ok" if row.is_ok else "FAILED", row.check, row.found, row.needed) for row in rows])
 
 
 if __name__ == "__main__":

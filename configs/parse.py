@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from brain_models.errors import UserError
+from configs.words import counted
 
 Schema = TypeVar("Schema")
 
@@ -58,8 +59,9 @@ def refuse(problems: list[str]) -> None:
 
 
 def _listed(problems: list[str]) -> str:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return f"{count} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    return f"{counted(len(problems), 'problem')} in the configuration:\n" + "\n".join(
+        f"  - {problem}" for problem in problems
+    )
 
 
 def _parse_dataclass(raw: Any, schema: Any, *, key: str, problems: list[str]) -> Any:

@@ -28,11 +28,13 @@ from configs.entry import Command, main
 def command() -> Command:
     from cluster.config import Needs
     from data_sharding.config import ShardingConfig, validate_config
+    from data_sharding.hints import after_set
     from data_sharding.write.build import build
     from data_sharding.write.prepare import describe
 
     def run(config: ShardingConfig) -> None:
-        build(config)
+        if following := after_set(build(config), config.out):
+            print(following)
 
     def needs(config: ShardingConfig) -> Needs:
         return Needs(results=config.out, cluster=config.cluster, inputs={config.source.root: None})

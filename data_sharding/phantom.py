@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 def run(config: PhantomConfig) -> None:
     """Writes the folder and says what comes next."""
+    from data_sharding.hints import after_phantom
     from data_sharding.phantoms.study.write import write_phantom
 
     write_phantom(config)
-    print(f"next: python -m data_sharding source.root={config.out} out=<set>")
+    print(after_phantom(config))
 
 
 def plan(config: PhantomConfig) -> str:

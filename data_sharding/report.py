@@ -24,11 +24,13 @@ class SetReportConfig:
 
 def run(config: SetReportConfig) -> None:
     from data_sharding.check.report import REPORT, render
+    from data_sharding.hints import after_set, contents
     from data_sharding.read.shard_set import open_set
 
     shard_set = open_set(config.set)
     shard_set.store.put(REPORT, render(shard_set).encode())
-    print(f"wrote {shard_set.store.join(REPORT)}")
+    lines = [f"{config.set}:", contents(shard_set.manifest), f"report: {shard_set.store.join(REPORT)}"]
+    print("\n".join(filter(None, [*lines, after_set(shard_set.manifest, config.set)])))
 
 
 def command() -> Command:

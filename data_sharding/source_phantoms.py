@@ -17,8 +17,10 @@ from pathlib import Path
 
 from cluster.config import Needs
 from configs.entry import Command, main
+from configs.words import counted
 from data_sharding import phantoms
 from data_sharding.errors import SourceError
+from data_sharding.hints import after_source_phantom
 
 NO_DATASET = ("fields", "study")
 
@@ -56,7 +58,8 @@ def run(config: SourcePhantomConfig) -> None:
         raise SourceError(f"{out} is not empty; give a new out=")
     out.mkdir(parents=True, exist_ok=True)
     importlib.import_module(f"{phantoms.__name__}.{config.layout}").write(out, config.num_subjects, config.seed)
-    print(f"wrote {out}; its commands are at the top of configs/dataset/{config.layout}.yaml")
+    print(f"{out}: {counted(config.num_subjects, 'subject')} in the layout of {config.layout}")
+    print(after_source_phantom(config.layout, config.out))
 
 
 def plan(config: SourcePhantomConfig) -> str:

@@ -15,6 +15,7 @@ whatever else a set does not record), it deletes what is damaged and rebuilds it
 from dataclasses import dataclass
 
 from configs.entry import Command, main
+from configs.words import counted, next_command, size_of
 
 
 @dataclass
@@ -36,10 +37,12 @@ def run(config: VerifyConfig) -> int:
         repair(config.set, {problem.name for problem in problems}, overrides=config.repair)
         problems = verify(config.set)
     if problems:
-        print(f"to write them again: python -m data_sharding.verify {config.set} source.root=<the scans>")
+        print(f"next: python -m data_sharding.verify {config.set} source.root=<the scans>, to write them again")
         return 1
     manifest = open_set(config.set).manifest
-    print(f"{config.set} is as written: {len(manifest.shards)} shards, {manifest.counts['bytes']} bytes")
+    size = f"{counted(len(manifest.shards), 'shard')}, {size_of(manifest.counts['bytes'])}"
+    print(f"{config.set} is as written: {size}, every byte read")
+    print(next_command("data_sharding.report", config.set))
     return 0
 
 

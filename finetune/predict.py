@@ -24,6 +24,7 @@ from brain_models import bids
 from brain_models.errors import ScanError
 from cluster.storage.files import folder_problems
 from configs.entry import Command, main
+from configs.words import counted
 from finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
@@ -132,8 +133,8 @@ def validate(config: PredictConfig) -> list[str]:
 def plan(config: PredictConfig) -> str:
     """Which files the model would be asked about."""
     scans = find_scans(config.scans)
-    head = f"{len(scans)} scans by {config.registered_model} into {config.out}; a kind it does not read is left out"
-    return "\n".join([head, *(f"  {scan}" for scan in scans)])
+    asked = f"{counted(len(scans), 'scan')} by {config.registered_model} into {config.out}"
+    return "\n".join([f"{asked}; a kind it does not read is left out", *(f"  {scan}" for scan in scans)])
 
 
 def run(config: PredictConfig) -> None:
@@ -141,7 +142,7 @@ def run(config: PredictConfig) -> None:
     columns = scan_columns(answers)
     names = answers[columns].map(lambda path: Path(path).name, na_action="ignore")
     print(answers.assign(**names).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    print(f"{len(answers)} scans -> {config.out}")
+    print(f"{counted(len(answers), 'scan')} -> {config.out}")
 
 
 def command() -> Command:

@@ -177,7 +177,7 @@ def test_a_submitted_command_is_checked_followed_and_ends_with_its_own_exit_stat
     first = submit(f"data_sharding.phantom out={out} num_subjects=2 num_frames=12")
     assert first.returncode == 0, first.stderr
     assert "submitted data-sharding" in first.stdout.replace("_", "-")
-    assert "phantom: 2 subjects" in first.stdout  # the job's own log
+    assert ": 2 subjects, written in" in first.stdout  # the job's own log
     assert (out / "participants.tsv").exists()
 
     (folder / "no_folder").write_text("a file where a folder is asked for")

@@ -29,6 +29,7 @@ from cluster.config import Needs
 from cluster.ray.launch import folder_of_workers, ray_session
 from cluster.storage.stores import store_for
 from configs.entry import Command, combinations, command_named, load, main
+from configs.words import counted
 from training.errors import StoppedError, TrainingError
 from training.identity import METRICS, RECORD, check_claim, config_hash
 
@@ -87,7 +88,7 @@ def run_all(runs: Sequence[GridRun]) -> None:
     A run that fails stops no other: TrainingError names all that failed. One that was asked to stop stops the grid.
     """
     unfinished = [one for one in runs if not is_finished(one)]
-    print(f"{len(runs)} runs, {len(runs) - len(unfinished)} finished", flush=True)
+    print(f"{counted(len(runs), 'run')}, {len(runs) - len(unfinished)} finished", flush=True)
     if not unfinished:
         return
     cluster, failed = unfinished[0].config.cluster, []

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.entry import Command, main
+from configs.words import aligned
 from training.errors import RegistryError
 
 
@@ -51,7 +52,10 @@ def run(config: PullConfig) -> None:
 
     tags = registry.version_tags(config.name, uri=config.tracking)
     folder = pull_to(config.name, Path(config.folder), uri=config.tracking)
-    print(f"{config.name} is in {folder}", *(f"  {key} {value}" for key, value in sorted(tags.items())), sep="\n")
+    print(
+        f"{config.name} is in {folder}", aligned([(f"  {key}", value) for key, value in sorted(tags.items())]), sep="\n"
+    )
+    print(f"next, in Python: callosum.load({str(folder)!r})")
 
 
 def command() -> Command:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from configs.parse import flatten
+from configs.words import counted, size_of
 from data_sharding import schema
 from data_sharding.hashing import hash_names
 from data_sharding.read.shard_set import ShardSet
@@ -60,7 +61,7 @@ def render(shard_set: ShardSet) -> str:
     )
     is_preview = made["alignment"] == "affine"
     contents = (
-        f"{len(manifest.shards)} shards, {manifest.counts['bytes'] / 1e9:.2f} GB; space {space['name']} "
+        f"{counted(len(manifest.shards), 'shard')}, {size_of(manifest.counts['bytes'])}; space {space['name']} "
         f"({space['template']}, {space['num_voxels']} {'vertices' if space['kind'] == 'surface' else 'voxels'}); "
         f"atlases: {', '.join(manifest.atlases) or 'none'}; {made['frames_dropped']} frames before the steady state "
         f"dropped, {made['frames_censored']} censored."

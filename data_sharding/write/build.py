@@ -16,9 +16,11 @@ from typing import Any
 from cluster.storage.files import PARTIAL_PREFIX
 from cluster.storage.stores import Store, store_for
 from configs.parse import MISSING
+from configs.words import counted
 from data_sharding import schema
 from data_sharding.config import LimitsConfig, ShardingConfig
 from data_sharding.errors import ShardError
+from data_sharding.hints import contents
 from data_sharding.registration.config import RegistrationConfig
 from data_sharding.registration.register import ScanGroup
 from data_sharding.scans import Scan
@@ -33,6 +35,7 @@ from data_sharding.write.writer import anywhere, each_result, scratch_folder, wr
 def build(config: ShardingConfig) -> schema.Manifest:
     """The manifest of the set, complete at config.out: written now, or read there from an earlier run."""
     store = store_for(config.out)
+    print(f"finding the scans of {config.source.root} ...", flush=True)
     prepared = prepare(config)
     _claim(store, prepared.plan, config)
     if not store.exists(schema.MANIFEST):
@@ -61,8 +64,7 @@ def complete(store: Store, prepared: Prepared, config: ShardingConfig) -> schema
     manifest = make_manifest(receipts, prepared, saved | tables | transforms, config=config)
     store.put_if_absent(schema.MANIFEST, manifest.to_json())
     _remove_partial_files(config.out)
-    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest.counts.items() if count)
-    print("\n".join([f"{config.out} is complete: {counts}", *refusal_lines(refused)]), flush=True)
+    print("\n".join([f"{config.out} is complete:", contents(manifest), *refusal_lines(refused)]), flush=True)
     return manifest
 
 
@@ -81,6 +83,8 @@ def find_transforms(store: Store, plan: SetPlan, config: ShardingConfig) -> None
         limits=config.limits,
     )
     num_done = len(groups) - len(missing)
+    if missing:
+        print(f"registering {counted(len(missing), 'T1 image')}, each with its runs ...", flush=True)
     for _ in each_result(register, missing, config.cluster, label=lambda group: group.t1_name):
         num_done += 1
         print(f"registered {num_done}/{len(groups)} T1 images and their runs", flush=True)

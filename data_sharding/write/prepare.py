@@ -8,6 +8,7 @@ from pathlib import Path
 from brain_models.atlas import Atlas, aal3, atlas_from_image, template_parcellation
 from brain_models.space import BrainSpace, CubeSpaceConfig, cube_space, volume_space
 from brain_models.surfaces import SurfaceSpaceConfig, surface_space
+from configs.words import counted, size_of
 from data_sharding import schema, sources
 from data_sharding.config import AnySpaceConfig, ShardingConfig, atlas_choices
 from data_sharding.errors import ShardError, SourceError
@@ -68,13 +69,14 @@ def describe(config: ShardingConfig) -> str:
     splits = list(prepared.split_of_unit.values())
     lines = [
         f"set {config.name} -> {config.out}",
-        f"space {prepared.space.name}: {prepared.space.num_voxels} voxels",
-        f"scans: {kinds.count('bold')} BOLD runs ({num_frames} frames)" + (f", {others}" if others else ""),
+        f"space {prepared.space.name}: {counted(prepared.space.num_voxels, 'voxel')}",
+        f"scans: {counted(kinds.count('bold'), 'BOLD run')} ({counted(num_frames, 'frame')})"
+        + (f", {others}" if others else ""),
         f"refused from their headers: {len(contents.refused)}",
         *contents.notes,
         ("subjects: " if contents.stimuli is None else "stimuli: ")
         + ", ".join(f"{splits.count(split)} {split}" for split in SPLITS),
-        f"shards: {len(plan.shards)}, {plan.num_bytes} bytes",
+        f"shards: {len(plan.shards)}, {size_of(plan.num_bytes)}",
         *refusal_lines(contents.refused),
     ]
     return "\n".join(lines)

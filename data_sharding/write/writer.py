@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -29,6 +30,7 @@ from brain_models.errors import UserError
 from cluster.config import ClusterConfig
 from cluster.ray.launch import ray_session
 from cluster.storage.stores import Store, store_for
+from configs.words import counted
 from data_sharding import schema
 from data_sharding.config import LimitsConfig, ShardingConfig
 from data_sharding.errors import ShardError
@@ -67,7 +69,7 @@ def write_shards(store: Store, plan: SetPlan, config: ShardingConfig) -> list[Re
     receipts = _finished(store, plan)
     missing = [shard for shard in plan.shards if shard.number not in receipts]
     if receipts:
-        print(f"{len(receipts)} of {len(plan.shards)} shards are written already", flush=True)
+        print(f"{len(receipts)} of {counted(len(plan.shards), 'shard')} are written already", flush=True)
     write = partial(write_shard, out=anywhere(config.out), limits=config.limits)
     written = each_result(write, missing, config.cluster, label=_label)
     with _progress(missing, num_shards=len(plan.shards), num_written=len(receipts)) as advance:
@@ -174,8 +176,8 @@ def _progress(missing: list[ShardPlan], *, num_shards: int, num_written: int) ->
             bar.update(task, completed=num_done, note=f"{rate:.1f}/s, {num_refused} refused")
             if not is_terminal:
                 print(
-                    f"shards {num_written}/{num_shards}  scans {num_done}/{num_scans}  refused {num_refused}  "
-                    f"{rate:.1f} scans/s  {(num_scans - num_done) / rate:.0f} s left",
+                    f"shards {num_written}/{num_shards}  scans {num_done}/{num_scans}  {num_refused} refused  "
+                    f"{rate:.1f} scans/s  {timedelta(seconds=round((num_scans - num_done) / rate))} left",
                     flush=True,
                 )
 

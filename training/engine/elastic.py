@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import StorageError
+from configs.words import counted, size_of
 from training.checkpoint import COMMIT, SPOOL, Commit, StartingPoint, StoredFile, fetch, fetch_file, file_sha256
 from training.collectives import from_main, this_process
 from training.engine.deepspeed import TAG
@@ -80,15 +81,10 @@ def check_space(commit: Commit, scratch: Path) -> None:
     free = shutil.disk_usage(scratch).free
     if free < needed:
         raise CheckpointError(
-            f"{scratch} has {free / 1e9:.1f} GB free; resuming on {counted_ranks(this_process().world_size)} "
-            f"from a checkpoint written by {commit.world_size} needs {needed / 1e9:.1f} GB there: free some, give "
+            f"{scratch} has {size_of(free)} free; resuming on {counted(this_process().world_size, 'rank')} "
+            f"from a checkpoint written by {commit.world_size} needs {size_of(needed)} there: free some, give "
             f"another run.scratch, or run with cluster.num_workers={commit.world_size}"
         )
-
-
-def counted_ranks(number: int) -> str:
-    """'1 rank' or '2 ranks'."""
-    return f"{number} rank" + ("" if number == 1 else "s")
 
 
 def fetch_whole(point: StartingPoint, local: Path) -> None:

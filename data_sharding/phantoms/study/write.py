@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
+from configs.words import counted
 from data_sharding.phantoms.fields import MNI_CODE, write_json
 
 from .config import PhantomConfig, PhantomError, validate_phantom
@@ -42,7 +43,7 @@ def write_phantom(config: PhantomConfig) -> None:
         raise PhantomError("; ".join(problems))
     out = Path(config.out)
     if _is_complete(out, config):
-        print(f"phantom: {out} already holds these {config.num_subjects} subjects")
+        print(f"{out} already holds {counted(config.num_subjects, 'subject')} of this phantom")
         return
     write_json(out / _DESCRIPTION, _description(config))
     bold_population, t1_population = _populations(config)
@@ -50,10 +51,10 @@ def write_phantom(config: PhantomConfig) -> None:
     for num_done, _ in enumerate(_written(config, bold_population, t1_population), start=1):
         now = time.monotonic()
         if now - last > _SECONDS_BETWEEN_LINES:
-            print(f"phantom: {num_done}/{config.num_subjects} subjects, {now - started:.0f} s", flush=True)
+            print(f"subjects {num_done}/{config.num_subjects}  {now - started:.0f} s", flush=True)
             last = now
     _write_tables(out, config, bold_population)
-    print(f"phantom: {config.num_subjects} subjects in {out}, {time.monotonic() - started:.0f} s")
+    print(f"{out}: {counted(config.num_subjects, 'subject')}, written in {time.monotonic() - started:.0f} s")
 
 
 def write_subject(config: PhantomConfig, index: int, bold_population: Population, t1_population: Population) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from brain_models.bundle import Bundle
 from brain_models.errors import BundleError
 from cluster.errors import StorageError
+from configs.words import size_of
 from data_sharding.errors import ShardError
 from data_sharding.read.reader import ShardSet, Windows, open_set
 from finetune.backbone import fetch_backbone
@@ -192,8 +193,8 @@ def plan(config: FinetuneConfig) -> dict[str, str]:
         "samples an epoch": f"{samples:,} of {task.num_frames} frames ({task.num_windows} windows); "
         f"{too_short:,} of {len(runs):,} training runs are too short",
         "steps": f"{config.train.steps:,} of {config.data.batch_size} runs: {drawn / max(samples, 1):.1f} epochs",
-        "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} per sample)",
-        "a checkpoint": f"{saved / 2**20:,.1f} MiB, the last {config.train.checkpoint.keep_last} kept",
+        "bytes read": f"{size_of(drawn * sample_bytes)} ({size_of(sample_bytes)} per sample)",
+        "a checkpoint": f"{size_of(saved)}, the last {config.train.checkpoint.keep_last} kept",
         **{f"opens at {moment}": text for moment, text in openings(task, config.train.steps).items()},
         "workers": f"{config.cluster.num_workers} ({config.cluster.kind}), "
         f"{math.ceil(share / config.data.micro_batch_size)} forward passes per step on each",

@@ -1,0 +1,31 @@
+"""How numbers read on a terminal: counts with their noun, sizes, aligned tables, and the command to type next."""
+
+import shlex
+from collections.abc import Iterable, Sequence
+
+UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+def counted(number: float, noun: str, plural: str | None = None) -> str:
+    """`1 scan`, `3,200 scans`; `plural` where it is more than an s."""
+    return f"{number:,.0f} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def size_of(num_bytes: float) -> str:
+    """`4.2 MB`: decimal units, as disks and links have them."""
+    for unit, size in UNITS:
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return counted(num_bytes, "byte")
+
+
+def aligned(rows: Iterable[Sequence[str]]) -> str:
+    """A line per row, every column as wide as its longest cell."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def next_command(part: str, *overrides: str) -> str:
+    """The last line of a command: what to type next, quoted for a shell."""
+    return f"next: {shlex.join(['python', '-m', part, *overrides])}"
