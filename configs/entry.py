@@ -26,6 +26,7 @@ FLAGS = {
     "--validate": "check everything that can be checked without starting, report all problems, exit 2 if any",
     "--plan": "print what would happen (samples, steps, bytes, memory) and do nothing",
     "--show": "print the composed configuration as YAML",
+    "--verbose": "of a training: print every tracked number (run.verbose=true)",
 }
 
 # What other projects call a key.
@@ -60,7 +61,7 @@ def main(
         if unknown := sorted(set(flags) - FLAGS.keys()):
             raise ConfigError(f"unknown flag {', '.join(unknown)}; known: {', '.join(FLAGS)}")
         overrides, values = _split(words, positional)
-        raw = compose(name, overrides) | values
+        raw = compose(name, overrides + ["run.verbose=true"] * ("--verbose" in flags)) | values
         if "--show" in flags:
             import yaml
 

@@ -34,13 +34,13 @@ from configs.entry import Command, main
 def command() -> Command:
     from cluster.ray.launch import run_on_workers
     from finetune.config import FinetuneConfig
-    from finetune.planning import needs, plan, validate
+    from finetune.planning import following, needs, plan, validate
     from finetune.train import train
     from training.study import summary
 
     def run(config: FinetuneConfig) -> None:
         numbers = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
-        print(summary(numbers, folder=config.run.folder))
+        print(summary(numbers, folder=config.run.folder, following=following(config, numbers["registered"])))
 
     return Command(FinetuneConfig, run, plan, validate, needs)
 

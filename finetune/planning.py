@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.config import Needs, validate_cluster
 from cluster.storage.files import folder_problems
+from configs.words import next_command
 from data_sharding.read.shard_set import copied_index_bytes, open_set
 from data_sharding.schema import MANIFEST
 from data_sharding.splits import validate_splits
@@ -131,6 +133,15 @@ def needs(config: FinetuneConfig) -> Needs:
         tracking=config.train.tracking.uri,
         contents=contents,
     )
+
+
+def following(config: FinetuneConfig, registered: Sequence[str]) -> str | None:
+    """The command to type after a finished run: the registered model is asked about scans."""
+    if not registered:
+        return None
+    model, answers = f"registered_model=models:/{registered[0]}", f"out={config.run.folder.rstrip('/')}-predictions.csv"
+    command = next_command("finetune.predict", model, answers, f"tracking={config.train.tracking.uri}")
+    return f"{command} scans=[<files or folders>]"
 
 
 def local_bundles(encoders: list[str]) -> dict[str, str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from finetune.config import FinetuneConfig
 from finetune.tasks import task_module
 from training import study
+from training.watch.progress import phase
 
 
 def train(config: FinetuneConfig) -> dict[str, object]:
     """The numbers of <run.folder>/metrics.json, on rank 0; empty on the others."""
+    phase(f"opening {config.shards} and {config.encoder}")
     opened = task_module(config.task).open_study(config)
     return study.run(opened, config.train, config.run, identity=config, register=config.register)

@@ -34,14 +34,14 @@ from configs.entry import Command, main
 def command() -> Command:
     from cluster.ray.launch import run_on_workers
     from pretrain.masked.config import PretrainConfig
-    from pretrain.masked.planning import needs, plan
+    from pretrain.masked.planning import following, needs, plan
     from pretrain.masked.study import train
     from pretrain.masked.validation import validate
     from training.study import summary
 
     def run(config: PretrainConfig) -> None:
         numbers = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
-        print(summary(numbers, folder=config.run.folder))
+        print(summary(numbers, folder=config.run.folder, following=following(config, numbers["registered"])))
 
     return Command(PretrainConfig, run, plan, validate, needs)
 

@@ -15,6 +15,7 @@ class RunConfig:
     name: str
     folder: str  # a folder or s3://bucket/prefix; holds run.json, checkpoints/ and metrics.jsonl
     scratch: str  # local disk of a node, for checkpoints on their way up or down
+    verbose: bool  # every tracked number on the terminal too
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from cluster.hanging import HEARTBEAT
@@ -141,6 +142,7 @@ def fit(task: Task, source: Source, config: TrainConfig, services: Services) -> 
             meter.end_step(done, batches)
 
             flag_spike(run, done, values, batches)
+            run.progress.step(done, loss=values["loss"], learning_rate=learning_rate)
             if is_tracked:
                 values |= {f"gradient_norm/{name}": norm for name, norm in group_norms.items()}
                 track(run, done, values | {"learning_rate": learning_rate, "gradient_norm": gradient_norm})
@@ -181,9 +183,15 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
     tracker = open_tracker(config, services, run_key, scratch / SPOOL, start=_content(own, SPOOL))
     shutil.rmtree(fetched_folder(scratch), ignore_errors=True)  # as large as a checkpoint, and read by now
     rules = plateau_rules(config.schedule, engine.groups)
-    progress = Progress(config.steps, is_shown=this_process().is_main)
     tracing = Tracing(config.profile, store, scratch)
     ending = Ending.FAILED
+    progress = Progress(
+        config.steps,
+        start=start.step,
+        every_steps=config.tracking.every_steps,
+        is_verbose=services.run.verbose,
+        console=Console(quiet=not this_process().is_main),
+    )
     try:
         with listening(REQUEST.ask):
             run = Run(
@@ -213,6 +221,7 @@ def open_run(task: Task, source: Source, config: TrainConfig, services: Services
         checkpoints.wait()  # every rank stops here: what was saved before is still worth committing
         raise
     finally:
+        progress.close()
         REQUEST.clear()
         tracker.close(ending)
         source.close()
@@ -281,8 +290,9 @@ def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_pa
 def track(run: Run, done: int, values: dict[str, float]) -> None:
     """Record and show the last step's losses, and where the time of the interval went."""
     values = {f"train/{name}": value for name, value in (values | run.meter.report()).items()}
-    run.tracker.record(done, values | run.nodes.report())
-    run.progress.show(done, values)
+    values |= run.nodes.report()
+    run.tracker.record(done, values)
+    run.progress.interval(done, values)
 
 
 def flag_spike(run: Run, done: int, losses: dict[str, float], batches: Sequence[Batch]) -> None:
@@ -294,17 +304,21 @@ def flag_spike(run: Run, done: int, losses: dict[str, float], batches: Sequence[
     run.spikes.keep(done, loss=loss, deviations=deviations, scan_ids=scan_ids)
     values = {"train/loss_spike": loss, "train/loss_spike_deviations": deviations}
     run.tracker.record(done, values)
-    run.progress.show(done, values)
+    run.progress.say(
+        f"step {done}: the loss {loss:.4g} lies {deviations:.1f} robust deviations above the steps before; {SPIKES} of "
+        "the run folder names its scans"
+    )
 
 
 def evaluate_now(run: Run, done: int) -> dict[str, float]:
     """The metrics of the evaluation subset after `done` updates, tracked and shown."""
     config = run.config.evaluation
+    run.progress.evaluating(config.split)
     found = evaluate(run.task, run.source, run.engine, config.split, limit=config.subset)
     metrics = {f"{config.metric_prefix}/{name}": value for name, value in found.metrics.items()}
     run.watch.add(done, metrics)
     run.tracker.record(done, metrics)
-    run.progress.show(done, metrics)
+    run.progress.evaluated(metrics)
     return metrics
 
 
@@ -354,10 +368,11 @@ def finish(run: Run, started: float) -> FitResult:
     folder, commit = cast("tuple[str, Commit]", from_main(found))
     if folder != run.checkpoints.latest:
         load_earlier(run, folder, commit)
-    evaluations = {
-        split: evaluate(run.task, run.source, run.engine, split, limit=None)
-        for split in run.config.evaluation.final_splits
-    }
+    evaluations = {}
+    for split in run.config.evaluation.final_splits:
+        run.progress.evaluating(f"all of {split}")
+        evaluations[split] = evaluate(run.task, run.source, run.engine, split, limit=None)
+        run.progress.evaluated({f"{split}/{name}": value for name, value in evaluations[split].metrics.items()})
     metrics = {
         f"{split}/{name}": value for split, found in evaluations.items() for name, value in found.metrics.items()
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.storage.stores import Store, store_for
+from configs.words import aligned
 from reports.figures import curves
 from reports.page import Notice, Page, Section, render
 from training.config import RunConfig, TrainConfig
@@ -26,6 +27,7 @@ from training.registry.promotion import ChampionConfig, promote, reasons_against
 from training.registry.seen_subjects import overlap, seen_before, write_seen
 from training.statistics import Interval
 from training.task import Source, Task
+from training.watch.progress import phase
 
 
 @dataclass
@@ -126,6 +128,7 @@ def run(
         if not result.is_main:
             return {}
         trained = time.monotonic()
+        phase("scoring, baselines, maps and report")
         conclusion = study.conclude(result.task, result)
         seconds = {"training": trained - started, "baselines and report": time.monotonic() - trained}
         return publish(
@@ -205,6 +208,7 @@ def register_model(
         "callosum.overlap": "unknown" if tested is None else str(len(tested)),
         "callosum.champion": "refused: " + "; ".join(against) if against else "yes",
     }
+    phase(f"registering {register.name}")
     scores = {f"callosum.test_{name}": str(interval) for name, interval in trained.intervals.items()}
     name = registry.register(
         folder / "bundle",
@@ -291,22 +295,21 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summary(numbers: Mapping[str, Any], *, folder: str) -> str:
-    """What the terminal shows of a finished run: verdict, results, and where the rest is."""
+def summary(numbers: Mapping[str, Any], *, folder: str, following: str | None) -> str:
+    """What the terminal shows of a finished run: verdict, results, where the rest is, and the command that follows."""
     titles: Mapping[str, str] = numbers["metrics"]
     table = [["", *titles.values()]]
     for name, model in numbers["models"].items():
         table.append([name, *(str(interval_of(model[metric])) for metric in titles)])
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     registered = ", ".join(numbers["registered"]) or "no (register=null or tracking=null)"
     return "\n".join(
         [
             numbers["verdict"],
-            *lines,
+            aligned(table),
             *numbers["notices"],
             f"registered: {registered}",
             f"report: {folder.rstrip('/')}/report.html",
+            *([following] if following else []),
         ]
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from rich.console import Console
 
 from brain_models.errors import UserError
 from cluster.config import ClusterConfig
@@ -24,6 +26,7 @@ from cluster.errors import ClusterError, is_final
 from cluster.hanging import HEARTBEAT, READ_TIMEOUT_S, REPORT_AT_SHARE, RankProcess, stacks_of
 from cluster.ray.outcome import Outcome, StartStamps, relayed
 from cluster.stopping import REQUEST, listening
+from configs.words import counted
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -126,6 +129,7 @@ def run_on_workers(
     """
     if cluster.kind == "inline":
         return function(config)
+    print(f"starting {counted(cluster.num_workers, 'worker')} ...", flush=True)
     with ray_session(cluster):
         while True:
             try:
@@ -235,7 +239,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
         "outcome": outcome,
         "folder": folder_of_workers(cluster),
         "num_threads": cluster.cpus_per_worker,
-        "is_terminal": sys.stdout.isatty(),
+        "num_columns": shutil.get_terminal_size().columns if sys.stdout.isatty() else None,
         "report_after_s": REPORT_AT_SHARE * cluster.collective_timeout_s,
         "started_at": psutil.Process().create_time(),
         "launched_at": launched_at,
@@ -253,6 +257,7 @@ def _run_on_ray(function: Callable[[Config], Result], config: Config, cluster: C
     finally:
         is_asked = REQUEST.reason is not None
         REQUEST.clear()
+        Console().show_cursor()  # a rank that was killed cannot bring back what its bar hid
     final: BaseException | None = ray.get(outcome.first_error.remote())
     if final is not None:
         reason = ray.get(outcome.stop_reason.remote()) or ""
@@ -311,6 +316,8 @@ def _on_worker(job: dict[str, Any]) -> None:
     if job["folder"] is not None:
         os.chdir(job["folder"])
     torch.set_num_threads(job["num_threads"])
+    if job["num_columns"] is not None:
+        os.environ["COLUMNS"] = str(job["num_columns"])  # of the driver's terminal, where rank 0's bar is drawn
     process = _own_process()
     ray.get(outcome.add_process.remote(process))
     is_main = process.rank == 0
@@ -329,7 +336,7 @@ def _on_worker(job: dict[str, Any]) -> None:
     try:
         with (
             _repeating(report, "report", every_s=RELAY_INTERVAL_S),
-            relayed(outcome, is_terminal=job["is_terminal"]) if is_main else nullcontext(),
+            relayed(outcome, is_terminal=job["num_columns"] is not None) if is_main else nullcontext(),
         ):
             result = job["function"](job["config"])
     except UserError as error:

@@ -1,13 +1,14 @@
 """What a run would read, compute and hold: samples, steps, bytes, parameters, memory. Starts nothing."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cluster.config import Needs
+from configs.words import next_command, size_of
 from data_sharding.read.joint import sets_of_steps
 from data_sharding.read.shard_set import copied_index_bytes, open_set
 from data_sharding.schema import MANIFEST
@@ -22,8 +23,9 @@ from training.engine.engines import checkpoint_bytes, scratch_bytes
 
 BYTES_PER_VALUE = {"int8": 1, "float16": 2}  # in the shards
 STAGES = (0, 1, 2, 3)
-MIB = 2**20
 WHOLE = "brain"
+LABEL = "diagnosis"  # the column that task=adhd_classification predicts
+MOST_WINDOWS = 24  # that it asks for, where runs hold them
 
 
 def plan(config: PretrainConfig) -> str:
@@ -64,6 +66,28 @@ def needs(config: PretrainConfig) -> Needs:
     )
 
 
+def following(config: PretrainConfig, registered: Sequence[str]) -> str | None:
+    """The command to type after a finished run: fine-tuning on its first BOLD set with diagnoses, by as many windows as
+    its runs hold; otherwise a list of what is registered."""
+    uri = config.train.tracking.uri
+    folder = config.run.folder.rstrip("/")
+    for name, each in config.named_sets.items():
+        shard_set = open_set(each.shards, split=config.data.split)
+        if each.kind == "bold" and LABEL in shard_set.subjects:
+            shortest = int(shard_set.runs("bold", ["train"])["num_frames"].min())
+            num_windows = min(shortest // config.window_of(name).window_frames, MOST_WINDOWS)
+            return next_command(
+                "finetune",
+                "task=adhd_classification",
+                f"task.num_windows={num_windows}",
+                f"shards={each.shards}",
+                f"encoder=models:/{registered[0]}" if registered else f"encoder={folder}/bundle",
+                f"run.folder={folder}-adhd",
+                f"tracking={uri or 'null'}",
+            )
+    return None if uri is None else next_command("training.runs", uri)
+
+
 def set_lines(config: PretrainConfig, opened: OpenedSet, masked_set: MaskedSet, *, num_steps: int) -> dict[str, str]:
     """The plan's lines about one set, of which `num_steps` steps are drawn."""
     geometry = opened.geometry
@@ -74,9 +98,9 @@ def set_lines(config: PretrainConfig, opened: OpenedSet, masked_set: MaskedSet, 
     lines = {
         "set": f"{opened.location}, space {geometry.space.name}, {geometry.space.num_voxels:,} voxels",
         "samples per epoch": f"{samples:,} of the train split",
-        "bytes per epoch": f"{samples * sample_bytes:,}",
+        "bytes per epoch": size_of(samples * sample_bytes),
         "samples drawn": f"{drawn:,} in {num_steps:,} steps: {drawn / max(samples, 1):.1f} epochs",
-        "bytes read": f"{drawn * sample_bytes:,} ({sample_bytes:,} per sample)",
+        "bytes read": f"{size_of(drawn * sample_bytes)} ({size_of(sample_bytes)} per sample)",
         "shards per worker": f"all {num_shards:,}, {min(config.data.shuffle_shards, num_shards):,} at a time",
         "tokens per sample": f"{masked_set.masker.num_tokens:,}, {masked_set.masker.num_hidden:,} of them hidden "
         f"({geometry.layout.num_patches} patches x {geometry.num_tubelets} tubelets)",
@@ -98,12 +122,12 @@ def run_lines(config: PretrainConfig, task: MaskedVolumes, sets: Mapping[str, Op
     return {
         "steps": f"{config.train.steps:,} of {config.data.batch_size} samples",
         "parameters": f"{count(task.encoder):,} encoder, {count(task.decoder):,} decoder",
-        "weights and optimiser": ", ".join(f"ZeRO {stage} {size / MIB:,.1f} MiB" for stage, size in states.items()),
-        "activations": f"{kept[False] / MIB:,.1f} MiB, {kept[True] / MIB:,.1f} MiB when recomputed "
+        "weights and optimiser": ", ".join(f"ZeRO {stage} {size_of(size)}" for stage, size in states.items()),
+        "activations": f"{size_of(kept[False])}, {size_of(kept[True])} when recomputed "
         f"({config.data.micro_batch_size} samples, {engine.precision})",
-        "memory per rank": f"{(whole + kept[engine.activation_checkpointing]) / MIB:,.1f} MiB as configured, without "
+        "memory per rank": f"{size_of(whole + kept[engine.activation_checkpointing])} as configured, without "
         "the buffers of libraries",
-        "a checkpoint": f"{checkpoint_bytes(task, engine, num_ranks=num_ranks) / MIB:,.1f} MiB, the last "
+        "a checkpoint": f"{size_of(checkpoint_bytes(task, engine, num_ranks=num_ranks))}, the last "
         f"{config.train.checkpoint.keep_last} kept",
         "workers": f"{num_ranks} ({config.cluster.kind}), {micro_batches(config)} forward passes per step on each",
     }
@@ -162,8 +186,8 @@ def ridge_line(config: PretrainConfig, geometry: Geometry) -> str:
     """The memory of the ridge baseline, or why it is left out."""
     needed = ridge_bytes(geometry.layout.num_patches, geometry.space.num_voxels)
     if needed > config.baselines.ridge_max_gib * 2**30:
-        return f"left out: {needed / MIB:,.1f} MiB, more than baselines.ridge_max_gib={config.baselines.ridge_max_gib}"
-    return f"{needed / MIB:,.1f} MiB on every rank while it is fitted"
+        return f"left out: {size_of(needed)}, more than baselines.ridge_max_gib={config.baselines.ridge_max_gib}"
+    return f"{size_of(needed)} on every rank while it is fitted"
 
 
 def count(module: nn.Module) -> int:

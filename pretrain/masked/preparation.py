@@ -36,6 +36,7 @@ from pretrain.masked.sets import OpenedSet, training_subset, windows_of
 from pretrain.report.collapse import Sentinels, embedding_metrics, sampled
 from training.collectives import from_main, gather, this_process
 from training.engine.base import own_device
+from training.watch.progress import phase
 
 RECORD, TENSORS = "baselines.json", "baselines.safetensors"
 
@@ -77,6 +78,7 @@ def prepare(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, Open
 
 def compute(task: MaskedVolumes, config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> Preparation:
     """The preparation, from this rank's shares of the samples; the same on every rank."""
+    phase("fitting voxel statistics and baselines")
     fit_voxel_statistics(task, config, sets)
     stems = {name: task.encoder.stem(name) for name in task.encoder.stems}
     return Preparation(

@@ -25,6 +25,7 @@ from training.loop import FitResult
 from training.statistics import BootstrapConfig
 from training.study import Conclusion, Model, RegisterConfig, run
 from training.task import Task
+from training.watch.progress import phase
 
 WEIGHTS = "pretraining.safetensors"  # encoder and decoder; the bundle has no decoder
 
@@ -42,6 +43,7 @@ class SetScores:
 
 def open_study(config: PretrainConfig) -> "MaskedStudy":
     """The study of a configuration; every rank opens its own."""
+    phase(f"opening {', '.join(each.shards for each in config.named_sets.values())}")
     return MaskedStudy(config, open_sets(config, scratch=config.run.scratch))
 
 

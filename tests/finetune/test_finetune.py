@@ -134,7 +134,10 @@ def test_every_number_of_the_report_is_there_beside_its_baselines(place: Place, 
     assert open_set(str(place.shards)).fingerprint in page
     written = json.loads((place.folder / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(numbers))
-    assert "fine-tuned model" in summary(numbers, folder="run")
+    lines = summary(numbers, folder="run", following="next: rest").splitlines()
+    assert lines[0] == numbers["verdict"]
+    assert lines[2].startswith("fine-tuned model ")
+    assert lines[-2:] == ["report: run/report.html", "next: rest"]
 
 
 def test_registered_classifier_gives_the_original_files_the_scores_of_the_report(place: Place, numbers: dict) -> None:

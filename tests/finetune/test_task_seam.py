@@ -45,7 +45,7 @@ def test_age_is_predicted_from_command_line_to_registered_model(place: Place) ->
     assert numbers["registered"][0] == "finetune-age@candidate"
     assert numbers["verdict"].startswith("The fine-tuned model is ")
     assert " connectivity + ridge: difference " in numbers["verdict"]
-    assert "R² about the training mean" in summary(numbers, folder="age")
+    assert "R² about the training mean" in summary(numbers, folder="age", following="next: rest")
     with (place.folder / "age/scores.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["model"] == "fine-tuned model"]
     ages = pd.read_csv(place.scans / "participants.tsv", sep="\t", dtype={"participant_id": str})

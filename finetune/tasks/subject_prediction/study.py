@@ -33,6 +33,7 @@ from training.statistics import paired_verdict
 from training.study import Conclusion, Model
 from training.task import Task
 from training.unfreezing import UnfreezingConfig
+from training.watch.progress import phase
 
 MODEL = "fine-tuned model"
 SPLITS = ("validation", "test")
@@ -113,6 +114,7 @@ class SubjectStudy:
         if is_resuming or self.config.probe is None:
             return
         assert isinstance(task, SubjectPrediction)
+        phase("fitting the head on the frozen encoder's features")
         task.model.to(own_device())
         source = self.make_source(task)
         try:

@@ -305,7 +305,7 @@ def test_the_plan_has_the_steps_and_bytes_of_each_set_that_a_run_then_reads(
         drawn = num_steps[name] * BATCH_SIZE
         assert lines[f"{name}: samples drawn"].strip().startswith(f"{drawn:,} in {num_steps[name]:,} steps")
     assert lines["weights and optimiser"].count("ZeRO") == 4
-    assert "MiB when recomputed (3 samples, fp32)" in lines["activations"]
+    assert "B when recomputed (3 samples, fp32)" in lines["activations"]
     assert lines["fine: majority reaches"].strip().startswith("brain 1.000, frontal 0.")
 
 
