@@ -29,6 +29,7 @@ def sum_of_ranks(config: dict) -> dict:
     return {
         "sum": float(value),
         "num_threads": torch.get_num_threads(),
+        "niceness": os.nice(0),
         "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         "folder": os.getcwd(),
     }

@@ -94,6 +94,8 @@ def _start_embedded_ray(cluster: ClusterConfig) -> None:
     num_cpus = max(os.cpu_count() or 1, cluster.num_workers * cluster.cpus_per_worker)
     # No dashboard and no usage report: they cost seconds at start, and an embedded Ray lives as long as one command.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's workers run at niceness 15: beside any other work on this machine a training would nearly stand still.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
