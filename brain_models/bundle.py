@@ -25,8 +25,8 @@ from brain_models.atlas import Atlas
 from brain_models.embedding import ScanEmbedding, embed_scan
 from brain_models.encoder import BrainEncoder, StemName, kind_of
 from brain_models.errors import BundleError
-from brain_models.inputs import Row, Stems, StemSpec, read_scan, require_frames
-from brain_models.models import MODELS, ModelKind
+from brain_models.inputs import Column, Row, Stems, StemSpec, read_scan, require_frames
+from brain_models.models import MODELS
 from brain_models.patches import PatchLayout
 from brain_models.recipe import BoldPreprocessing
 from brain_models.space import BrainSpace
@@ -125,9 +125,23 @@ def load(folder: Path | str) -> Bundle:
     return bundle
 
 
-def model_kind(folder: Path | str) -> ModelKind:
-    """Returns the kind of model a bundle folder holds; BundleError when it is none that this code reads."""
-    return MODELS[_read_spec(Path(folder))["kind"]]
+@dataclass(frozen=True)
+class Interface:
+    """What the served model of a bundle reads and answers: columns by name, and what must be installed for it."""
+
+    inputs: dict[str, Column]
+    outputs: dict[str, np.dtype]
+    packages: tuple[str, ...]
+
+
+def interface(folder: Path | str) -> Interface:
+    """Returns the interface of a bundle folder; BundleError when it is none that this code reads."""
+    folder = Path(folder)
+    spec = _read_spec(folder)
+    kind = MODELS[spec["kind"]]
+    answer = kind.answer(_from_plain(kind.config, spec["config"]), _read_golden(folder))
+    outputs = {name: values.dtype for name, values in answer.items()}
+    return Interface(kind.columns(spec["stems"]), outputs, kind.packages)
 
 
 def code_commit() -> str:
@@ -224,12 +238,15 @@ def _golden_output(bundle: Bundle) -> Float[Tensor, "example output"]:
         return torch.cat([kind.compute(bundle.model, bundle.config, example) for example in examples])
 
 
-def _check_golden(bundle: Bundle, folder: Path) -> None:
+def _read_golden(folder: Path) -> Float[Tensor, "example output"]:
     try:
-        expected = torch.from_numpy(np.load(folder / "golden.npy", allow_pickle=False))
+        return torch.from_numpy(np.load(folder / "golden.npy", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder}/golden.npy cannot be read ({error}); fetch the bundle again") from error
-    computed = _golden_output(bundle)
+
+
+def _check_golden(bundle: Bundle, folder: Path) -> None:
+    expected, computed = _read_golden(folder), _golden_output(bundle)
     off = float((computed - expected).abs().max()) if computed.shape == expected.shape else float("inf")
     if not off <= GOLDEN_TOLERANCE:
         raise BundleError(

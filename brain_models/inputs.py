@@ -4,10 +4,10 @@ Promise: a file is read as the shards were written that the stem learned from, o
 only where a file is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,14 @@ from brain_models.recipe import BoldPreprocessing
 from brain_models.space import BrainSpace
 
 COLUMN_OF_KIND: dict[TokenKind, str] = {"bold": "bold", "t1": "t1w"}
-ColumnType = Literal["scan", "path", "number"]  # a scan is a path or a packed array
-SCAN_COLUMNS: dict[str, ColumnType] = {
-    "bold": "scan",
-    "t1w": "scan",
-    "brain_mask": "path",
-    "confounds": "path",
-    "transform": "path",
-    "repetition_time_s": "number",
+EXAMPLES: dict[str, str | float] = {  # of every column: a scan may be a packed array instead of a path
+    "bold": "sub-01/func/sub-01_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz",
+    "t1w": "sub-01/anat/sub-01_space-MNI152NLin6Asym_desc-preproc_T1w.nii.gz",
+    "brain_mask": "sub-01/func/sub-01_task-rest_space-MNI152NLin6Asym_desc-brain_mask.nii.gz",
+    "confounds": "sub-01/func/sub-01_task-rest_desc-confounds_timeseries.tsv",
+    "transform": "transforms/sub-01.json",
+    "repetition_time_s": 2.0,
 }
-RUN_COLUMNS = {name: kind for name, kind in SCAN_COLUMNS.items() if name != "t1w"}
 Row = Mapping[str, Any]  # what is given of a row of the served table, by column
 
 
@@ -72,6 +70,23 @@ def example_scan(stem: StemName, spec: StemSpec, *, num_frames: int, seed: int) 
     values = generator.standard_normal((1, num_frames, spec.space.num_voxels), dtype=np.float32)
     is_measured = torch.ones(1, spec.space.num_voxels, dtype=torch.bool)
     return ScanInput(stem, spec.window_frames, torch.from_numpy(values), is_measured, torch.full((1,), 2.0))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the served table: an example of what it holds, and whether every row must have it."""
+
+    example: str | float
+    is_required: bool
+
+
+def columns_of(stems: Collection[StemName]) -> dict[str, Column]:
+    """Returns the columns that a model with these stems reads. Its scan is required where it reads one kind only."""
+    scans = [column for kind, column in COLUMN_OF_KIND.items() if kind in stems]
+    unread = {*COLUMN_OF_KIND.values()} - {*scans}
+    return {
+        name: Column(example, is_required=scans == [name]) for name, example in EXAMPLES.items() if name not in unread
+    }
 
 
 def read_scan(row: Row, stems: Stems) -> ScanInput:
@@ -118,9 +133,36 @@ def _read_bold(row: Row, stem: StemSpec) -> tuple[np.ndarray, np.ndarray, float]
 
     seconds = float(row["repetition_time_s"]) if "repetition_time_s" in row else None
     stored = row["bold"]
-    if not isinstance(stored, np.ndarray):
+    if isinstance(stored, list | np.ndarray):
+        stored = _stored_bold(stored)
+    else:
         stored, seconds = _preprocessed(row, stem, seconds)
     return preprocess.dequantise(stored), preprocess.measured(stored), _known(seconds)
+
+
+def _packed_array(values: Any, column: str, num_axes: int) -> np.ndarray:
+    """Returns a packed array, float32 where it came as the lists of JSON with null for not measured."""
+    try:
+        array = np.asarray(values)
+        array = array.astype(np.float32) if array.dtype == object else array
+    except (TypeError, ValueError) as error:
+        raise ScanError(f"{column}: its lists are no array of numbers ({error}); give all frames alike") from error
+    if array.ndim != num_axes or array.dtype.kind not in "iuf":
+        raise ScanError(
+            f"{column}: {array.ndim} axes of {array.dtype}; give a packed array of {num_axes} axes of numbers or a "
+            "path (a request to a server brings arrays as dataframe_records or dataframe_split)"
+        )
+    return array
+
+
+def _stored_bold(values: Any) -> np.ndarray:
+    """Returns a packed run as shards hold it: whole numbers as int8, others as float16."""
+    array = _packed_array(values, "bold", 2)
+    if array.dtype.kind == "f":
+        return array.astype(np.float16)
+    if array.size and (array.min() < -128 or array.max() > 127):
+        raise ScanError(f"bold: whole numbers from {array.min()} to {array.max()}; packed runs are int8, -128 to 127")
+    return array.astype(np.int8)
 
 
 def _preprocessed(row: Row, stem: StemSpec, seconds: float | None) -> tuple[np.ndarray, float]:
@@ -168,7 +210,9 @@ def _read_t1(row: Row, stem: StemSpec) -> tuple[np.ndarray, np.ndarray, float]:
     from brain_models.preprocess import pack_t1, standardise_t1
 
     stored = row["t1w"]
-    if not isinstance(stored, np.ndarray):
+    if isinstance(stored, list | np.ndarray):
+        stored = _packed_array(stored, "t1w", 1)
+    else:
         packed = pack_t1(stored, stem.space, brain_mask=_brain_mask(row, stem), transform=_transform(row))
         stored = standardise_t1(packed).values
     return np.nan_to_num(stored.astype(np.float32))[None], np.isfinite(stored), 0.0

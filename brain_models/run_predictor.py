@@ -1,6 +1,6 @@
 """The model kinds "run_classifier" and "run_regressor": an encoder and a head over a whole run."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +10,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from brain_models.embedding import make_encoder
-from brain_models.encoder import BrainEncoder, EncoderConfig
+from brain_models.encoder import BrainEncoder, EncoderConfig, StemName
 from brain_models.heads import HeadConfig, RunHead
-from brain_models.inputs import Row, ScanInput, Stems, StemSpec, example_scan, read_scan, require_frames
+from brain_models.inputs import (
+    Column,
+    Row,
+    ScanInput,
+    Stems,
+    StemSpec,
+    columns_of,
+    example_scan,
+    read_scan,
+    require_frames,
+)
 
 
 @dataclass
@@ -103,6 +113,11 @@ def examples(config: RunPredictorConfig, stems: Stems, seed: int) -> Iterator[Sc
     yield example_scan("bold", stems["bold"], num_frames=config.segment_frames, seed=seed)
 
 
+def columns(stems: Collection[StemName]) -> dict[str, Column]:
+    """Returns the columns of a run."""
+    return columns_of(["bold"])
+
+
 def read(row: Row, config: RunPredictorConfig, stems: Stems) -> ScanInput:
     """Returns a run of at least one segment."""
     return require_frames(read_scan(row, {"bold": stems["bold"]}), config.segment_frames)
@@ -118,11 +133,12 @@ def compute(model: RunPredictor, config: RunPredictorConfig, scan: ScanInput) ->
 
 
 def answer_class(config: RunClassifierConfig, outputs: Float[Tensor, "row 1"]) -> dict[str, np.ndarray]:
-    """Returns `prediction`, the name of a class, and `probability` of the positive one."""
+    """Returns `prediction`, the name of a class, and `probability_of_<class>` of both."""
     probability = torch.sigmoid(outputs[:, 0]).double().numpy()
     return {
         "prediction": np.where(probability >= config.threshold, config.positive, config.negative),
-        "probability": probability,
+        f"probability_of_{config.negative}": 1 - probability,
+        f"probability_of_{config.positive}": probability,
     }
 
 

@@ -104,7 +104,7 @@ def predict(config: PredictConfig) -> pd.DataFrame:
         ) from error
     columns = model.metadata.get_input_schema().input_names()
     table = pd.DataFrame(scan_rows(scans, columns, brain_masks=config.brain_masks))
-    answers = pd.concat([table[scan_columns(table)], model.predict(table)], axis=1)
+    answers = pd.concat([model.predict(table), table[scan_columns(table)]], axis=1)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     answers.to_csv(config.out, index=False)
     return answers

@@ -19,7 +19,7 @@ from brain_models.bundle import Bundle
 from brain_models.encoder import EncoderConfig
 from brain_models.errors import BundleError, ScanError
 from brain_models.heads import HeadConfig
-from brain_models.inputs import Row, Stems, StemSpec
+from brain_models.inputs import Column, Row, Stems, StemSpec
 from brain_models.models import ModelKind
 from brain_models.patches import PatchLayout
 from brain_models.preprocess import dequantise, pack_bold, standardise_bold
@@ -127,9 +127,9 @@ def test_a_served_classifier_answers_with_the_mean_logit_of_whole_segments(
                 float(saved.model(values[:, first : first + 8], is_measured, seconds))
                 for first in range(0, len(run) - 7, 8)
             ]
-        assert answers.probability[name] == pytest.approx(1 / (1 + np.exp(-np.mean(logits))), abs=1e-6)
-        assert answers.prediction[name] == ("ADHD" if answers.probability[name] >= 0.4 else "control")
-    assert answers.probability.std() > 1e-3
+        assert answers.probability_of_ADHD[name] == pytest.approx(1 / (1 + np.exp(-np.mean(logits))), abs=1e-6)
+        assert answers.prediction[name] == ("ADHD" if answers.probability_of_ADHD[name] >= 0.4 else "control")
+    assert answers.probability_of_ADHD.std() > 1e-3
     short = pandas.DataFrame({"bold": [run_of(space, 7, 0)], "repetition_time_s": [2.0]}, index=["short"])
     with pytest.raises(ScanError, match=r"row short: 7 frames; this model needs at least 8"):
         model.predict(None, short)
@@ -230,14 +230,16 @@ class Toy(nn.Module):
 def test_a_later_kind_is_saved_loaded_and_served_by_one_row_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    toy = ModelKind(ToyConfig, Toy, Toy.examples, {"x": "number", "y": "number"}, Toy.read, Toy.compute, Toy.answer)
+    columns = {"x": Column(0.0, is_required=True), "y": Column(0.0, is_required=True)}
+    toy = ModelKind(ToyConfig, Toy, Toy.examples, lambda stems: columns, Toy.read, Toy.compute, Toy.answer)
     monkeypatch.setitem(models.MODELS, "toy", toy)
     torch.manual_seed(0)
     bundle = Bundle("toy", ToyConfig(2), Toy(ToyConfig(2), {}), {}, {})
     folder = bundles.save(tmp_path / "b", bundle)
-    assert bundles.model_kind(folder) is toy
+    face = bundles.interface(folder)
+    assert (face.inputs, face.outputs) == (columns, {"distance_0": np.dtype("float32")})
     table = pandas.DataFrame({"x": [0.0, 3.0, 1.0], "y": [1.0, 1.0, -2.0]})
-    answers = served(folder).predict(None, table).to_numpy()
+    answers = served(folder).predict(None, table).drop(columns=["subject", "session"]).to_numpy(float)
     mapped = table.to_numpy() @ bundle.model.map.weight.detach().numpy().T
     np.testing.assert_allclose(answers, np.linalg.norm(mapped[:, None] - mapped[None], axis=2), atol=1e-5)
     monkeypatch.delitem(models.MODELS, "toy")
@@ -326,7 +328,8 @@ def test_a_run_is_called_positive_from_its_threshold_on() -> None:
     logits = torch.tensor([[-2.0], [float(np.log(0.25 / 0.75))], [-0.5], [3.0]], dtype=torch.float64)
     answers = answer_class(config, logits)
     assert answers["prediction"].tolist() == ["control", "ADHD", "ADHD", "ADHD"]
-    np.testing.assert_allclose(answers["probability"], 1 / (1 + np.exp(-logits[:, 0].numpy())))
+    np.testing.assert_allclose(answers["probability_of_ADHD"], 1 / (1 + np.exp(-logits[:, 0].numpy())))
+    np.testing.assert_allclose(answers["probability_of_control"], 1 / (1 + np.exp(logits[:, 0].numpy())))
 
 
 def test_a_bundle_of_an_older_schema_is_refused_with_what_to_do(encoder_alone: Bundle, tmp_path: Path) -> None:

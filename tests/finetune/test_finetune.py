@@ -155,7 +155,8 @@ def test_registered_classifier_gives_the_original_files_the_scores_of_the_report
     assert predict_problems(config) == []
     answers = predict(config)
     expected = 1 / (1 + np.exp(-np.array([float(row["score"]) for row in rows])))
-    np.testing.assert_allclose(answers["probability"], expected, atol=1e-4)
+    np.testing.assert_allclose(answers["probability_of_ADHD"], expected, atol=1e-4)
+    assert list(answers["subject"]) == [row["subject"] for row in rows]
     assert len((place.folder / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 11
 
 

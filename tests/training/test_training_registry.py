@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from requests import HTTPError
 
-from brain_models.bundle import SCHEMA
 from cluster.errors import StorageError
+from tests.bundles import save_tiny_encoder
 from training.errors import RegistryError
 from training.pull import pull_to
 from training.registry import models as registry
@@ -26,10 +26,7 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    bundle = tmp_path / "bundle"
-    bundle.mkdir()
-    (bundle / "model.yaml").write_text(f"schema: {SCHEMA}\nkind: encoder\n")
-    (bundle / "weights.safetensors").write_bytes(bytes(range(256)))
+    bundle = save_tiny_encoder(tmp_path / "bundle")
 
     def register(alias: str, checkpoint: str = "a") -> str:
         return registry.register(
@@ -71,7 +68,8 @@ def test_a_registered_bundle_is_pulled_byte_for_byte_with_its_lineage(
     assert sorted(list_models(uri)) == ["toy-encoder/1", "toy-encoder/2", "toy-encoder/3 @candidate"]
 
     folder = pull_to("toy-encoder@candidate", tmp_path / "some" / "folder", uri=uri)
-    assert (folder / "weights.safetensors").read_bytes() == bytes(range(256))
+    weights = "weights.safetensors"
+    assert (folder / weights).read_bytes() == (bundle / weights).read_bytes()
     assert [path.name for path in (tmp_path / "some").iterdir()] == ["folder"]
     with pytest.raises(RegistryError, match=r"folder is a file or not empty; give a new folder"):
         pull_to("toy-encoder@candidate", folder, uri=uri)
@@ -124,7 +122,7 @@ def test_a_file_is_never_taken_for_a_new_folder(tmp_path: Path) -> None:
 
 def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -> None:
     """An error of ours: the workers of a run that is done are not started again."""
-    (tmp_path / "model.yaml").write_text(f"schema: {SCHEMA}\nkind: encoder\n")
+    save_tiny_encoder(tmp_path)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"

@@ -8,15 +8,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 import brain_models
-from brain_models.bundle import code_commit, model_kind
+from brain_models.bundle import Interface, code_commit, interface
 from training.errors import RegistryError
 from training.watch.tracking import experiment_id, known_server, mlflow_environment
+
+if TYPE_CHECKING:
+    import pandas
+    from mlflow.models import ModelSignature
 
 CODE_FOLDER = Path(brain_models.__file__).parent
 CODE_HASH_TAG = "callosum.code_hash"
@@ -35,17 +42,7 @@ def register(
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, DataType, Schema
-
-    kind = model_kind(bundle)
-    types: dict[str, AnyType | DataType] = {
-        "scan": AnyType(),
-        "path": DataType.string,
-        "number": DataType.double,
-    }
-    # All columns a model may read: MLflow drops those that a signature lacks.
-    inputs = Schema([ColSpec(types[content], column, required=False) for column, content in kind.columns.items()])
+    faces = interface(bundle)
     with refusals_named(name, uri):
         tags = {**tags, **source_tags()}
         client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -55,16 +52,18 @@ def register(
                 is_current = str(client.get_registered_model(name).aliases.get(alias)) == str(known.version)
                 return f"{name}@{alias}" if is_current else f"{name}/{known.version}"
         mlflow.set_experiment(experiment_id=experiment_id(client, experiment, uri))
-        with warnings.catch_warnings(), mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
-            warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature is given
+        # MLflow asks the model about the example, and warns that its files are not there.
+        logging.getLogger("mlflow.models.model").setLevel(logging.ERROR)
+        with mlflow.start_run(run_id=run_id, run_name=None if run_id else name):
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(CODE_FOLDER / "served.py"),
                 artifacts={"bundle": str(bundle)},
                 code_paths=[str(CODE_FOLDER)],
-                pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in kind.packages],
+                pip_requirements=requirements(faces.packages),
                 registered_model_name=name,
-                signature=ModelSignature(inputs=inputs),
+                signature=signature(faces),
+                input_example=example(faces),
             )
         version = str(logged.registered_model_version)
         for key, value in tags.items():
@@ -74,6 +73,36 @@ def register(
         if CHECKPOINT_HASH_TAG in tags:  # last: by it the next start knows that nothing is missing
             client.set_model_version_tag(name, version, CHECKPOINT_HASH_TAG, tags[CHECKPOINT_HASH_TAG])
         return f"{name}@{alias}"
+
+
+def requirements(packages: Iterable[str]) -> list[str]:
+    """Returns what is installed here as versions that any package index has: without a build's name, such as +cpu."""
+    return [f"{package}=={importlib.metadata.version(package).partition('+')[0]}" for package in packages]
+
+
+def signature(faces: Interface) -> ModelSignature:
+    """Returns MLflow's description of the served table and its answers.
+
+    It has all columns a model may read, because MLflow drops what a signature lacks. A scan is described as the string
+    of its path: a packed array passes too.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, DataType, Schema
+
+    given = {str: DataType.string, float: DataType.double}
+    inputs = [ColSpec(given[type(each.example)], name, each.is_required) for name, each in faces.inputs.items()]
+    answered = {np.str_: DataType.string, np.float32: DataType.float, np.float64: DataType.double}
+    named = [ColSpec(DataType.string, name, required=False) for name in ("subject", "session")]
+    outputs = [ColSpec(answered[dtype.type], name) for name, dtype in faces.outputs.items()]
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema([*named, *outputs]))
+
+
+def example(faces: Interface) -> pandas.DataFrame:
+    """Returns a table as the model reads it, with paths that show how files are named; no transform, because these
+    lie in the template's space."""
+    import pandas
+
+    return pandas.DataFrame({name: [each.example] for name, each in faces.inputs.items() if name != "transform"})
 
 
 @contextlib.contextmanager
