@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import itertools
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ def main(
             raise ConfigError(f"unknown flag {', '.join(unknown)}; known: {', '.join(FLAGS)}")
         overrides, values = _split(words, positional)
         raw = compose(name, overrides + ["run.verbose=true"] * ("--verbose" in flags)) | values
+        if "command" in (raw.get("run") or {}):
+            raw["run"]["command"] = shlex.join(["python", "-m", name, *sys.argv[1:]])
         if "--show" in flags:
             import yaml
 

@@ -284,7 +284,9 @@ def toy_config(
         steps=steps,
         seed=3,
         choose="last",
-        run=RunConfig(name="toy", folder=str(folder / "run"), scratch=str(folder / "scratch"), verbose=False),
+        run=RunConfig(
+            name="toy", folder=str(folder / "run"), scratch=str(folder / "scratch"), verbose=False, command=None
+        ),
         start=StartConfig(checkpoint=None, registered=None),
         optimizer=OptimizerConfig(kind="adamw", learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, clip_norm=1.0),
         schedule=ScheduleConfig(kind="cosine", warmup_steps=2, final_share=0.1, plateau=None),

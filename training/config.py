@@ -16,6 +16,7 @@ class RunConfig:
     folder: str  # a folder or s3://bucket/prefix; holds run.json, checkpoints/ and metrics.jsonl
     scratch: str  # local disk of a node, for checkpoints on their way up or down
     verbose: bool  # every tracked number on the terminal too
+    command: str | None  # the command line, which the front end fills in; null: called by Python
 
 
 @dataclass

@@ -52,7 +52,7 @@ from training.watch.spikes import FILE as SPIKES
 from training.watch.spikes import RECENT, Spikes
 from training.watch.system_metrics import Nodes
 from training.watch.tracing import Tracing
-from training.watch.tracking import Ending, RunLabel, Sender, Spool, Tracker, last_step
+from training.watch.tracking import FINAL, Ending, RunLabel, Sender, Spool, Tracker, last_step
 
 
 @dataclass
@@ -283,7 +283,8 @@ def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_pa
     spool = Spool(spool_path, start=start)
     if config.tracking.uri is None:
         return Tracker(spool, None, config.tracking)
-    label = RunLabel(services.run.name, run_key, flatten(services.identity), dict(services.tags))
+    tags = {**services.tags, **registry.origin_tags(services.run.command)}
+    label = RunLabel(services.run.name, run_key, flatten(services.identity), tags)
     return Tracker(spool, Sender(config.tracking, spool.path, label), config.tracking)
 
 
@@ -376,7 +377,7 @@ def finish(run: Run, started: float) -> FitResult:
     metrics = {
         f"{split}/{name}": value for split, found in evaluations.items() for name, value in found.metrics.items()
     }
-    run.tracker.record(run.config.steps, {f"final/{key}": value for key, value in metrics.items()})
+    run.tracker.record(run.config.steps, final_metrics(metrics))
     with run.engine.whole_parameters():
         if run.services.export is not None and this_process().is_main:
             run.services.export(run.task, evaluations)
@@ -400,6 +401,11 @@ def finish(run: Run, started: float) -> FitResult:
         is_main=this_process().is_main,
         seconds=time.monotonic() - started,
     )
+
+
+def final_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The final splits' metrics as they are tracked, each beside its curve; those of groups are in metrics.json."""
+    return {f"{key}{FINAL}": value for key, value in metrics.items() if key.count("/") == 1}
 
 
 def engine_name(config: TrainConfig) -> str:

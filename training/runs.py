@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cluster.errors import StorageError
 from configs.entry import Command, main
 from training.errors import RegistryError
-from training.watch.tracking import known_server, last_steps, mlflow_environment
+from training.watch.tracking import FINAL, known_server, last_steps, mlflow_environment
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -26,7 +26,6 @@ STEP_KEYS = (
     "validation/loss",
     "train_split/loss",
 )  # the first one tracked gives the last step
-MAX_DEPTH = 2  # of the final numbers shown: final/<split>/<metric>, not those of every group
 
 
 def list_runs(uri: str) -> list[str]:
@@ -49,9 +48,7 @@ def describe(run: Run, uri: str) -> list[str]:
         lines.append(f"  commit {newest_commit(folder)}")
     lines.append(f"  at {link(run, uri)}")
     numbers = {
-        name.removeprefix("final/"): value
-        for name, value in sorted(run.data.metrics.items())
-        if name.startswith("final/") and name.count("/") <= MAX_DEPTH
+        name.removesuffix(FINAL): value for name, value in sorted(run.data.metrics.items()) if name.endswith(FINAL)
     }
     if numbers:
         lines.append("  " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

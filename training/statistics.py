@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int64
 
+BETTER = "better than"  # how a verdict begins that is in the first model's favour
 BLOCK = 2**24  # weights held at once: 128 MiB
 
 
@@ -159,7 +160,7 @@ def paired_verdict(metric: Metric, draws: Mapping[str, Float[np.ndarray, "draw"]
     best = max(others, key=lambda name: np.nan_to_num(sign * draws[name][0], nan=-np.inf))
     found = percentile_interval(draws[trained] - draws[best], confidence)
     is_better, is_worse = (found.low > 0, found.high < 0)[::sign]
-    said = "better than" if is_better else "worse than" if is_worse else "not told apart from"
+    said = BETTER if is_better else "worse than" if is_worse else "not told apart from"
     if math.isnan(found.low):
         return f"{said} {best}: too few subjects for an interval of the difference"
     return f"{said} {best}: difference {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

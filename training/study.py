@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,15 +19,20 @@ from configs.words import aligned
 from reports.figures import curves
 from reports.page import Notice, Page, Section, render
 from training.config import RunConfig, TrainConfig
+from training.errors import RegistryError
 from training.evaluation import Evaluation
 from training.identity import METRICS
 from training.loop import FitResult, Services, fit
+from training.registry import card
 from training.registry import models as registry
-from training.registry.promotion import ChampionConfig, promote, reasons_against
-from training.registry.seen_subjects import overlap, seen_before, write_seen
+from training.registry.card import About, model_card
+from training.registry.promotion import SCORES, ChampionConfig, champion_scores, promote, reasons_against
+from training.registry.results import log_results
+from training.registry.seen_subjects import overlap, read_seen, seen_before, write_seen
 from training.statistics import Interval
 from training.task import Source, Task
 from training.watch.progress import phase
+from training.watch.tracking import FINAL
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Conclusion:
     metrics: Mapping[str, str]  # title by name, the most important first
     models: Mapping[str, Model]  # the trained model first, then its baselines
     tested_subjects: Collection[str]  # whom the numbers are about
+    about: About  # the model, for its card
     notices: Sequence[Notice] = ()
     sections: Sequence[Section] = ()  # of the report, after the results
     numbers: Mapping[str, object] = field(default_factory=dict)  # further top-level entries of metrics.json
@@ -64,6 +70,10 @@ class Conclusion:
     curves: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by chart, validation metrics; {}: all in one
     lineage: Mapping[str, str] = field(default_factory=dict)  # beside the study's tags
     tags: Mapping[str, str] = field(default_factory=dict)  # of the registered version, beside the study's
+    kept_scores: str = ""  # travels with the model, so that a later one can be compared on the same subjects
+    # Why the model loses by a metric to its baselines or to the champion, given the scores kept with that (None: no
+    # champion yet).
+    reasons_against: Callable[[str, str | None], Sequence[str]] = lambda metric, champion: ()
 
 
 class Study(Protocol):
@@ -163,9 +173,25 @@ def publish(
     notices = [*conclusion.notices, seen_notice(tested, num_tested=len(conclusion.tested_subjects))]
     sections = [results_section(conclusion), *conclusion.sections, training_section(store, conclusion, seconds)]
     page = Page(study.title, conclusion.verdict, notices, sections, lineage)
-    for name, text in {**conclusion.files, "report.html": render(page)}.items():
+    model = f"models:/{register.name}@{register.alias}" if register and config.tracking.uri else store.join("bundle")
+    files = {**conclusion.files, "report.html": render(page)}
+    in_bundle = {card.FILE: card_of(conclusion, folder / "bundle", model=model)}
+    if conclusion.kept_scores:
+        in_bundle[SCORES] = conclusion.kept_scores
+    for name, text in {**files, **{f"bundle/{name}": text for name, text in in_bundle.items()}}.items():
         (folder / name).write_text(text, encoding="utf-8")
     upload(store, folder)
+    log_results(
+        result.mlflow_run_id,
+        config.tracking,
+        description=conclusion.verdict,
+        tags=score_tags(conclusion, result),
+        sets=conclusion.about.sets,
+        files=[folder / name for name in files],
+    )
+    registered, against = register_model(
+        conclusion, result, config, folder, tags=tags, tested=tested, register=register
+    )
     numbers = without_nan(
         {
             **conclusion.numbers,
@@ -177,9 +203,8 @@ def publish(
             "lineage": lineage,
             "seconds": dict(seconds),
             "step": result.step,
-            "registered": register_model(
-                conclusion, result, config, folder, tags=tags, tested=tested, register=register
-            ),
+            "registered": registered,
+            "not_champion": against,
         }
     )
     store.put(METRICS, (json.dumps(numbers, indent=1) + "\n").encode())
@@ -195,13 +220,20 @@ def register_model(
     tags: Mapping[str, str],
     tested: Sequence[str] | None,
     register: RegisterConfig | None,
-) -> list[str]:
-    """The registered model as name@alias, and as name@champion when nothing speaks against it; or none."""
+) -> tuple[list[str], list[str]]:
+    """The registered model as name@alias, and as name@champion when nothing speaks against it, or none; and what
+    speaks against it."""
     uri = config.tracking.uri
     if register is None or uri is None:
-        return []
+        return [], []
     trained = next(iter(conclusion.models.values()))
     against = reasons_against(register.champion, trained.intervals, tested)
+    if register.champion is not None:
+        try:
+            champion = champion_scores(register.name, uri=uri, checkpoint_hash=result.checkpoint_hash)
+            against += conclusion.reasons_against(register.champion.metric, champion)
+        except RegistryError as error:  # the run is done: nothing is promoted, and the reason is told
+            against.append(str(error))
     about = {
         "callosum.config_hash": result.config_hash,
         "callosum.test_subjects": str(len(conclusion.tested_subjects)),
@@ -209,18 +241,38 @@ def register_model(
         "callosum.champion": "refused: " + "; ".join(against) if against else "yes",
     }
     phase(f"registering {register.name}")
-    scores = {f"callosum.test_{name}": str(interval) for name, interval in trained.intervals.items()}
     name = registry.register(
         folder / "bundle",
         name=register.name,
         alias=register.alias,
-        tags={**tags, **about, **scores, **conclusion.tags},
+        tags={**tags, **about, **score_tags(conclusion, result), **conclusion.tags},
         uri=uri,
         run_id=result.mlflow_run_id,
         experiment=config.tracking.experiment,
     )
     has_moved_on = "@" not in name  # registered before, and the alias names another version by now
-    return [name] if against or has_moved_on else [name, promote(name, uri=uri)]
+    return [name] if against or has_moved_on else [name, promote(name, uri=uri)], against if register.champion else []
+
+
+def score_tags(conclusion: Conclusion, result: FitResult) -> dict[str, str]:
+    """The trained model's test scores with their intervals, and its metrics of the other final splits."""
+    trained = next(iter(conclusion.models.values()))
+    tested = {f"test_{name}": str(interval) for name, interval in trained.intervals.items()}
+    others = {key.replace("/", "_"): f"{value:.4f}" for key, value in result.metrics.items() if key.count("/") == 1}
+    return {f"callosum.{name}": text for name, text in (others | tested).items()}
+
+
+def card_of(conclusion: Conclusion, bundle: Path, *, model: str) -> str:
+    """The card of the trained model, which `model` will name."""
+    seen = read_seen(bundle)
+    return model_card(
+        conclusion.about,
+        model=model,
+        verdict=conclusion.verdict,
+        results=results_table(conclusion),
+        num_tested=len(conclusion.tested_subjects),
+        num_seen=None if seen is None else len(seen),
+    )
 
 
 def model_numbers(model: Model) -> dict[str, object]:
@@ -228,15 +280,20 @@ def model_numbers(model: Model) -> dict[str, object]:
     return {**model.details, **{name: dataclasses.asdict(interval) for name, interval in model.intervals.items()}}
 
 
-def results_section(conclusion: Conclusion) -> Section:
-    """The table of all models, the trained one first."""
+def results_table(conclusion: Conclusion) -> list[list[str]]:
+    """All models, the trained one first, with their intervals, below the head."""
     rows = [
         [name, *(str(model.intervals[metric]) for metric in conclusion.metrics), model.note]
         for name, model in conclusion.models.items()
     ]
+    return [["", *conclusion.metrics.values(), ""], *rows]
+
+
+def results_section(conclusion: Conclusion) -> Section:
+    """The table of all models."""
     return Section(
         f"Results on the test split: {len(conclusion.tested_subjects)} subjects",
-        table=[["", *conclusion.metrics.values(), ""], *rows],
+        table=results_table(conclusion),
         text="Brackets are bootstrap intervals over subjects. Every metric is computed once over the whole split.",
     )
 
@@ -269,7 +326,7 @@ def training_section(store: Store, conclusion: Conclusion, seconds: Mapping[str,
     scores = {
         name.removeprefix("validation/"): points
         for name, points in history.items()
-        if name.startswith("validation/") and name != "validation/loss"
+        if name.startswith("validation/") and name != "validation/loss" and not name.endswith(FINAL)
     }
     text = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     charts = {"loss": losses} | {
@@ -308,6 +365,7 @@ def summary(numbers: Mapping[str, Any], *, folder: str, following: str | None) -
             aligned(table),
             *numbers["notices"],
             f"registered: {registered}",
+            *(f"no champion: {reason}" for reason in numbers["not_champion"]),
             f"report: {folder.rstrip('/')}/report.html",
             *([following] if following else []),
         ]

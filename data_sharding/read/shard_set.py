@@ -28,6 +28,7 @@ Kind = Literal["bold", "t1", "parcels", "response"]
 Loaded = TypeVar("Loaded")
 
 MAX_NAMED_SUBJECTS = 5
+MAX_NAMED_SITES = 12
 RUN_COLUMNS = [
     "scan_id",
     "subject",
@@ -203,6 +204,27 @@ class ShardSet:
             unknown_orientation=recorded["acceptance"]["unknown_orientation"],
             needs_confounds=bool(recorded["cleaning"]["confounds"]) or recorded["frames_dropped"] > 0,
         )
+
+    @property
+    def is_phantom(self) -> bool:
+        """True when a program made the scans, as the set's name or notes say."""
+        return any("phantom" in text.lower() for text in [self.manifest.name, *self.manifest.notes])
+
+    def facts(self, kind: Kind) -> dict[str, str]:
+        """What a reader must know of the scans of this kind, text by name."""
+        runs, recorded = self.scans(kind), self.manifest.preprocessing
+        sites = sorted({str(site) for site in runs.site if isinstance(site, str) and site})
+        seconds = sorted({f"{each:g} s" for each in runs.repetition_time_s if each > 0})
+        done = {name: value for name, value in recorded["cleaning"].items() if value} if kind == "bold" else {}
+        return {
+            "scans": f"{len(runs)} {kind}",
+            "subjects": ", ".join(f"{split} {each.subject.nunique()}" for split, each in runs.groupby("split")),
+            "sites": f"{len(sites)}: {', '.join(sites[:MAX_NAMED_SITES])}" if sites else "not stated",
+            "repetition time": ", ".join(seconds) or "none",
+            "space": f"{self.manifest.space['name']}, {self.manifest.space['num_voxels']} locations",
+            "alignment": str(recorded["alignment"]),
+            "preprocessing": ", ".join(f"{name}: {value}" for name, value in done.items()) or "none beyond resampling",
+        }
 
     def needs_brain_mask(self, kind: str) -> bool:
         """True when scans of this kind were packed inside brain masks, so that a served scan needs one too."""

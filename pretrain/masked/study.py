@@ -22,6 +22,7 @@ from training.collectives import this_process
 from training.evaluation import Evaluation
 from training.identity import config_hash
 from training.loop import FitResult
+from training.registry.card import About, TrainingSet
 from training.statistics import BootstrapConfig
 from training.study import Conclusion, Model, RegisterConfig, run
 from training.task import Task
@@ -132,6 +133,7 @@ class MaskedStudy:
             tested_subjects=sorted({subject for each in runs for subject in each["subject"]}),
             sections=sections,
             curves=charts(whole),
+            about=about(config, self.sets),
             numbers=numbers,
         )
 
@@ -162,6 +164,32 @@ def lineage(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> dict[str, 
         "callosum.atlas": config.atlas or "none",
         "callosum.masking": f"{config.masking.kind} {config.masking.hidden_share}",
     }
+
+
+def about(config: PretrainConfig, sets: Mapping[str, OpenedSet]) -> About:
+    """What the encoder is, for its card."""
+    kinds = " and ".join(
+        {"bold": "BOLD runs", "t1": "T1 scans"}[kind] for kind in sorted({s.kind for s in sets.values()})
+    )
+    return About(
+        what=f"An encoder of {kinds} with {config.model.encoder.depth} layers of width {config.model.encoder.width}, "
+        f"pretrained to reconstruct hidden voxels ({config.masking.kind} masking, {config.masking.hidden_share:g} "
+        "hidden). It gives embeddings of scans, regions and tokens.",
+        use="Research: as the start of fine-tuning, or as fixed features of scans that were acquired and preprocessed "
+        "like those below.",
+        limits="Not for decisions about a person. An embedding also tells site and repetition time. Scanners, "
+        "populations or preprocessing other than below were not tested.",
+        sets=[
+            TrainingSet(
+                f"{name}: {each.shard_set.manifest.name}",
+                each.location,
+                each.shard_set.fingerprint,
+                each.shard_set.facts(each.kind) | {"atlas": each.geometry.atlas.name},
+                is_phantom=each.shard_set.is_phantom,
+            )
+            for name, each in sets.items()
+        ],
+    )
 
 
 def models(whole: Mapping[str, RegionScore]) -> dict[str, Model]:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from brain_models import bundle
+from brain_models.bundle import code_commit
 from brain_models.encoder import EncoderConfig
 from configs.entry import compose
 from configs.parse import parse
@@ -37,6 +39,8 @@ from tests.bundles import cubes, encoder_bundle
 from tests.data_sharding.test_shards import copy_set, flip
 from training.errors import TrainingError
 from training.registry import models as registry
+from training.registry.card import PHANTOM
+from training.registry.promotion import SCORES, champion_scores, promote
 from training.registry.seen_subjects import FILE as SEEN
 from training.registry.seen_subjects import hash_subject, overlap, read_seen, write_seen
 from training.runs import list_models
@@ -210,6 +214,44 @@ def test_tags_name_set_backbone_and_why_a_model_is_no_champion(place: Place, num
     assert tags["callosum.backbone"] == "models:/tiny@candidate"
     assert tags["callosum.backbone_masking"] == "region 0.5"
     assert tags["callosum.overlap"] == "0"
+
+
+def test_the_registered_version_is_described_by_its_card(place: Place, numbers: dict) -> None:
+    card = (place.folder / "run" / "bundle" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert card.splitlines()[0] == PHANTOM
+    assert numbers["verdict"] in card
+    assert "The weights have seen 14 subjects" in card
+    assert "| subjects | test 10, train 14, validation 8 |" in card
+    client = MlflowClient(tracking_uri=place.uri, registry_uri=place.uri)
+    version = client.get_model_version_by_alias("finetune-adhd_classification", "candidate")
+    assert numbers["verdict"] in version.description
+    assert version.description == client.get_registered_model("finetune-adhd_classification").description
+
+
+def test_the_mlflow_run_shows_description_data_scores_and_files(place: Place, numbers: dict) -> None:
+    client = MlflowClient(tracking_uri=place.uri)
+    run = client.get_run(numbers["lineage"]["MLflow run"])
+    assert run.data.tags["mlflow.note.content"] == numbers["verdict"]
+    assert run.data.tags["mlflow.source.git.commit"] == code_commit()
+    auroc = numbers["models"]["fine-tuned model"]["auroc"]
+    assert run.data.tags["callosum.test_auroc"].startswith(f"{auroc['value']:.3f} [")
+    assert run.data.metrics["test/auroc.final"] == pytest.approx(auroc["value"])
+    version = client.get_model_version_by_alias("finetune-adhd_classification", "candidate")
+    assert version.tags["callosum.validation_auroc"] == f"{run.data.metrics['validation/auroc.final']:.4f}"
+    (data,) = run.inputs.dataset_inputs
+    assert json.loads(data.dataset.source) == {"uri": str(place.shards)}
+    assert {"report.html", "scores.csv"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_champion_is_compared_by_the_scores_kept_with_it(place: Place, numbers: dict) -> None:
+    assert [reason for reason in numbers["not_champion"] if "connectivity" in reason or "site alone" in reason]
+    name = "finetune-adhd_classification"
+    assert champion_scores(name, uri=place.uri, checkpoint_hash="another") is None
+    promote(f"{name}@candidate", uri=place.uri)
+    kept = champion_scores(name, uri=place.uri, checkpoint_hash="another")
+    assert kept == (place.folder / "run" / "bundle" / SCORES).read_text(encoding="utf-8")
+    own = registry.version_tags(f"{name}@champion", uri=place.uri)[registry.CHECKPOINT_HASH_TAG]
+    assert champion_scores(name, uri=place.uri, checkpoint_hash=own) is None
 
 
 def test_connectivity_of_the_shards_is_that_of_the_runs_region_means(place: Place) -> None:

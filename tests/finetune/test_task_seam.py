@@ -22,6 +22,7 @@ from finetune.planning import plan, validate
 from finetune.predict import predict
 from finetune.train import train
 from tests.finetune.test_finetune import Place, place  # noqa: F401  (a fixture)
+from training.registry.card import About
 from training.statistics import BootstrapConfig, Metric
 from training.study import Conclusion, Model, summary
 from training.task import Cost, ParameterGroup, Task
@@ -131,7 +132,7 @@ class ToyStudy:
     def conclude(self, task: Task, result: object) -> Conclusion:
         scores = result.evaluations["test"].predictions["error"].numpy()
         models = {"the guess": Model({"error": toy_metric().interval(Errors(scores), BootstrapConfig(20, 0.95, 0))})}
-        return Conclusion("It guesses.", {"error": "squared error"}, models, ["x"])
+        return Conclusion("It guesses.", {"error": "squared error"}, models, ["x"], About("A guess.", "", "", ()))
 
 
 class Errors:

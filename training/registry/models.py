@@ -19,6 +19,7 @@ import numpy as np
 import brain_models
 from brain_models.bundle import Interface, code_commit, interface
 from training.errors import RegistryError
+from training.registry.card import FILE as CARD
 from training.watch.tracking import experiment_id, known_server, mlflow_environment
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 CODE_FOLDER = Path(brain_models.__file__).parent
 CODE_HASH_TAG = "callosum.code_hash"
+MAX_DESCRIPTION = 5000  # characters, of MLflow's database columns
 CHECKPOINT_HASH_TAG = "callosum.checkpoint_hash"
 
 
@@ -69,6 +71,10 @@ def register(
         for key, value in tags.items():
             if key != CHECKPOINT_HASH_TAG:
                 client.set_model_version_tag(name, version, key, value)
+        if (bundle / CARD).exists():
+            described = (bundle / CARD).read_text(encoding="utf-8")[:MAX_DESCRIPTION]
+            client.update_registered_model(name, described)
+            client.update_model_version(name, version, described)
         client.set_registered_model_alias(name, alias, version)
         if CHECKPOINT_HASH_TAG in tags:  # last: by it the next start knows that nothing is missing
             client.set_model_version_tag(name, version, CHECKPOINT_HASH_TAG, tags[CHECKPOINT_HASH_TAG])
@@ -175,6 +181,13 @@ def version_tags(model: str, *, uri: str) -> dict[str, str]:
 def source_tags() -> dict[str, str]:
     """Returns the git commit of this repository ('unknown' outside one) and the hash of the code that travels along."""
     return {"callosum.git_commit": code_commit(), CODE_HASH_TAG: code_hash(CODE_FOLDER)}
+
+
+def origin_tags(command: str | None) -> dict[str, str]:
+    """Returns MLflow's own tags of a run for this repository's git commit and the command line (None: called by
+    Python)."""
+    commit = {"mlflow.source.git.commit": code_commit(), "mlflow.source.type": "LOCAL"}
+    return commit if command is None else commit | {"mlflow.source.name": command}
 
 
 def code_hash(folder: Path) -> str:

@@ -1,15 +1,21 @@
-"""Which model may carry the alias champion: one that beat chance on test subjects its backbone had never seen."""
+"""Which model may carry the alias champion: one that beat chance, its baselines and the champion before it on test
+subjects its backbone had never seen."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from training.errors import RegistryError
+from training.registry.models import CHECKPOINT_HASH_TAG, server_errors
 from training.statistics import Interval
 from training.watch.tracking import mlflow_environment
 
 ALIAS = "champion"
+SCORES = "test_scores.csv"  # in a bundle: what the next champion is compared with
 
 
 @dataclass
@@ -36,6 +42,31 @@ def reasons_against(
     elif overlap:
         reasons.append(f"the backbone saw {len(overlap)} of the test subjects")
     return reasons
+
+
+def champion_scores(name: str, *, uri: str, checkpoint_hash: str) -> str | None:
+    """The scores kept with the champion of a registered model; None without one, or when it is this checkpoint.
+
+    RegistryError when they cannot be read.
+    """
+    mlflow_environment(timeout_s=60)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        found = client.search_registered_models(f"name='{name}'")
+        number = found[0].aliases.get(ALIAS) if found else None
+        if number is None or client.get_model_version(name, number).tags.get(CHECKPOINT_HASH_TAG) == checkpoint_hash:
+            return None
+        address = f"models:/{name}/{number}/artifacts/bundle/{SCORES}"
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=folder)).read_text("utf-8")
+    except server_errors() as error:
+        raise RegistryError(
+            f"the scores of {name}@{ALIAS} cannot be read from {uri} ({error}); run the same command again to compare"
+        ) from error
 
 
 def promote(registered: str, *, uri: str) -> str:

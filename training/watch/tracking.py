@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FINAL = ".final"  # ends the names of metrics of a whole split at the end: beside those of the curve
 RUN_KEY_TAG = "callosum.run_key"
 ROWS_PER_REQUEST = 1000  # MLflow's limits for one log_batch
 PARAMS_PER_REQUEST = 100

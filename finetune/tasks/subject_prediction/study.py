@@ -17,6 +17,7 @@ from data_sharding.read.reader import BatchSource, ShardSet, Windows
 from finetune.backbone import Backbone
 from finetune.config import FinetuneConfig
 from finetune.tasks.subject_prediction.baselines import LinearConfig
+from finetune.tasks.subject_prediction.champion import kept_scores, reasons_against
 from finetune.tasks.subject_prediction.connectomes import read_connectomes
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, ValueLabel
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, Outcome, ValueOutcome
@@ -28,8 +29,9 @@ from training.collectives import this_process
 from training.engine.base import own_device
 from training.evaluation import Evaluation
 from training.loop import FitResult
+from training.registry.card import About, TrainingSet
 from training.registry.promotion import ChampionConfig
-from training.statistics import paired_verdict
+from training.statistics import Metric, paired_verdict
 from training.study import Conclusion, Model
 from training.task import Task
 from training.unfreezing import UnfreezingConfig
@@ -151,9 +153,7 @@ class SubjectStudy:
             for name, (scores, note) in scored.items()
         }
         of_models = {name: scores for name, (scores, _) in scored.items()}
-        is_phantom = any(
-            "phantom" in text.lower() for text in [self.shard_set.manifest.name, *self.shard_set.manifest.notes]
-        )
+        is_phantom = self.shard_set.is_phantom
         metric = self.outcome.metrics[0]
         draws = {name: metric.draws(scores, self.run.bootstrap) for name, scores in of_models.items()}
         compared = paired_verdict(metric, draws, self.run.bootstrap.confidence)
@@ -164,11 +164,16 @@ class SubjectStudy:
             metrics={metric.name: metric.title for metric in self.outcome.metrics},
             models=models,
             tested_subjects=trained["test"].subjects,
+            about=about(self),
             notices=phantom_notices() if is_phantom else [],
             sections=self.outcome.sections(of_models, models[MODEL].details),
             numbers={"is_phantom": is_phantom},
             files={"scores.csv": scores_table(of_models)},
             marks=self.marks(result.step),
+            kept_scores=kept_scores(trained["test"]),
+            reasons_against=lambda metric, champion: reasons_against(
+                self.metric_named(metric), of_models, champion, self.run.bootstrap
+            ),
             lineage=self._counts(),
         )
 
@@ -195,6 +200,10 @@ class SubjectStudy:
             "site alone": (outcome.with_reference(config.threshold, site_only)["test"], "knows nothing but the site"),
         }
 
+    def metric_named(self, name: str) -> Metric:
+        """The metric of the outcome with this name."""
+        return next(metric for metric in self.outcome.metrics if metric.name == name)
+
     def _scores(self, task: SubjectPrediction, evaluations: Mapping[str, Evaluation]) -> dict[str, Scores]:
         scores = {split: task.scores(evaluations[split].predictions) for split in SPLITS}
         return self.outcome.with_reference(self.config.threshold, scores)
@@ -212,6 +221,26 @@ def make_outcome(config: Config, labels: Labels, train_subjects: Sequence[str]) 
     if isinstance(config.label, ClassLabel):
         return ClassOutcome(config.label, labels, train_subjects, is_balanced=config.balance_classes)
     return ValueOutcome(config.label, labels, train_subjects)
+
+
+def about(study: SubjectStudy) -> About:
+    """What the model is, for its card."""
+    shard_set, label = study.shard_set, study.config.label
+    says = f"{label.cases[0]} or {label.controls[0]}" if isinstance(label, ClassLabel) else f"a value in {label.unit}"
+    facts = shard_set.facts("bold") | {"atlas": study.config.atlas}
+    return About(
+        what=f"A model that says {says} ({label.column}) from one BOLD run: {study.run.encoder}, fine-tuned "
+        f"with a head for {study.config.name.replace('_', ' ')}.",
+        use="Research on groups: as a baseline, as a start for further training, or to compare encoders on scans that "
+        "were acquired and preprocessed like those below.",
+        limits="Not a diagnosis, and not for decisions about a person. Sites, scanners, repetition times, ages or "
+        "preprocessing other than below were not tested. The label is what the data set's table says.",
+        sets=[
+            TrainingSet(
+                shard_set.manifest.name, study.run.shards, shard_set.fingerprint, facts, is_phantom=shard_set.is_phantom
+            )
+        ],
+    )
 
 
 def phantom_notices() -> list[Notice]:

@@ -10,6 +10,7 @@ from finetune.tasks.subject_prediction.outcomes import ClassOutcome, ValueOutcom
 from finetune.tasks.subject_prediction.scores import Scores, intervals, read_scores, scores_table
 from finetune.tasks.subject_prediction.study import MODEL
 from reports.page import Page, render
+from training.registry.card import About
 from training.statistics import BootstrapConfig
 from training.study import Conclusion, Model, model_numbers, results_section, seen_notice, without_nan
 
@@ -33,7 +34,8 @@ def conclusion(scores: Scores) -> Conclusion:
     }
     sections = CLASSES.sections({MODEL: scores, "site alone": scores}, models[MODEL].details)
     titles = {metric.name: metric.title for metric in CLASSES.metrics}
-    return Conclusion("No difference shown.", titles, models, scores.subjects, sections=sections)
+    about = About("A classifier.", "", "", ())
+    return Conclusion("No difference shown.", titles, models, scores.subjects, about, sections=sections)
 
 
 def page(scores: Scores) -> str:
