@@ -18,7 +18,9 @@ SCHEMAS = {"pretrain": PretrainConfig, "data_sharding": ShardingConfig}
 
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("python -m ")]
+    return [
+        line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("python -m ")
+    ]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -38,4 +40,4 @@ def test_the_page_has_recipes_for_every_data_set_and_a_joint_run() -> None:
     written = commands()
     assert len(written) >= 14
     assert {"dataset=adhd200", "dataset=bids"} <= {word for command in written for word in shlex.split(command)}
-    assert any("sets={" in command for command in written)
+    assert any("sets.rest={" in command for command in written)
