@@ -96,11 +96,11 @@ def signature(faces: Interface) -> ModelSignature:
     from mlflow.types.schema import ColSpec, DataType, Schema
 
     given = {str: DataType.string, float: DataType.double}
-    inputs = [ColSpec(given[type(each.example)], name, each.is_required) for name, each in faces.inputs.items()]
+    inputs = Schema([ColSpec(given[type(each.example)], name, each.is_required) for name, each in faces.inputs.items()])
     answered = {np.str_: DataType.string, np.float32: DataType.float, np.float64: DataType.double}
     named = [ColSpec(DataType.string, name, required=False) for name in ("subject", "session")]
     outputs = [ColSpec(answered[dtype.type], name) for name, dtype in faces.outputs.items()]
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema([*named, *outputs]))
+    return ModelSignature(inputs=inputs, outputs=Schema([*named, *outputs]))
 
 
 def example(faces: Interface) -> pandas.DataFrame:
