@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.storage.stores import Store, store_for
-from configs.words import aligned
+from configs.words import aligned, counted
 from reports.figures import curves
 from reports.page import Notice, Page, Section, render
 from training.config import RunConfig, TrainConfig
@@ -42,6 +42,13 @@ class RegisterConfig:
     name: str
     alias: str
     champion: ChampionConfig | None
+
+
+PHANTOM = Notice(
+    "warning",
+    "Phantom data: these scans were made by a program with an effect put in on purpose. The numbers show that the "
+    "pipeline finds what is there; they say nothing about any person.",
+)
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,12 @@ def publish(
         "commit": f"step {result.step}",
         "MLflow run": result.mlflow_run_id or "none",
     }
-    notices = [*conclusion.notices, seen_notice(tested, num_tested=len(conclusion.tested_subjects))]
+    is_phantom = any(each.is_phantom for each in conclusion.about.sets)
+    notices = [
+        *([PHANTOM] if is_phantom else []),
+        *conclusion.notices,
+        seen_notice(tested, num_tested=len(conclusion.tested_subjects)),
+    ]
     sections = [results_section(conclusion), *conclusion.sections, training_section(store, conclusion, seconds)]
     page = Page(study.title, conclusion.verdict, notices, sections, lineage)
     model = f"models:/{register.name}@{register.alias}" if register and config.tracking.uri else store.join("bundle")
@@ -292,7 +304,7 @@ def results_table(conclusion: Conclusion) -> list[list[str]]:
 def results_section(conclusion: Conclusion) -> Section:
     """The table of all models."""
     return Section(
-        f"Results on the test split: {len(conclusion.tested_subjects)} subjects",
+        f"Results on {counted(len(conclusion.tested_subjects), 'held-out subject')}",
         table=results_table(conclusion),
         text="Brackets are bootstrap intervals over subjects. Every metric is computed once over the whole split.",
     )

@@ -128,7 +128,7 @@ class MaskedStudy:
         runs = [each.shard_set.runs(each.kind, list(scores)) for each in self.sets.values()]
         return Conclusion(
             verdict=" ".join(verdict(score, name, splits[0]) for name, score in whole.items()) or "Nothing was scored.",
-            metrics={f"r2_{name}": f"R² of {name}" for name in whole},
+            metrics={f"r2_{name}": f"R² of {name}, split {splits[0]}" for name in whole},
             models=models(whole),
             tested_subjects=sorted({subject for each in runs for subject in each["subject"]}),
             sections=sections,

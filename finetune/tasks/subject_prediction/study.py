@@ -24,7 +24,6 @@ from finetune.tasks.subject_prediction.outcomes import ClassOutcome, Outcome, Va
 from finetune.tasks.subject_prediction.probe import ProbeConfig, ProbeResult, start_head
 from finetune.tasks.subject_prediction.scores import Scores, intervals, scores_table
 from finetune.tasks.subject_prediction.task import SubjectPrediction, build_model
-from reports.page import Notice
 from training.collectives import this_process
 from training.engine.base import own_device
 from training.evaluation import Evaluation
@@ -165,7 +164,6 @@ class SubjectStudy:
             models=models,
             tested_subjects=trained["test"].subjects,
             about=about(self),
-            notices=phantom_notices() if is_phantom else [],
             sections=self.outcome.sections(of_models, models[MODEL].details),
             numbers={"is_phantom": is_phantom},
             files={"scores.csv": scores_table(of_models)},
@@ -241,17 +239,6 @@ def about(study: SubjectStudy) -> About:
             )
         ],
     )
-
-
-def phantom_notices() -> list[Notice]:
-    """What a reader of a phantom's numbers must know."""
-    return [
-        Notice(
-            "warning",
-            "Phantom data: these scans were made by a program with an effect put in on purpose. The numbers show that "
-            "the pipeline finds what is there; they say nothing about any person.",
-        )
-    ]
 
 
 def lineage(study: SubjectStudy) -> dict[str, str]:
