@@ -47,7 +47,7 @@ from training.registry.seen_subjects import copy_seen, keep_seen
 from training.step import BatchFeed, not_finite, reduce_over_ranks, scans_of_all_ranks, seed_of
 from training.task import Batch, Source, State, Task
 from training.watch.meter import Meter, peak_tflops_of
-from training.watch.progress import Progress
+from training.watch.progress import Progress, phase
 from training.watch.spikes import FILE as SPIKES
 from training.watch.spikes import RECENT, Spikes
 from training.watch.system_metrics import Nodes
@@ -254,6 +254,7 @@ def loaded_engine(
         shutil.rmtree(scratch / f"registered-{this_process().rank}", ignore_errors=True)
     elif services.starts_from and this_process().is_main:
         keep_seen(services.starts_from, own)
+    phase("building the engine")
     engine = make_engine(task, config, num_micro_batches=source.num_micro_batches)
     if start.commit is not None:
         engine.load(fetched)
