@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -138,7 +139,7 @@ class MaskedStudy:
         )
 
 
-def train(config: PretrainConfig) -> dict[str, object]:
+def train(config: PretrainConfig) -> dict[str, Any]:
     """The numbers of <run.folder>/metrics.json; every rank calls it, those other than 0 get an empty mapping."""
     own = config.register
     register = None if own is None else RegisterConfig(own.names[config.label], own.alias, champion=None)
