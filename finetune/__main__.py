@@ -40,7 +40,7 @@ def command() -> Command:
 
     def run(config: FinetuneConfig) -> None:
         numbers = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
-        print(summary(numbers, folder=config.run.folder, following=following(config, numbers["registered"])))
+        print(summary(numbers, folder=config.run.folder, following=following(config, numbers)))
 
     return Command(FinetuneConfig, run, plan, validate, needs)
 

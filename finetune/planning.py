@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cluster.config import Needs, validate_cluster
 from cluster.storage.files import folder_problems
@@ -135,8 +136,9 @@ def needs(config: FinetuneConfig) -> Needs:
     )
 
 
-def following(config: FinetuneConfig, registered: Sequence[str]) -> str | None:
+def following(config: FinetuneConfig, numbers: Mapping[str, Any]) -> str | None:
     """The command to type after a finished run: the registered model is asked about scans."""
+    registered = numbers["registered"]
     if not registered:
         return None
     model, answers = f"registered_model=models:/{registered[0]}", f"out={config.run.folder.rstrip('/')}-predictions.csv"

@@ -41,7 +41,7 @@ def command() -> Command:
 
     def run(config: PretrainConfig) -> None:
         numbers = run_on_workers(train, config, cluster=config.cluster, name=config.run.name)
-        print(summary(numbers, folder=config.run.folder, following=following(config, numbers["registered"])))
+        print(summary(numbers, folder=config.run.folder, following=following(config, numbers)))
 
     return Command(PretrainConfig, run, plan, validate, needs)
 

@@ -1,8 +1,8 @@
 """What a run would read, compute and hold: samples, steps, bytes, parameters, memory. Starts nothing."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -66,10 +66,10 @@ def needs(config: PretrainConfig) -> Needs:
     )
 
 
-def following(config: PretrainConfig, registered: Sequence[str]) -> str | None:
+def following(config: PretrainConfig, numbers: Mapping[str, Any]) -> str | None:
     """The command to type after a finished run: fine-tuning on its first BOLD set with diagnoses, by as many windows as
     its runs hold; otherwise a list of what is registered."""
-    uri = config.train.tracking.uri
+    registered, uri = numbers["registered"], config.train.tracking.uri
     folder = config.run.folder.rstrip("/")
     for name, each in config.named_sets.items():
         shard_set = open_set(each.shards, split=config.data.split)
