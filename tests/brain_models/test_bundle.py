@@ -149,7 +149,7 @@ def test_a_served_regressor_answers_in_the_unit_it_learned(
         arguments = (torch.from_numpy(dequantise(run))[None], torch.from_numpy(run[0] != -128)[None])
         output = float(model(*arguments, torch.tensor([2.0])))
     assert abs(output) > 1e-3
-    assert answers.columns.tolist() == ["prediction"]
+    assert answers.columns.tolist() == ["subject", "session", "prediction"]
     assert answers.prediction[0] == pytest.approx(11.5 + 2.5 * output, abs=1e-5)
 
 
@@ -177,7 +177,7 @@ def test_a_scan_is_embedded_as_it_is_served_and_a_region_is_the_mean_of_its_voxe
     model = served(bundles.save(tmp_path / "b", encoder_alone))
     row = {"bold": path, "repetition_time_s": 2.0}
     embedding = model.bundle.embed(row)
-    in_table = model.predict(None, pandas.DataFrame([row])).iloc[0].to_numpy()
+    in_table = model.predict(None, pandas.DataFrame([row])).filter(like="embedding_").iloc[0].to_numpy()
     np.testing.assert_allclose(embedding.scan.numpy(), in_table, atol=1e-6)
 
     stored = standardise_bold(pack_bold(path, stem.space, brain_mask=None))
