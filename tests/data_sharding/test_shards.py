@@ -104,11 +104,11 @@ def test_a_rerun_writes_only_what_is_missing(
     build(replace(written, out=str(copied)))
     printed = capsys.readouterr().out
     assert f"{len(shards) - 2} of {len(shards)} shards are written already" in printed
-    progress = re.findall(r"shards (\d+)/(\d+)  scans (\d+)/(\d+)  refused 0  (\S+) scans/s  (\d+) s left", printed)
+    progress = re.findall(r"shards (\d+)/(\d+)  scans (\d+)/(\d+)  0 refused  (\S+) scans/s  (\S+) left", printed)
     assert [row[:2] for row in progress] == [(str(len(shards) - missing), str(len(shards))) for missing in (1, 0)]
     assert [row[2] == row[3] for row in progress] == [False, True]
     assert all(float(row[4]) > 0 for row in progress)
-    assert progress[-1][5] == "0"
+    assert progress[-1][5] == "0:00:00"
     assert contents(copied) == whole
     assert (copied / shards[2]).stat().st_mtime_ns == kept
     build(replace(written, out=str(copied)))
@@ -184,7 +184,7 @@ def test_the_plan_knows_the_bytes_exactly(written: ShardingConfig) -> None:
     assert [shard.num_bytes for shard in plan.shards] == [shard.bytes for shard in shard_set.manifest.shards]
     assert all(shard.bytes <= written.storage.target_bytes for shard in shard_set.manifest.shards)
     text = describe(written)
-    assert f"shards: {len(plan.shards)}, {plan.num_bytes} bytes" in text
+    assert f"shards: {len(plan.shards)}, {plan.num_bytes / 1e3:.1f} kB" in text
     assert "6 BOLD runs (156 frames), 6 T1" in text
     assert "4 train, 1 validation, 1 test" in text
 
