@@ -54,9 +54,9 @@ def validate(config: PretrainConfig) -> list[str]:
 
 
 def naming_problems(config: PretrainConfig) -> list[str]:
-    """What is wrong with how the sets of a joint run are given."""
+    """What is wrong with how the sets are given: kind and shards, or sets."""
     if config.sets is None:
-        return []
+        return config.missing(vars(config))
     problems = [
         f"windows.{name}: no set has this name; they are {', '.join(config.sets)}"
         for name in config.windows.keys() - {*get_args(TokenKind), *config.sets}
