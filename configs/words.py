@@ -14,7 +14,7 @@ def counted(number: float, noun: str, plural: str | None = None) -> str:
 def size_of(num_bytes: float) -> str:
     """`4.2 MB`: decimal units, as disks and links have them."""
     for unit, size in UNITS:
-        if num_bytes >= size:
+        if round(num_bytes / size, 1) >= 1:  # 999,999 bytes are 1.0 MB, not 1,000.0 kB
             return f"{num_bytes / size:,.1f} {unit}"
     return counted(num_bytes, "byte")
 

@@ -83,8 +83,8 @@ def test_a_set_of_responses_has_no_hint() -> None:
 def test_counts_and_sizes_read_as_a_person_writes_them() -> None:
     assert [counted(number, "scan") for number in (0, 1, 3200)] == ["0 scans", "1 scan", "3,200 scans"]
     assert counted(2, "series", "series") == "2 series"
-    sizes = [size_of(number) for number in (1, 812, 950_000, 4.2e6, 137_438_953_472, 5e15)]
-    assert sizes == ["1 byte", "812 bytes", "950.0 kB", "4.2 MB", "137.4 GB", "5,000.0 TB"]
+    sizes = [size_of(number) for number in (1, 812, 950_000, 999_999, 4.2e6, 137_438_953_472, 5e15)]
+    assert sizes == ["1 byte", "812 bytes", "950.0 kB", "1.0 MB", "4.2 MB", "137.4 GB", "5,000.0 TB"]
 
 
 def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:

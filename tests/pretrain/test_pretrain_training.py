@@ -341,7 +341,7 @@ def test_plan_says_the_samples_and_bytes_that_reading_then_finds(shards: str, tm
     text = plan(config)
     assert f"{source.drawn.runs('train').num_samples:,} of the train split" in text
     values = 60 * 16 * 4 * shard_set.space.num_voxels
-    assert re.search(rf"bytes read +{values:,} ", text)
+    assert re.search(rf"bytes read +{values / 1e6:.1f} MB ", text)
     task = build_task(config, open_sets(config))
     assert f"{sum(p.numel() for p in task.encoder.parameters()):,} encoder" in text
     masker = task.set_named("bold").masker

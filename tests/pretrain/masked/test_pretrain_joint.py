@@ -212,8 +212,10 @@ def check_bundle(folder: Path, config: PretrainConfig) -> None:
     scans = [generator.integers(-60, 60, size=(4, voxels)).astype(np.int8) for voxels in packed.values()]
     table = pd.DataFrame({"bold": scans, "repetition_time_s": 2.0})
     embeddings = served.predict(None, table)
-    assert embeddings.shape == (2, 32)
-    assert not np.allclose(embeddings.iloc[0], embeddings.iloc[1])
+    assert list(embeddings)[:2] == ["subject", "session"]
+    values = embeddings.drop(columns=["subject", "session"]).to_numpy(dtype=float)
+    assert values.shape == (2, 32)
+    assert not np.allclose(values[0], values[1])
     assert loaded.in_space("bold", sets["rest"].geometry.space).stems["bold"].space is not fine
     narrowed = loaded.in_space("bold", fine)
     assert narrowed.stems["bold"].space.fingerprint == fine.fingerprint
@@ -301,7 +303,7 @@ def test_the_plan_has_the_steps_and_bytes_of_each_set_that_a_run_then_reads(
         for batch in batches:
             num_bytes[batch.set_name] += int(batch.weight.sum()) * batch.stored[0].nbytes  # type: ignore[attr-defined]
     for name in ("rest", "fine", "anat"):
-        assert lines[f"{name}: bytes read"].strip().startswith(f"{num_bytes[name]:,} (")
+        assert lines[f"{name}: bytes read"].strip().startswith(f"{num_bytes[name] / 1000:.1f} kB (")
         drawn = num_steps[name] * BATCH_SIZE
         assert lines[f"{name}: samples drawn"].strip().startswith(f"{drawn:,} in {num_steps[name]:,} steps")
     assert lines["weights and optimiser"].count("ZeRO") == 4
