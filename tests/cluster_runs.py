@@ -92,7 +92,7 @@ class Cluster:
 
 def steps_of(text: str) -> list[int]:
     """The steps of a log, in the order they were done."""
-    return [int(step) for step in re.findall(rf"^step (\d+)/{STEPS}  loss", text, flags=re.MULTILINE)]
+    return [int(step) for step in re.findall(rf"^step (\d+)/{STEPS}  .*loss", text, flags=re.MULTILINE)]
 
 
 def num_repeated(text: str) -> int:

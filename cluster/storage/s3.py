@@ -128,7 +128,7 @@ class S3Store(RemoteStore):
 
     def make_driver(self) -> S3Driver:
         for name in ("botocore", "aiobotocore"):
-            logging.getLogger(name).setLevel(logging.INFO)  # their DEBUG lines hold session tokens
+            logging.getLogger(name).setLevel(logging.WARNING)  # INFO names credentials, DEBUG holds tokens
         session = AioSession()
         options = {"session": session, "max_concurrency": PARTS_AT_ONCE, "use_listings_cache": False}
         try:

@@ -72,7 +72,7 @@ def undisturbed(cluster: Cluster) -> list[float]:
     """The losses of the run 'undisturbed', to which nothing happened."""
     log = cluster.pretrain("undisturbed").succeeded()
     assert_as_undisturbed(cluster, "undisturbed", log)
-    assert num_repeated(log) == 0
+    assert steps_of(log) == list(range(1, STEPS + 1))
     return cluster.losses("undisturbed")
 
 
