@@ -229,6 +229,7 @@ class Network:
             f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{self.folder}/basic_auth.db\n"
             f"admin_username = {MLFLOW_USER}\n"
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            "auth_cache_ttl_seconds = 60\n"
         )
         users.chmod(0o600)
         command = ["mlflow", "server", "--app-name", "basic-auth", "--host", MLFLOW_ADDRESS, "--port", "5000"]

@@ -63,14 +63,11 @@ def register(
                 artifacts={"bundle": str(bundle)},
                 code_paths=[str(CODE_FOLDER)],
                 pip_requirements=requirements(faces.packages),
-                registered_model_name=name,
                 signature=signature(faces),
                 input_example=example(faces),
             )
-        version = str(logged.registered_model_version)
-        for key, value in tags.items():
-            if key != CHECKPOINT_HASH_TAG:
-                client.set_model_version_tag(name, version, key, value)
+            lineage = {key: value for key, value in tags.items() if key != CHECKPOINT_HASH_TAG}
+            version = str(mlflow.register_model(logged.model_uri, name, tags=lineage).version)
         if (bundle / CARD).exists():
             described = (bundle / CARD).read_text(encoding="utf-8")[:MAX_DESCRIPTION]
             client.update_registered_model(name, described)

@@ -32,7 +32,7 @@ def log_results(
     if config.uri is None or run_id is None:
         return False
     mlflow_environment(config.timeout_s)
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
     from mlflow.tracking import MlflowClient
 
     inputs = [
@@ -51,8 +51,8 @@ def log_results(
     client = MlflowClient(tracking_uri=config.uri)
     try:
         client.log_inputs(run_id, inputs)
-        for key, value in {DESCRIPTION_TAG: description, **tags}.items():
-            client.set_tag(run_id, key, value)
+        described = {DESCRIPTION_TAG: description, **tags}
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in described.items()])
         for path in files:
             client.log_artifact(run_id, str(path))
     except Exception as error:  # noqa: BLE001 - whatever the server does, the run is finished
