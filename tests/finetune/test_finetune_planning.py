@@ -11,8 +11,8 @@ from configs.parse import parse
 from finetune.config import FinetuneConfig
 from finetune.planning import number_problems, rule_problems
 from finetune.tasks import parse_task
+from finetune.tasks.subject_prediction.config import Config
 from finetune.tasks.subject_prediction.planning import number_problems as task_number_problems
-from finetune.tasks.subject_prediction.study import Config
 from tests.overrides import overridden
 
 

@@ -21,11 +21,12 @@ from data_sharding.phantoms.study.population import Population
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.tasks import parse_task
+from finetune.tasks.subject_prediction.config import Config
 from finetune.tasks.subject_prediction.labels import Labels, read_labels
 from finetune.tasks.subject_prediction.outcomes import class_weights
 from finetune.tasks.subject_prediction.probe import ProbeConfig, principal_channels, start_head
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS
-from finetune.tasks.subject_prediction.study import Config, make_outcome
+from finetune.tasks.subject_prediction.study import make_outcome
 from finetune.tasks.subject_prediction.task import NO_LABEL, SubjectPrediction, build_model
 from tests.bundles import cubes, encoder_bundle
 from training.engine.plain import PlainEngine

@@ -4,6 +4,7 @@ The head starts as a penalised linear model on frozen features, then moves, then
 down. Reading order: labels.py, task.py, outcomes.py, study.py.
 """
 
+from finetune.tasks.subject_prediction.config import Config
 from finetune.tasks.subject_prediction.planning import (
     metrics,
     open_study,
@@ -13,6 +14,5 @@ from finetune.tasks.subject_prediction.planning import (
     validate,
 )
 from finetune.tasks.subject_prediction.scores import read_scores
-from finetune.tasks.subject_prediction.study import Config
 
 __all__ = ["Config", "metrics", "open_study", "plan", "read_scores", "tested_subjects", "unscored_problems", "validate"]

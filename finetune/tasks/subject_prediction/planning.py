@@ -17,9 +17,10 @@ from finetune.backbone import fetch_backbone
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.tasks import parse_task
+from finetune.tasks.subject_prediction.config import Config
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, read_labels
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS, VALUE_METRICS
-from finetune.tasks.subject_prediction.study import Config, SubjectStudy
+from finetune.tasks.subject_prediction.study import SubjectStudy
 from training.engine.engines import checkpoint_bytes
 from training.errors import RegistryError
 from training.statistics import Metric

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from brain_models import bundle
 from brain_models.bundle import Bundle
-from brain_models.heads import HeadConfig
 from brain_models.run_predictor import RunClassifierConfig, RunRegressorConfig
 from data_sharding.read.reader import BatchSource, ShardSet, Windows
 from finetune.backbone import Backbone
 from finetune.config import FinetuneConfig
-from finetune.tasks.subject_prediction.baselines import LinearConfig
 from finetune.tasks.subject_prediction.champion import kept_scores, reasons_against
+from finetune.tasks.subject_prediction.config import Config
 from finetune.tasks.subject_prediction.connectomes import read_connectomes
-from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, ValueLabel
+from finetune.tasks.subject_prediction.labels import ClassLabel, Labels
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, Outcome, ValueOutcome
-from finetune.tasks.subject_prediction.probe import ProbeConfig, ProbeResult, start_head
+from finetune.tasks.subject_prediction.probe import ProbeResult, start_head
 from finetune.tasks.subject_prediction.scores import Scores, intervals, scores_table
 from finetune.tasks.subject_prediction.task import SubjectPrediction, build_model
 from training.collectives import this_process
@@ -29,36 +27,14 @@ from training.engine.base import own_device
 from training.evaluation import Evaluation
 from training.loop import FitResult
 from training.registry.card import About, TrainingSet
-from training.registry.promotion import ChampionConfig
 from training.statistics import Metric, paired_verdict
 from training.study import Conclusion, Model
 from training.task import Task
-from training.unfreezing import UnfreezingConfig
 from training.watch.progress import phase
 
 MODEL = "fine-tuned model"
 SPLITS = ("validation", "test")
 RUN_PREDICTORS = {"run_classifier": RunClassifierConfig, "run_regressor": RunRegressorConfig}
-
-
-@dataclass
-class Config:
-    """configs/task/*.yaml of this module."""
-
-    name: str
-    module: Literal["subject_prediction"]
-    label: ClassLabel | ValueLabel
-    num_windows: int  # consecutive windows of the backbone that make one prediction
-    atlas: str
-    balance_classes: bool
-    threshold: Literal["validation", "half"]  # a case from the best cut on validation subjects, or from even odds
-    weight_decay: float
-    head: HeadConfig
-    probe: ProbeConfig | None
-    baselines: LinearConfig
-    head_learning_rate_scale: float  # as a share of the run's learning rate
-    unfreezing: UnfreezingConfig
-    champion: ChampionConfig | None  # what register.champion is, unless the run says otherwise
 
 
 @dataclass
