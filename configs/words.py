@@ -1,7 +1,7 @@
 """How numbers read on a terminal: counts with their noun, sizes, aligned tables, and the command to type next."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -29,3 +29,15 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
 def next_command(part: str, *overrides: str) -> str:
     """The last line of a command: what to type next, quoted for a shell."""
     return f"next: {shlex.join(['python', '-m', part, *overrides])}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def span(numbers: Collection[float]) -> str:
+    """`48` where all numbers are the same, `48 to 96` where not."""
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -10,6 +10,7 @@ Required: the shard set
 The page is <set>/report.html and needs no other file and no network. Means are taken over a fixed subset of scans.
 """
 
+import shlex
 from dataclasses import dataclass
 
 from configs.entry import Command, main
@@ -26,9 +27,11 @@ def run(config: SetReportConfig) -> None:
     from data_sharding.check.report import REPORT, render
     from data_sharding.hints import after_set, contents
     from data_sharding.read.shard_set import open_set
+    from reports.page import origin_of
 
     shard_set = open_set(config.set)
-    shard_set.store.put(REPORT, render(shard_set).encode())
+    origin = origin_of(shlex.join(["python", "-m", "data_sharding.report", config.set]))
+    shard_set.store.put(REPORT, render(shard_set, origin).encode())
     lines = [f"{config.set}:", contents(shard_set.manifest), f"report: {shard_set.store.join(REPORT)}"]
     print("\n".join(filter(None, [*lines, after_set(shard_set.manifest, config.set)])))
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import resources
 from typing import Literal
 
 import jinja2
+
+from brain_models.bundle import code_commit
+from reports.methods import Methods
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,30 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """When a page was made, by which command line, and with which git commit of this code."""
+
+    date: str
+    command: str
+    commit: str
+
+
+def origin_of(command: str | None) -> Origin:
+    """The origin of a page that is made now; None: called by Python."""
+    return Origin(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", command or "Python", code_commit())
+
+
+@dataclass(frozen=True)
 class Page:
-    """Everything the page shows, in this order; `lineage` says where the numbers come from."""
+    """Everything the page shows; `lineage` says where the numbers come from."""
 
     title: str
     verdict: str
     notices: Sequence[Notice]
     sections: Sequence[Section]
     lineage: Mapping[str, str]
+    origin: Origin
+    methods: Methods
 
 
 def render(page: Page) -> str:

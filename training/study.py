@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from cluster.storage.stores import Store, store_for
 from configs.words import aligned, counted
 from reports.figures import curves
-from reports.page import Notice, Page, Section, render
+from reports.methods import methods
+from reports.page import Notice, Origin, Page, Section, origin_of, render
 from training.config import RunConfig, TrainConfig
 from training.errors import RegistryError
 from training.evaluation import Evaluation
@@ -69,6 +70,7 @@ class Conclusion:
     models: Mapping[str, Model]  # the trained model first, then its baselines
     tested_subjects: Collection[str]  # whom the numbers are about
     about: About  # the model, for its card
+    methods: Sequence[str] = ()  # paragraphs of a paper, citing by key (reports.methods)
     notices: Sequence[Notice] = ()
     sections: Sequence[Section] = ()  # of the report, after the results
     numbers: Mapping[str, object] = field(default_factory=dict)  # further top-level entries of metrics.json
@@ -149,7 +151,15 @@ def run(
         conclusion = study.conclude(result.task, result)
         seconds = {"training": trained - started, "baselines and report": time.monotonic() - trained}
         return publish(
-            study, conclusion, result, config, store=store, folder=folder, seconds=seconds, register=register
+            study,
+            conclusion,
+            result,
+            config,
+            store=store,
+            folder=folder,
+            seconds=seconds,
+            register=register,
+            origin=origin_of(run_config.command),
         )
     finally:  # leave nothing on scratch: all of it is in the run folder
         shutil.rmtree(folder, ignore_errors=True)
@@ -165,6 +175,7 @@ def publish(
     folder: Path,
     seconds: Mapping[str, float],
     register: RegisterConfig | None,
+    origin: Origin,
 ) -> dict[str, Any]:
     """Write report and tables, register the bundle, and upload all of it; the numbers of metrics.json."""
     seen = seen_before(store)
@@ -184,7 +195,9 @@ def publish(
         seen_notice(tested, num_tested=len(conclusion.tested_subjects)),
     ]
     sections = [results_section(conclusion), *conclusion.sections, training_section(store, conclusion, seconds)]
-    page = Page(study.title, conclusion.verdict, notices, sections, lineage)
+    page = Page(
+        study.title, conclusion.verdict, notices, sections, lineage, origin=origin, methods=methods(conclusion.methods)
+    )
     model = f"models:/{register.name}@{register.alias}" if register and config.tracking.uri else store.join("bundle")
     files = {**conclusion.files, "report.html": render(page)}
     in_bundle = {card.FILE: card_of(conclusion, folder / "bundle", model=model)}

@@ -14,10 +14,12 @@ from configs.parse import flatten
 from configs.words import counted, size_of
 from data_sharding import schema
 from data_sharding.hashing import hash_names
+from data_sharding.read.methods import kinds_of, set_methods
 from data_sharding.read.shard_set import ShardSet
 from data_sharding.splits import SPLITS
 from reports import figures
-from reports.page import Notice, Page, Section
+from reports.methods import methods
+from reports.page import Notice, Origin, Page, Section
 from reports.page import render as page
 
 REPORT = "report.html"
@@ -52,7 +54,7 @@ class MeanMaps:
     num_t1: int
 
 
-def render(shard_set: ShardSet) -> str:
+def render(shard_set: ShardSet, origin: Origin) -> str:
     """The page as HTML text."""
     manifest, space = shard_set.manifest, shard_set.manifest.space
     made = manifest.preprocessing
@@ -88,6 +90,8 @@ def render(shard_set: ShardSet) -> str:
             notices=[Notice("warning", f"These scans were aligned by an {PREVIEW}")] if is_preview else [],
             sections=sections,
             lineage={key: str(value) for key, value in flatten(lineage).items()},
+            origin=origin,
+            methods=methods([set_methods(shard_set, kinds_of(shard_set), shard_set.atlases.values())]),
         )
     )
 

@@ -22,7 +22,7 @@ from data_sharding import schema
 from data_sharding.errors import ShardError
 from data_sharding.read.file_cache import CachedFile
 from data_sharding.read.index_file import IndexFile, opened_index
-from data_sharding.splits import ReadingSplit, assign_splits
+from data_sharding.splits import ReadingSplit, SplitConfig, assign_splits
 
 Kind = Literal["bold", "t1", "parcels", "response"]
 Loaded = TypeVar("Loaded")
@@ -103,6 +103,11 @@ class ShardSet:
         family_column = self._split.family_column or self.manifest.splits["family_column"]
         sites_of = {str(unit): set(sites) for unit, sites in self.quality.groupby("subject").site}
         return assign_splits(self._units, replace(self._split, family_column=family_column), sites_of=sites_of)
+
+    @property
+    def split_rule(self) -> SplitConfig:
+        """The rule that divided the subjects: this reader's, else the one the set was written with."""
+        return self._split or SplitConfig(**self.manifest.splits)
 
     @cached_property
     def subjects(self) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from data_sharding.read.joint import JointSource
 from data_sharding.read.reader import BatchSource
 from pretrain.masked.config import PretrainConfig
 from pretrain.masked.masked_volumes import MaskedVolumes
+from pretrain.masked.methods import pretraining_methods
 from pretrain.masked.preparation import Preparation, prepare
 from pretrain.masked.sets import OpenedSet, build_task, open_sets, open_source
 from pretrain.report.scores import MODEL, UNKNOWN, RegionScore, report_of, score_rows
@@ -127,14 +128,18 @@ class MaskedStudy:
         splits = list(scores)[:1]
         whole = {name: own.regions[0] for split in splits for name, own in scores[split].items()}
         runs = [each.shard_set.runs(each.kind, list(scores)) for each in self.sets.values()]
+        found = models(whole)
         return Conclusion(
             verdict=" ".join(verdict(score, name, splits[0]) for name, score in whole.items()) or "Nothing was scored.",
             metrics={f"r2_{name}": f"R² of {name}, split {splits[0]}" for name in whole},
-            models=models(whole),
+            models=found,
             tested_subjects=sorted({subject for each in runs for subject in each["subject"]}),
             sections=sections,
             curves=charts(whole),
             about=about(config, self.sets),
+            methods=pretraining_methods(
+                config, self.sets, self.make_task(), baselines=[*found][1:], step=result.step
+            ),  # a fresh task: parameters of the trained one may be divided among ranks
             numbers=numbers,
         )
 

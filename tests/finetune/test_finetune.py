@@ -136,6 +136,9 @@ def test_every_number_of_the_report_is_there_beside_its_baselines(place: Place, 
     assert "Phantom data" in page
     assert "None of the 10 test subjects was seen" in page
     assert open_set(str(place.shards)).fingerprint in page
+    assert f"by <code>Python</code> with code commit <code>{code_commit()}</code>" in page
+    assert "4 steps of 4 samples with AdamW" in page
+    assert "read 8 consecutive windows of each BOLD run (32 frames)" in page
     written = json.loads((place.folder / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(numbers))
     lines = summary(numbers, folder="run", following="next: rest").splitlines()

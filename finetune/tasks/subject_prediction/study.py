@@ -18,6 +18,7 @@ from finetune.tasks.subject_prediction.champion import kept_scores, reasons_agai
 from finetune.tasks.subject_prediction.config import Config
 from finetune.tasks.subject_prediction.connectomes import read_connectomes
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels
+from finetune.tasks.subject_prediction.methods import prediction_methods
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, Outcome, ValueOutcome
 from finetune.tasks.subject_prediction.probe import ProbeResult, start_head
 from finetune.tasks.subject_prediction.scores import Scores, intervals, scores_table
@@ -140,6 +141,15 @@ class SubjectStudy:
             models=models,
             tested_subjects=trained["test"].subjects,
             about=about(self),
+            methods=prediction_methods(
+                self.run,
+                self.config,
+                self.shard_set,
+                encoder=task.model.encoder.config,
+                num_frames=task.num_frames,
+                metrics=self.outcome.metrics,
+                step=result.step,
+            ),
             sections=self.outcome.sections(of_models, models[MODEL].details),
             numbers={"is_phantom": is_phantom},
             files={"scores.csv": scores_table(of_models)},

@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brain_models.bundle import code_commit
 from data_sharding.check.report import balance_columns, mean_maps, render, split_balance, worst_regions
 from data_sharding.read.shard_set import ShardSet, open_set
 from data_sharding.report import SetReportConfig, run
 from data_sharding.schema import MEAN
 from data_sharding.write.build import build
 from reports import figures
+from reports.page import Origin
 from tests.data_sharding.test_shards import npy
 from tests.helpers_scans import sharding_config, write_confounds, write_study
 
@@ -82,7 +84,14 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     assert "Refused scans: 1" in page
     assert "sub-05_task-rest_bold" in page
     assert "mean framewise displacement (mm): unknown for 1 of 4 runs" in page
-    assert page == render(shard_set), "the same set gives the same page"
+    made = re.search(r"Made on (.*?) by <code>(.*?)</code> with code commit <code>(.*?)</code>", page)
+    assert made is not None
+    date, command, commit = made.groups()
+    assert command == f"python -m data_sharding.report {shard_set.location}"
+    assert commit == code_commit()
+    assert "8-bit integers in steps of 1/21" in page
+    assert "Evans AC, Janke AL" in page
+    assert page == render(shard_set, Origin(date, command, commit)), "the same set gives the same page"
 
 
 def test_outlines_are_drawn_along_the_borders_of_regions_only(shard_set: ShardSet) -> None:

@@ -9,7 +9,8 @@ from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, ValueLa
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, ValueOutcome
 from finetune.tasks.subject_prediction.scores import Scores, intervals, read_scores, scores_table
 from finetune.tasks.subject_prediction.study import MODEL
-from reports.page import Page, render
+from reports.methods import methods
+from reports.page import Origin, Page, render
 from training.registry.card import About
 from training.statistics import BootstrapConfig
 from training.study import Conclusion, Model, model_numbers, results_section, seen_notice, without_nan
@@ -41,7 +42,9 @@ def conclusion(scores: Scores) -> Conclusion:
 def page(scores: Scores) -> str:
     found = conclusion(scores)
     sections = [results_section(found), *found.sections]
-    return render(Page("ADHD", found.verdict, [], sections, {"backbone": "models:/callosum-bold/1"}))
+    origin = Origin("2026-11-22 00:10 UTC", "python -m finetune seed=<1>", "0123456789ab")
+    written = methods(["Trained [@adamw]."])
+    return render(Page("ADHD", found.verdict, [], sections, {"backbone": "models:/callosum-bold/1"}, origin, written))
 
 
 def test_page_shows_the_verdict_first_every_result_with_its_interval_and_every_lineage_entry(scores: Scores) -> None:
@@ -51,6 +54,14 @@ def test_page_shows_the_verdict_first_every_result_with_its_interval_and_every_l
         assert f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]" in text
     assert "models:/callosum-bold/1" in text
     assert text.count("<svg") == 2
+
+
+def test_page_says_when_and_how_it_was_made_and_has_methods_with_references(scores: Scores) -> None:
+    text = page(scores)
+    for said in ("2026-11-22 00:10 UTC", "python -m finetune seed=&lt;1&gt;", "0123456789ab"):
+        assert text.count(said) == 1
+    assert "<p>Trained (Loshchilov and Hutter, 2019).</p>" in text
+    assert text.index("References") < text.index("Decoupled weight decay") < text.index("Data and lineage")
 
 
 def test_page_needs_no_other_file_escapes_names_and_is_the_same_every_time(scores: Scores) -> None:
