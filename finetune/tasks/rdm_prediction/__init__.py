@@ -1,0 +1,1 @@
+"""Predict the dissimilarity of brain responses to two images, over whole matrices of images."""

@@ -1,0 +1,67 @@
+"""Dissimilarities between patterns of numbers, one pattern per image, in blocks of the matrix of all images.
+
+`pearson` is 1 - Pearson correlation (0 to 2), `euclidean` the distance, as rsatoolbox defines both (it squares the
+second). Everything is float32: a block is one matrix product, and of the matrix one triangle is computed. Euclidean
+distances are exact to 1e-6 of their size unless two patterns are nearly equal: those come out below 1e-3 of a pattern.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from finetune.errors import FinetuneError
+
+Measure = Literal["pearson", "euclidean"]
+BLOCK_ROWS = 1024
+
+
+def comparable(patterns: Float[Tensor, "image feature"], measure: Measure) -> Float[Tensor, "image feature"]:
+    """The patterns so that `block` compares them: each with mean 0 and length 1, or all about their common mean.
+
+    FinetuneError for a constant pattern, which correlates with nothing.
+    """
+    if measure == "euclidean":
+        return patterns - patterns.mean(dim=0)
+    centred = patterns - patterns.mean(dim=1, keepdim=True)
+    lengths = centred.norm(dim=1, keepdim=True)
+    if constant := torch.nonzero(lengths[:, 0] <= 1e-6 * patterns.norm(dim=1)).flatten().tolist():
+        raise FinetuneError(
+            f"pattern {constant[0]} of {len(patterns)} is the same number {patterns.shape[1]} times, so 1 - Pearson is "
+            "undefined; use task.measure=euclidean, or a larger region"
+        )
+    return centred.div_(lengths)
+
+
+def block(
+    first: Float[Tensor, "row feature"], second: Float[Tensor, "column feature"], measure: Measure
+) -> Float[Tensor, "row column"]:
+    """The dissimilarities of comparable patterns, every row's with every column's."""
+    products = first @ second.T
+    if measure == "pearson":
+        return products.neg_().add_(1)
+    squares = first.square().sum(dim=1)[:, None] + second.square().sum(dim=1) - 2 * products
+    return squares.clamp_(min=0).sqrt_()
+
+
+def rdm(
+    patterns: Float[Tensor, "image feature"], measure: Measure, *, block_rows: int = BLOCK_ROWS
+) -> Float[Tensor, "image image"]:
+    """The symmetric matrix of all dissimilarities, zero on its diagonal; FinetuneError for a constant pattern."""
+    rows = comparable(patterns, measure)
+    matrix = torch.zeros(len(rows), len(rows), dtype=rows.dtype)
+    for start in range(0, len(rows), block_rows):
+        stop = start + block_rows
+        found = block(rows[start:stop], rows[start:], measure)
+        matrix[start:stop, start:] = found
+        matrix[start:, start:stop] = found.T
+    return matrix.fill_diagonal_(0)
+
+
+def upper_triangle(num_images: int) -> Bool[np.ndarray, "image image"]:
+    """True above the diagonal: a matrix's values there come out row by row, as in rsatoolbox and scipy."""
+    return np.triu(np.ones((num_images, num_images), dtype=bool), k=1)
