@@ -19,6 +19,7 @@ from configs.words import aligned, counted
 from reports.figures import curves
 from reports.methods import methods
 from reports.page import Notice, Origin, Page, Section, origin_of, render
+from training.checkpoint import SPOOL
 from training.config import RunConfig, TrainConfig
 from training.errors import RegistryError
 from training.evaluation import Evaluation
@@ -33,6 +34,7 @@ from training.registry.seen_subjects import overlap, read_seen, seen_before, wri
 from training.statistics import Interval
 from training.task import Source, Task
 from training.watch.progress import phase
+from training.watch.sentinels import History, sentinel_section
 from training.watch.tracking import FINAL
 
 
@@ -194,7 +196,9 @@ def publish(
         *conclusion.notices,
         seen_notice(tested, num_tested=len(conclusion.tested_subjects)),
     ]
-    sections = [results_section(conclusion), *conclusion.sections, training_section(store, conclusion, seconds)]
+    history = history_of(store)
+    sections = [results_section(conclusion), *conclusion.sections]
+    sections += [training_section(history, conclusion, seconds), sentinel_section(history, config)]
     page = Page(
         study.title, conclusion.verdict, notices, sections, lineage, origin=origin, methods=methods(conclusion.methods)
     )
@@ -341,12 +345,17 @@ def seen_notice(tested: Sequence[str] | None, *, num_tested: int) -> Notice:
     return Notice("remark", f"None of the {num_tested} test subjects was seen in pretraining.")
 
 
-def training_section(store: Store, conclusion: Conclusion, seconds: Mapping[str, float]) -> Section:
-    """Loss and validation metrics over steps, and where the time went."""
+def history_of(store: Store) -> History:
+    """The tracked (step, value) of every metric of a run folder."""
     history: dict[str, list[tuple[int, float]]] = {}
-    for line in store.read("metrics.jsonl").splitlines():
+    for line in store.read(SPOOL).splitlines():
         row = json.loads(line)
         history.setdefault(row["key"], []).append((int(row["step"]), float(row["value"])))
+    return history
+
+
+def training_section(history: History, conclusion: Conclusion, seconds: Mapping[str, float]) -> Section:
+    """Loss and validation metrics over steps, and where the time went."""
     losses = {name: points for name, points in history.items() if name in ("train/loss", "validation/loss")}
     scores = {
         name.removeprefix("validation/"): points

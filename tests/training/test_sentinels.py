@@ -1,0 +1,61 @@
+"""The page of a run says what training watched, how often, and at which steps something was unusual."""
+
+from __future__ import annotations
+
+from configs.entry import compose
+from configs.parse import parse
+from pretrain.masked.config import PretrainConfig
+from training.config import TrainConfig
+from training.watch.sentinels import sentinel_section
+
+
+def config() -> TrainConfig:
+    overrides = ["kind=bold", "shards=s", "run.folder=r", "train.steps=240", "train.spikes.window_steps=40"]
+    return parse(compose("pretrain", [*overrides, "train.spikes.threshold=7.5"]), PretrainConfig).train
+
+
+QUIET = {
+    "train/data_wait_share": [(step, 0.2) for step in range(20, 241, 20)],  # at the limit, not above
+    "train/slowest_rank_lag": [(step, 0.3) for step in range(20, 241, 20)],
+    "validation/embedding_collapsed": [(0, 0.0), (120, 0.0), (240, 0.0)],
+}
+
+
+def test_a_quiet_run_says_what_was_asked_how_often_and_that_nothing_was_unusual() -> None:
+    section = sentinel_section(QUIET, config())
+    assert section.title == "Sentinels: nothing unusual"
+    assert section.table[1:] == [
+        [
+            "loss spikes",
+            "a loss more than 7.5 robust deviations above the last 40 steps",
+            "220 steps",
+            "nothing unusual",
+        ],
+        ["finite numbers", "a loss or gradient that is not finite", "240 steps", "nothing unusual"],
+        [
+            "collapse of the embedding",
+            "rank or variance far below the untrained encoder's (report.sentinels)",
+            "3 evaluations",
+            "nothing unusual",
+        ],
+        ["data wait", "more than 20% of the step time spent waiting for data", "12 intervals", "nothing unusual"],
+        ["slow rank", "more than 30% longer than the median rank", "12 intervals", "nothing unusual"],
+    ]
+
+
+def test_what_was_unusual_is_counted_with_its_steps() -> None:
+    history = QUIET | {
+        "train/loss_spike_deviations": [(77, 9.31), (180, 12.0)],
+        "train/data_wait_share": [(20, 0.31), (40, 0.1)],
+        "train/slowest_rank_lag": [(step, 0.5) for step in range(20, 241, 20)],
+        "validation/rest/embedding_collapsed": [(120, 1.0), (240, 0.0)],
+    }
+    section = sentinel_section(history, config())
+    seen = {row[0]: row[3] for row in section.table[1:]}
+    assert section.title == "Sentinels: 4 of 6 saw something"
+    assert seen["loss spikes"] == "2 times: step 77 (9.3 deviations), step 180 (12.0 deviations)"
+    assert seen["data wait"] == "1 time: step 20 (31%)"
+    assert seen["collapse of rest"] == "1 time: step 120"
+    assert seen["collapse of the embedding"] == "nothing unusual"
+    assert seen["slow rank"].startswith("12 times: step 20 (50%), ")
+    assert seen["slow rank"].endswith("step 160 (50%) and 4 more, in metrics.jsonl")
