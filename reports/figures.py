@@ -103,8 +103,11 @@ def slices(
         return as_image(as_png(figure, dpi=110), label=label)
 
 
-def overlay(values: np.ndarray, space: BrainSpace, *, labels: np.ndarray | None, name: str, caption: str) -> str:
-    """Three axial slices of a scan with region outlines, as a <figure> that `index_of` links to by its name."""
+def overlay(
+    values: np.ndarray, space: BrainSpace, *, labels: np.ndarray | None, name: str, caption: str, target: str
+) -> str:
+    """Three axial slices of a scan with region outlines, as a <figure> that `index_of` links to by its name; its
+    caption links to the element `target`."""
     with style():
         figure = Figure(figsize=(2.7, 1.1), facecolor="black")
         FigureCanvasAgg(figure)
@@ -114,7 +117,8 @@ def overlay(values: np.ndarray, space: BrainSpace, *, labels: np.ndarray | None,
         draw_slices(row, values, space, labels=labels, heights=heights, colours=ramp, limits=(0, upper))
         figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02)
         image = as_image(as_png(figure, dpi=100), label=f"{caption} with region outlines")
-    return f'<figure id="{html.escape(name)}">{image}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    link = f'<a href="#{html.escape(target)}">{html.escape(caption)}</a>'
+    return f'<figure id="{html.escape(name)}">{image}<figcaption>{link}</figcaption></figure>'
 
 
 def index_of(names: Sequence[str]) -> str:

@@ -27,12 +27,14 @@ class Notice:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a table whose first row is its head, then text, then figures as SVG text."""
+    """A part of the page: a table whose first row is its head, then text, then figures as SVG text. `row_ids` are what
+    links name the table's rows by, without the head."""
 
     title: str
     table: Sequence[Sequence[str]] = ()
     text: str = ""
     figures: Sequence[str] = ()
+    row_ids: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

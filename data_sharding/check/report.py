@@ -27,6 +27,7 @@ PREVIEW = "affine registration only: a preview, regions are off by several milli
 SCANS_IN_MEAN = 40
 REFUSED_SHOWN = 500
 OVERLAYS_SHOWN = 200
+SCANS_SHOWN = 2000
 WORST_REGIONS = 12
 MAX_CATEGORIES = 12
 BALANCE = ("site", "sex", "gender", "age", "diagnosis", "dx", "group", "handedness")
@@ -40,6 +41,22 @@ MEASURES = {  # column of quality.parquet: (label, acceptance rule that limits i
     "clipped_fraction": ("share of values clipped", "max_clipped_fraction"),
     "num_frames": ("frames", "min_frames"),
     "censored_share": ("share of frames censored", "max_censored_fraction"),
+}
+
+SCAN_COLUMNS = {  # head of the table of scans: (column of quality.parquet, how it is written)
+    "scan": ("scan_id", "{}"),
+    "split": ("split", "{}"),
+    "site": ("site", "{}"),
+    "repetition time": ("repetition_time_s", "{:g} s"),
+    "frames": ("num_frames", "{:,}"),
+    "dropped": ("num_dropped", "{:,}"),
+    "censored": ("num_censored", "{:,}"),
+    "mean displacement": ("mean_framewise_displacement_mm", "{:.2f} mm"),
+    "signal to noise": ("tsnr", "{:.1f}"),
+    "coverage": ("coverage", "{:.1%}"),
+    "worst region": ("lowest_region", "{}"),
+    "its coverage": ("lowest_region_coverage", "{:.1%}"),
+    "clipped": ("clipped_fraction", "{:.2%}"),
 }
 
 
@@ -81,6 +98,7 @@ def render(shard_set: ShardSet, origin: Origin) -> str:
         *_overlays(shard_set),
         _coverage(shard_set, is_preview=is_preview),
         *(_balance(shard_set.subjects, column) for column in balance_columns(shard_set.subjects)),
+        _scans(quality),
     ]
     lineage = {"fingerprint": manifest.fingerprint, "splits": manifest.splits, "versions": manifest.versions} | made
     return page(
@@ -118,6 +136,26 @@ def _refusals(refused: list[schema.Refusal]) -> Section:
     table += [[refusal.scan_id, refusal.reason] for refusal in refused[:REFUSED_SHOWN]]
     more = f"and {len(refused) - REFUSED_SHOWN} more, all in {schema.MANIFEST}" if len(refused) > REFUSED_SHOWN else ""
     return Section(f"Refused scans: {len(refused)}", table if refused else (), more)
+
+
+def _scans(quality: pd.DataFrame) -> Section:
+    """A line per scan with its numbers, to which its picture links."""
+    shown = quality.sort_values("scan_id")[:SCANS_SHOWN]
+    table = [list(SCAN_COLUMNS)]
+    table += [[_cell(row[column], form) for column, form in SCAN_COLUMNS.values()] for _, row in shown.iterrows()]
+    more = f" The first {SCANS_SHOWN:,} of {len(quality):,} scans." if len(quality) > SCANS_SHOWN else ""
+    text = f"All columns are in {schema.QUALITY}.{more}"
+    return Section("Every scan", table, text, row_ids=[scan_anchor(scan_id) for scan_id in shown.scan_id])
+
+
+def _cell(value: Any, form: str) -> str:
+    """The value as text, or a dash where it is not known; a T1 has no repetition time."""
+    return "–" if pd.isna(value) or value == "" or (form == "{:g} s" and not value) else form.format(value)
+
+
+def scan_anchor(scan_id: str) -> str:
+    """The id of a scan's line."""
+    return f"scan-{scan_id}"
 
 
 def _coverage(shard_set: ShardSet, *, is_preview: bool) -> Section:
@@ -269,10 +307,12 @@ def _overlays(shard_set: ShardSet) -> list[Section]:
     for row in first[:OVERLAYS_SHOWN].itertuples():
         values = _array(shard_set, row).astype(np.float32)
         values = np.where(np.isfinite(values), values - np.nanpercentile(values, 2), np.nan)
-        drawn.append(figures.overlay(values, space, labels=labels, name=row.subject, caption=row.scan_id))
+        target = scan_anchor(row.scan_id)
+        image = figures.overlay(values, space, labels=labels, name=row.subject, caption=row.scan_id, target=target)
+        drawn.append(image)
     index = figures.index_of([row.subject for row in first[:OVERLAYS_SHOWN].itertuples()])
     more = f" The first {OVERLAYS_SHOWN} of {len(first)} subjects." if len(first) > OVERLAYS_SHOWN else ""
-    text = f"One scan per subject; region outlines must follow the anatomy.{more}"
+    text = f"One scan per subject; region outlines must follow the anatomy. Its name leads to its numbers.{more}"
     return [Section("Alignment, subject by subject", text=text, figures=[index, *drawn])]
 
 

@@ -68,14 +68,24 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     page = (Path(shard_set.location) / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=.(?!data:|#)", page)
     assert page.count("<img") == 3 + 5  # and one per subject
-    linked, shown = re.findall(r'<a href="#(.*?)">', page), re.findall(r'<figure id="(.*?)">', page)
-    assert linked == shown == [f"{number:02d}" for number in range(1, 6)]
+    linked, shown = set(re.findall(r'<a href="#(.*?)">', page)), re.findall(r'<figure id="(.*?)">', page)
+    assert shown == [f"{number:02d}" for number in range(1, 6)]
+    assert linked > set(shown)
+    assert linked <= set(re.findall(r' id="(.*?)"', page)), "every link leads somewhere"
+    lines = dict(re.findall(r'<tr id="scan-(.*?)"><td>\1</td>(.*?)</tr>', page))
+    assert sorted(lines) == sorted(shard_set.quality.scan_id)
+    assert {f"scan-{scan}" for scan in lines if scan.endswith("_bold")} <= linked
+    scan = shard_set.quality.set_index("scan_id").loc["sub-01_task-rest_bold"]
+    cells = re.findall(r"<td>(.*?)</td>", lines["sub-01_task-rest_bold"])
+    assert cells[:6] == [scan.split, scan.site, "2 s", "19", "1", "1"]
+    assert cells[6:9] == [f"{scan.mean_framewise_displacement_mm:.2f} mm", f"{scan.tsnr:.1f}", f"{scan.coverage:.1%}"]
+    assert re.findall(r"<td>(.*?)</td>", lines["sub-01_t1"])[2:3] == ["–"]
     (refusal,) = shard_set.manifest.refused
     reasons = [html.unescape(cell) for cell in re.findall(r"<tr><td>1</td><td>(.*?)</td></tr>", page)]
     assert reasons[0] == refusal.reason, "whole, with its numbers"
     assert re.search(r"<td>acceptance\.min_frames</td><td><code>\d+</code>", page)
     assert page.count("<svg") == 8
-    captions = re.findall(r"<h2>(.*? over \d.*?)</h2>", page)
+    captions = re.findall(r"<h2.*?>(.*? over \d.*?)</h2>", page)
     assert [caption.split(" over ")[0] for caption in captions] == ["Mean BOLD", "Temporal signal to noise", "Mean T1"]
     assert ["outlines of template" in caption for caption in captions] == [True, False, True]
     balance = re.findall(r"Balance of the splits: (\w+)</h2>.*?<table>\s*<tr><th>(\w+)</th>", page, re.DOTALL)
