@@ -8,6 +8,8 @@ from pathlib import Path
 
 import configs
 from callosum import __version__
+from configs.entry import command_names
+from configs.words import aligned
 
 USAGE = f"""callosum {__version__}: distributed foundation-model pretraining on brain MRI
 
@@ -16,11 +18,6 @@ USAGE = f"""callosum {__version__}: distributed foundation-model pretraining on 
 
 Commands:
 {{commands}}"""
-
-
-def command_names() -> list[str]:
-    """Every command, in alphabetical order: each has its values in configs/<name>.yaml."""
-    return sorted(path.stem for path in Path(configs.__file__).parent.glob("*.yaml"))
 
 
 def purpose(name: str) -> str:
@@ -34,8 +31,7 @@ def main() -> None:
     """Runs the command that the first word names, as `python -m` would."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in ("--help", "-h"):
-        width = max(map(len, command_names()))
-        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {purpose(name)}" for name in command_names())))
+        print(USAGE.format(commands=aligned([(f"  {name}", purpose(name)) for name in command_names()])))
     elif first in ("--version", "-V"):
         print(__version__)
     elif first not in command_names():

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from brain_models.errors import UserError
 from configs.parse import ConfigError, parse, refuse
+from configs.words import aligned
 
 Schema = TypeVar("Schema")
 
@@ -96,12 +97,16 @@ def user_errors() -> Iterator[None]:
 
 def load(name: str, words: list[str]) -> tuple[Command, Any]:
     """Returns a command by its name and its checked configuration; ConfigError for what it refuses."""
-    known = sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"{name}: unknown command; choose one of {', '.join(known)}")
+    if name not in command_names():
+        raise ConfigError(f"{name}: unknown command; choose one of {', '.join(command_names())}")
     overrides, values = _split(words, getattr(_module(name), "POSITIONAL", ()))  # as its call of main() says
     command = command_named(name)
     return command, _checked(command, compose(name, overrides) | values)
+
+
+def command_names() -> list[str]:
+    """Returns every command, in alphabetical order: each has its values in configs/<name>.yaml."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
 def command_named(name: str) -> Command:
@@ -206,6 +211,5 @@ def _dotted(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _help_page(help_text: str) -> str:
-    width = max(map(len, FLAGS))
-    flags = "\n".join(f"  {flag:<{width}}  {meaning}" for flag, meaning in FLAGS.items())
+    flags = aligned([(f"  {flag}", meaning) for flag, meaning in FLAGS.items()])
     return f"{help_text.strip()}\n\nFlags:\n{flags}\n\nAny other key=value or group=name is a Hydra override."

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.config import Needs, validate_cluster
 from cluster.storage.files import folder_problems
-from configs.words import next_command
+from configs.words import aligned, next_command
 from data_sharding.read.shard_set import copied_index_bytes, open_set
 from data_sharding.schema import MANIFEST
 from data_sharding.splits import validate_splits
@@ -106,8 +106,7 @@ def choice_problems(config: FinetuneConfig, checkpoint: CheckpointConfig, split:
 def plan(config: FinetuneConfig) -> str:
     """What would happen, one line each."""
     lines = task_module(config.task).plan(config)
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+    return aligned(lines.items())
 
 
 def needs(config: FinetuneConfig) -> Needs:

@@ -31,6 +31,11 @@ class Interval:
         ends = f" [{self.low:.3f}, {self.high:.3f}]" if math.isfinite(self.low) else ""
         return f"{self.value:.3f}{ends}" if math.isfinite(self.value) else "–"
 
+    def signed(self) -> str:
+        """The same of a difference: `+0.034 [+0.010, +0.058]`."""
+        ends = f" [{self.low:+.3f}, {self.high:+.3f}]" if math.isfinite(self.low) else ""
+        return f"{self.value:+.3f}{ends}" if math.isfinite(self.value) else "–"
+
 
 @dataclass
 class BootstrapConfig:
@@ -163,4 +168,4 @@ def paired_verdict(metric: Metric, draws: Mapping[str, Float[np.ndarray, "draw"]
     said = BETTER if is_better else "worse than" if is_worse else "not told apart from"
     if math.isnan(found.low):
         return f"{said} {best}: too few subjects for an interval of the difference"
-    return f"{said} {best}: difference {found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{said} {best}: difference {found.signed()}"

@@ -38,7 +38,8 @@ def open_shards(
     seed: int = 0,
     pads_short_runs: bool = False,
 ) -> ShardDataset:
-    """The samples of a split as a shuffled dataset; ShardError when there is no such set, or no such sample in it.
+    """The samples of a split as a shuffled torch IterableDataset; ShardError when there is no such set, or no such
+    sample in it.
 
     A sample is a dict: float32 `values` [time, voxel] (region series: [time, region]), 0.0 where not measured;
     `is_measured` [voxel]; `is_frame` [time], False in padding; `repetition_time_s`, `subject`, `scan_id` and

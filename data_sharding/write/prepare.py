@@ -8,7 +8,7 @@ from pathlib import Path
 from brain_models.atlas import Atlas, aal3, atlas_from_image, template_parcellation
 from brain_models.space import BrainSpace, CubeSpaceConfig, cube_space, volume_space
 from brain_models.surfaces import SurfaceSpaceConfig, surface_space
-from configs.words import counted, size_of
+from configs.words import aligned, counted, size_of
 from data_sharding import schema, sources
 from data_sharding.config import AnySpaceConfig, ShardingConfig, atlas_choices
 from data_sharding.errors import ShardError, SourceError
@@ -84,10 +84,10 @@ def describe(config: ShardingConfig) -> str:
 
 def refusal_lines(refused: list[schema.Refusal]) -> list[str]:
     """The first refused scans with their reasons as a table, and the number of others; empty when none was refused."""
-    rows = [("refused scan", "reason")] * bool(refused)
-    rows += [(refusal.scan_id, refusal.reason) for refusal in refused[:REFUSALS_SHOWN]]
-    width = max((len(name) for name, _ in rows), default=0)
-    lines = [f"  {name:<{width}}  {reason}" for name, reason in rows]
+    if not refused:
+        return []
+    rows = [("refused scan", "reason"), *((each.scan_id, each.reason) for each in refused[:REFUSALS_SHOWN])]
+    lines = aligned([(f"  {scan}", reason) for scan, reason in rows]).splitlines()
     if len(refused) > REFUSALS_SHOWN:
         lines.append(f"  and {len(refused) - REFUSALS_SHOWN} more refused scans, all in {schema.MANIFEST}")
     return lines

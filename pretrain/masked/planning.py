@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cluster.config import Needs
-from configs.words import next_command, size_of
+from configs.words import aligned, next_command, size_of
 from data_sharding.read.joint import sets_of_steps
 from data_sharding.read.shard_set import copied_index_bytes, open_set
 from data_sharding.schema import MANIFEST
@@ -37,8 +37,7 @@ def plan(config: PretrainConfig) -> str:
         of_set = set_lines(config, sets[name], task.set_named(name), num_steps=num_steps)
         lines |= of_set if len(sets) == 1 else {f"{name}: {key}": text for key, text in of_set.items()}
     lines |= run_lines(config, task, sets)
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+    return aligned(lines.items())
 
 
 def needs(config: PretrainConfig) -> Needs:

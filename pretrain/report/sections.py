@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 from pretrain.report.scores import MEAN_R2, MODEL, RegionScore
 from reports.page import Section
-from training.statistics import Interval
 
 NUM_REGIONS = 10  # at either end of the table
 ABOUT_RIDGE = (
@@ -21,7 +20,7 @@ def score_section(tables: Mapping[str, Mapping[str, Sequence[RegionScore]]]) -> 
     table = [["split", "set", "prediction", "R²", "gain of the model", "subjects"]]
     for split, name, score in whole:
         for key, found in score.r2.items():
-            gain = "" if key == MODEL else signed(score.gain[key])
+            gain = "" if key == MODEL else score.gain[key].signed()
             table.append([split, name, key, str(found), gain, str(score.num_subjects)])
         table.append([split, name, "training mean", f"{MEAN_R2:.3f}", "", str(score.num_subjects)])
     ridge_wins = any("ridge" in score.gain and score.gain["ridge"].high < 0 for _, _, score in whole)
@@ -41,15 +40,8 @@ def region_section(name: str, rows: Sequence[RegionScore]) -> Section:
     table = [["region", "R²", "best baseline", "gain over it"]]
     for row in shown:
         best = max(row.gain, key=lambda baseline: row.r2[baseline].value, default=None)
-        compared = ["none", ""] if best is None else [f"{best} {row.r2[best]}", signed(row.gain[best])]
+        compared = ["none", ""] if best is None else [f"{best} {row.r2[best]}", row.gain[best].signed()]
         table.append([row.name, str(row.r2[MODEL]), *compared])
     left_out = len(ordered) - len(shown)
     text = f"The {NUM_REGIONS} best and worst of {len(ordered)} regions; all are in report/reconstruction.csv."
     return Section(f"Regions of {name}", table=table, text=text if left_out else "")
-
-
-def signed(gain: Interval) -> str:
-    """`+0.012 [-0.003, +0.027]`, or a dash where there is no value."""
-    if not math.isfinite(gain.value):
-        return "–"
-    return f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"

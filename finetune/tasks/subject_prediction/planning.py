@@ -75,16 +75,20 @@ def validate(config: FinetuneConfig) -> list[str]:
 
 def tested_subjects(config: FinetuneConfig) -> list[str]:
     """The labelled subjects of the test split."""
+    return tested_labels(config)[0]
+
+
+def tested_labels(config: FinetuneConfig) -> tuple[list[str], Labels]:
+    """The same, and the labels of the set."""
     shard_set = open_set(config.shards, split=config.data.split)
     labels = read_labels(shard_set.subjects, parse_task(config.task, Config).label, location=config.shards)
-    return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.truth_of.keys())
+    return sorted(set(shard_set.runs("bold", ["test"])["subject"]) & labels.truth_of.keys()), labels
 
 
 def unscored_problems(config: FinetuneConfig, metric: str) -> list[str]:
     """A metric of pairs within sites, where no site of the test split has such a pair."""
-    subjects = open_set(config.shards, split=config.data.split).subjects
-    labels = read_labels(subjects, parse_task(config.task, Config).label, location=config.shards)
-    return pair_problems(metric, *labels.rows(tested_subjects(config)))
+    subjects, labels = tested_labels(config)
+    return pair_problems(metric, *labels.rows(subjects))
 
 
 def pair_problems(metric: str, is_case: np.ndarray, sites: np.ndarray) -> list[str]:
