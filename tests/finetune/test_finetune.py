@@ -441,3 +441,13 @@ def test_what_is_no_comparison_is_refused_with_what_to_do(
     place: Place, encoders: str, overrides: list[str], message: str
 ) -> None:
     assert message in "\n".join(compare.validate(place.comparison(*overrides, encoders=encoders)))
+
+
+@pytest.mark.parametrize(("chosen", "is_frozen"), [(6, True), (7, False)])
+def test_results_say_whether_the_encoder_had_opened_at_the_chosen_commit(
+    place: Place, chosen: int, is_frozen: bool
+) -> None:
+    opened = ["task.unfreezing.first_layer_opens_at_step=6", "task.probe=null"]
+    said = open_study(place.config(*opened)).what_was_trained(chosen)
+    frozen = "; only the head was trained: the encoder is as registered" if is_frozen else ""
+    assert said == f"commit of step {chosen} (best){frozen}"

@@ -152,3 +152,12 @@ def test_a_server_that_does_not_answer_is_an_error_for_the_user() -> None:
         uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(RegistryError, match=f"{uri} cannot be read"):
             run(RunsConfig(uri))
+
+
+def test_a_card_longer_than_a_description_is_cut_at_a_line_and_says_where_the_rest_is() -> None:
+    card = "".join(f"line {number:04d}\n" for number in range(600))
+    described = registry.shortened(card)
+    assert len(described) <= 5000
+    assert described.endswith("\n\n(cut here: the model's bundle has the whole card, MODEL_CARD.md)")
+    assert described.splitlines()[-3].startswith("line 04")
+    assert registry.shortened("short\n") == "short\n"

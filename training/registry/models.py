@@ -69,13 +69,21 @@ def register(
             lineage = {key: value for key, value in tags.items() if key != CHECKPOINT_HASH_TAG}
             version = str(mlflow.register_model(logged.model_uri, name, tags=lineage).version)
         if (bundle / CARD).exists():
-            described = (bundle / CARD).read_text(encoding="utf-8")[:MAX_DESCRIPTION]
+            described = shortened((bundle / CARD).read_text(encoding="utf-8"))
             client.update_registered_model(name, described)
             client.update_model_version(name, version, described)
         client.set_registered_model_alias(name, alias, version)
         if CHECKPOINT_HASH_TAG in tags:  # last: by it the next start knows that nothing is missing
             client.set_model_version_tag(name, version, CHECKPOINT_HASH_TAG, tags[CHECKPOINT_HASH_TAG])
         return f"{name}@{alias}"
+
+
+def shortened(card: str) -> str:
+    """Returns a model card as MLflow's description takes it: cut at the end of a line, which then says so."""
+    if len(card) <= MAX_DESCRIPTION:
+        return card
+    rest = f"\n\n(cut here: the model's bundle has the whole card, {CARD})"
+    return card[: MAX_DESCRIPTION - len(rest)].rpartition("\n")[0] + rest
 
 
 def requirements(packages: Iterable[str]) -> list[str]:

@@ -20,10 +20,12 @@ SCORES = "test_scores.csv"  # in a bundle: what the next champion is compared wi
 
 @dataclass
 class ChampionConfig:
-    """A champion's interval of `metric` on the test split lies above `above`."""
+    """A champion's interval of `metric` on the test split lies above `above` and below `below`, where chance is (null:
+    no bound)."""
 
     metric: str
-    above: float
+    above: float | None
+    below: float | None
 
 
 def reasons_against(
@@ -33,10 +35,12 @@ def reasons_against(
     reasons = []
     if config is None:
         reasons.append("register.champion is null")
-    elif math.isnan(low := intervals[config.metric].low):
+    elif math.isnan((found := intervals[config.metric]).low):
         reasons.append(f"{config.metric} has no interval: too few test subjects of one class")
-    elif not low > config.above:
-        reasons.append(f"the lower end of {config.metric}, {low:.3f}, is not above {config.above}")
+    elif config.above is not None and found.low <= config.above:
+        reasons.append(f"the lower end of {config.metric}, {found.low:.3f}, is not above {config.above}")
+    elif config.below is not None and found.high >= config.below:
+        reasons.append(f"the upper end of {config.metric}, {found.high:.3f}, is not below {config.below}")
     if overlap is None:
         reasons.append("the backbone does not say which subjects it saw")
     elif overlap:

@@ -36,18 +36,9 @@ class ProbeConfig:
     seed: int
 
 
-@dataclass(frozen=True)
-class ProbeResult:
-    """What the probe chose, and its score in the inner folds (training subjects only)."""
-
-    num_subjects: int
-    strength: float
-    inner_score: float
-
-
 def start_head(
     model: RunPredictor, batches: Iterable[WindowBatch], *, labels: Labels, outcome: Outcome, config: ProbeConfig
-) -> ProbeResult:
+) -> None:
     """Sets the head's channels, standardisation and weights from labelled training runs; the same on every rank."""
     model.eval()
     pooled = _pooled(model, batches)
@@ -77,7 +68,6 @@ def start_head(
         head.spread.copy_(torch.from_numpy(fit.standardise.spread))
         head.linear.weight.copy_(torch.from_numpy(fit.weights)[None])
         head.linear.bias.fill_(fit.bias)
-    return ProbeResult(len(table), fit.strength, fit.inner_score)
 
 
 def principal_channels(moment: Float[Tensor, "width width"], num_channels: int) -> Float[Tensor, "channel width"]:

@@ -20,7 +20,7 @@ from finetune.tasks.subject_prediction.connectomes import read_connectomes
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels
 from finetune.tasks.subject_prediction.methods import prediction_methods
 from finetune.tasks.subject_prediction.outcomes import ClassOutcome, Outcome, ValueOutcome
-from finetune.tasks.subject_prediction.probe import ProbeResult, start_head
+from finetune.tasks.subject_prediction.probe import start_head
 from finetune.tasks.subject_prediction.scores import Scores, intervals, scores_table
 from finetune.tasks.subject_prediction.task import SubjectPrediction, build_model
 from training.collectives import this_process
@@ -52,7 +52,6 @@ class SubjectStudy:
     starts_from: Sequence[Path] = field(init=False)
     trained_subjects: set[str] = field(init=False)
     outcome: Outcome = field(init=False)
-    probe: ProbeResult | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.title = f"{self.run.run.name}: {self.config.name.replace('_', ' ')}"
@@ -97,9 +96,7 @@ class SubjectStudy:
         source = self.make_source(task)
         try:
             batches = source.evaluation("train", limit=None)
-            self.probe = start_head(
-                task.model, batches, labels=self.labels, outcome=self.outcome, config=self.config.probe
-            )
+            start_head(task.model, batches, labels=self.labels, outcome=self.outcome, config=self.config.probe)
         finally:
             source.close()
 
@@ -121,9 +118,7 @@ class SubjectStudy:
         """The model on the test split, beside connectivity and the site alone on the same subjects."""
         assert isinstance(task, SubjectPrediction)
         trained = self._scores(task, result.evaluations)
-        started = f"; the head started from a probe of {self.probe.num_subjects} subjects" if self.probe else ""
-        note = f"commit of step {result.step} ({self.run.train.choose}){started}"
-        scored = {MODEL: (trained["test"], note)} | self.baselines(trained)
+        scored = {MODEL: (trained["test"], self.what_was_trained(result.step))} | self.baselines(trained)
         models = {
             name: Model(intervals(scores, self.outcome.metrics, self.run.bootstrap), self.outcome.details(scores), note)
             for name, (scores, note) in scored.items()
@@ -160,6 +155,15 @@ class SubjectStudy:
             ),
             lineage=self._counts(),
         )
+
+    def what_was_trained(self, chosen: int) -> str:
+        """The chosen commit, how its head began, and whether its encoder had opened by then."""
+        opens_at = self.config.unfreezing.first_layer_opens_at_step
+        parts = [f"commit of step {chosen} ({self.run.train.choose})"]
+        parts += ["the head started from a probe of the frozen encoder"] * (self.config.probe is not None)
+        if opens_at is not None and chosen <= opens_at:
+            parts.append("only the head was trained: the encoder is as registered")
+        return "; ".join(parts)
 
     def baselines(self, trained: Mapping[str, Scores]) -> dict[str, tuple[Scores, str]]:
         """(test scores, note) of each baseline: learned on the train split only, scored on the subjects that the model

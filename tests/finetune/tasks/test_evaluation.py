@@ -21,7 +21,7 @@ from finetune.tasks.subject_prediction.scores import (
     subject_scores,
 )
 from training.registry.promotion import ChampionConfig, reasons_against
-from training.statistics import BootstrapConfig, Metric
+from training.statistics import BootstrapConfig, Interval, Metric
 
 WITHIN_SITE_AUROC, _, BALANCED_ACCURACY = CLASS_METRICS
 BOOTSTRAP = BootstrapConfig(num_resamples=200, confidence=0.95, seed=3)
@@ -123,7 +123,7 @@ def test_with_one_case_alone_there_is_no_interval_and_nothing_is_promoted(metric
     scores = Scores(tuple(map(str, range(12))), is_case.astype(float), is_case, np.full(12, "a"), reference=0.5)
     found = metric.interval(scores, BOOTSTRAP)
     assert (found.value, str(found)) == (1.0, "1.000")
-    (reason,) = reasons_against(ChampionConfig(metric.name, 0.5), {metric.name: found}, [])
+    (reason,) = reasons_against(ChampionConfig(metric.name, 0.5, None), {metric.name: found}, [])
     assert reason == f"{metric.name} has no interval: too few test subjects of one class"
 
 
@@ -187,12 +187,19 @@ def test_champion_is_refused_for_overlap_for_ignorance_and_for_chance() -> None:
     good = Scores(names, is_case + 0.1 * np.arange(40) % 1, is_case, sites, reference=0.5)
     flat = Scores(names, np.zeros(40), is_case, sites, reference=0.5)
     good, flat = (intervals(scores, CLASS_METRICS, config) for scores in (good, flat))
-    gate = ChampionConfig("within_site_auroc", 0.5)
+    gate = ChampionConfig("within_site_auroc", 0.5, None)
     assert reasons_against(gate, good, []) == []
     assert reasons_against(gate, good, ["s01"]) == ["the backbone saw 1 of the test subjects"]
     assert reasons_against(gate, good, None) == ["the backbone does not say which subjects it saw"]
     assert reasons_against(gate, flat, []) == ["the lower end of within_site_auroc, 0.500, is not above 0.5"]
     assert reasons_against(None, good, []) == ["register.champion is null"]
+
+
+def test_the_champion_of_an_error_lies_below_its_bound() -> None:
+    gate = ChampionConfig("mean_absolute_error", None, 5.0)
+    assert reasons_against(gate, {gate.metric: Interval(4.0, 3.5, 4.9)}, []) == []
+    found = {gate.metric: Interval(4.0, 3.5, 5.2)}
+    assert reasons_against(gate, found, []) == ["the upper end of mean_absolute_error, 5.200, is not below 5.0"]
 
 
 def test_value_metrics_are_zero_for_the_training_mean_and_ignore_differences_between_sites() -> None:
