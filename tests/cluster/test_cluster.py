@@ -108,7 +108,7 @@ def end_driver(cluster: Cluster) -> None:
     driver.terminate()
 
 
-@pytest.mark.injected
+@pytest.mark.faults
 def test_a_run_that_meets_one_fault_after_another_ends_as_an_undisturbed_one(
     cluster: Cluster, undisturbed: list[float], record_property: Record
 ) -> None:

@@ -104,6 +104,7 @@ def fine_tune(runs: PhantomRuns, config: FinetuneConfig, seed: int) -> tuple[Sub
     return task, fit(task, source, config.train, services)
 
 
+@pytest.mark.demo
 def test_without_an_effect_the_mean_auroc_of_three_seeds_is_at_chance(tmp_path: Path) -> None:
     num_subjects = NUM_TRAIN + NUM_VALIDATION + NUM_TEST
     found = []
