@@ -19,7 +19,7 @@ from training.config import ProfileConfig, ScheduleConfig, SpikeConfig
 from training.loop import Services, fit
 from training.step import BatchFeed
 from training.task import Cost
-from training.watch.meter import Interval, Meter, longest_prefix, peak_tflops_of
+from training.watch.meter import Counts, Meter, longest_prefix, peak_tflops_of
 from training.watch.spikes import Spikes
 from training.watch.tracking import Spool, last_step, read_rows
 
@@ -33,7 +33,7 @@ def meter(*, peak_tflops: float | None = None, repeated_until: int = 0) -> Meter
 
 def test_rates_are_sums_over_the_time_of_the_steps() -> None:
     numbers = meter(peak_tflops=4.0)
-    numbers.interval = Interval(
+    numbers.counts = Counts(
         step_s=[1.0, 1.0, 2.0], wait_s=0.2, forwards=[(0.0, 0.5)], num_samples=8, tokens=400, flops=8e12
     )
     found = numbers.report()
@@ -44,15 +44,15 @@ def test_rates_are_sums_over_the_time_of_the_steps() -> None:
     assert found["data_wait_share"] == pytest.approx(0.05)
     assert (found["step_p50_s"], found["step_p95_s"]) == (1.0, pytest.approx(1.9))
     assert (found["slowest_rank"], found["slowest_rank_lag"]) == (0, 0)
-    assert numbers.interval == Interval()
+    assert numbers.counts == Counts()
 
 
 def test_padding_yields_no_samples_tokens_or_flops() -> None:
     numbers = meter()
     numbers.count(Cost(tokens=80, flops=8e6))
     numbers.end_step(1, [toy_batch([1, 2, 3], 4)])
-    assert numbers.interval.num_samples == 3
-    assert (numbers.interval.tokens, numbers.interval.flops) == (60, 6e6)
+    assert numbers.counts.num_samples == 3
+    assert (numbers.counts.tokens, numbers.counts.flops) == (60, 6e6)
 
 
 def test_a_step_that_an_earlier_attempt_had_made_is_no_useful_time(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_the_peak_counts_for_bf16_on_a_gpu_alone(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert peak_tflops_of(torch.device(device), {"NVIDIA H100": 989.4}, precision=precision) == expected
     numbers = meter()
-    numbers.interval.step_s = [1.0]
+    numbers.counts.step_s = [1.0]
     assert "mfu" not in numbers.report()
 
 

@@ -24,7 +24,7 @@ Mark = float | torch.cuda.Event
 
 
 @dataclass
-class Interval:
+class Counts:
     """What one rank counted since the last report."""
 
     step_s: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Meter:
         self.repeated_until = repeated_until  # updates that an earlier attempt made and lost
         self.useful_s = 0.0
         self.saving_s = 0.0
-        self.interval = Interval()
+        self.counts = Counts()
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -65,7 +65,7 @@ class Meter:
         """Wraps a forward pass: what a rank does by itself, before ranks wait for one another."""
         begun = self._mark()
         yield
-        self.interval.forwards.append((begun, self._mark()))
+        self.counts.forwards.append((begun, self._mark()))
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -81,20 +81,20 @@ class Meter:
     def end_step(self, done: int, batches: Sequence[Batch]) -> None:
         """After update `done`; `batches` as the source made them, on the host."""
         seconds = time.perf_counter() - self.step_begun
-        self.interval.step_s.append(seconds)
-        self.interval.wait_s += self.step_wait_s
+        self.counts.step_s.append(seconds)
+        self.counts.wait_s += self.step_wait_s
         if done > self.repeated_until:
             self.useful_s += seconds - self.step_wait_s
         for batch, cost in zip(batches, self.costs, strict=True):
             num_real = int((batch.weight > 0).sum())
             share = num_real / len(batch.weight)  # padding costs time and yields nothing
-            self.interval.num_samples += num_real
-            self.interval.tokens += share * cost.tokens
-            self.interval.flops += share * cost.flops
+            self.counts.num_samples += num_real
+            self.counts.tokens += share * cost.tokens
+            self.counts.flops += share * cost.flops
 
     def report(self) -> dict[str, float]:
         """The numbers since the last report, of all ranks; every rank calls it. Shares and goodput: of this attempt."""
-        mine, self.interval = self.interval, Interval()
+        mine, self.counts = self.counts, Counts()
         own_s = sum(_seconds(begun, ended) for begun, ended in mine.forwards) + mine.wait_s
         step_s = sum(mine.step_s)
         counted = [own_s, mine.wait_s, mine.num_samples, mine.tokens, mine.flops, self._memory_peak()]
