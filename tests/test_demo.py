@@ -8,15 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import browser, needs_chromium
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     environment = os.environ | {"OUT": str(out), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.pop("OMP_NUM_THREADS", None)
     subprocess.run(["bash", "examples/demo.sh"], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def summary(out: Path) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
@@ -45,3 +52,14 @@ def test_the_classical_baseline_finds_the_effect_and_the_model_is_scored_on_100_
 @pytest.mark.demo
 def test_the_whole_demo_takes_less_than_eight_minutes(summary: dict) -> None:
     assert sum(summary["seconds"].values()) < 8 * 60
+
+
+@needs_chromium
+@pytest.mark.demo
+def test_the_three_reports_fit_a_telephone_and_a_desk_and_the_browser_has_no_complaint(out: Path) -> None:
+    subprocess.run([sys.executable, "-m", "data_sharding.report", str(out / "shards")], cwd=ROOT, check=True)
+    with browser() as chromium:
+        for part in ("shards", "pretrain-bold", "adhd"):
+            for width in (390, 1280):
+                seen = chromium.look(out / part / "report.html", width)
+                assert (part, seen.complaints, seen.window_width, seen.content_width) == (part, [], width, width)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.storage.stores import Store, store_for
-from configs.words import aligned, counted
+from configs.words import aligned
 from reports.figures import curves
 from reports.methods import methods
 from reports.page import Notice, Origin, Page, Section, origin_of, render
@@ -321,7 +321,7 @@ def results_table(conclusion: Conclusion) -> list[list[str]]:
 def results_section(conclusion: Conclusion) -> Section:
     """The table of all models."""
     return Section(
-        f"Results on {counted(len(conclusion.tested_subjects), 'held-out subject')}",
+        "Results on held-out subjects",
         table=results_table(conclusion),
         text="Brackets are bootstrap intervals over subjects. Every metric is computed once over the whole split.",
     )

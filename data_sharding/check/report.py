@@ -87,7 +87,7 @@ def render(shard_set: ShardSet, origin: Origin) -> str:
     )
     legend = "Colours are sites; a dotted line is the limit of an acceptance rule. Numbers by scan: quality.parquet."
     sections = [
-        Section("What it holds", split_rows(shard_set), " ".join([contents, *manifest.notes])),
+        Section("What it holds", split_rows(shard_set), " ".join([contents, *(f"{note}." for note in manifest.notes)])),
         _refusals(manifest.refused),
         Section(
             "Quality of the BOLD runs",

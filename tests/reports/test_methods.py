@@ -250,7 +250,9 @@ def test_fine_tuning_says_what_its_configuration_says() -> None:
         "24 consecutive windows of each BOLD run (480 frames)",
         "projected to 11 channels",
         "before the encoder was trained (Kumar et al., 2022)",
-        "from step 20, one every 10 steps, with 0.5 of the learning rate and 0.7 times less",
+        "The head's learning rate was 0.1 times that of the run.",
+        "opened from the top down, from step 20, a further one after every 10 steps",
+        "was 0.5 times that of the run, and every deeper one's 0.7 times that of the layer above",
     ):
         assert said in model, said
     assert "the checkpoint with the highest validation/auroc was evaluated (step 40)" in training
@@ -263,6 +265,7 @@ def test_a_predicted_value_cites_no_calibration_and_a_head_from_zero_no_probe() 
     age = ["~task.label", "+task.label={column: age, unit: years}", "task.probe=null", "task.head.pooling=attention"]
     found = prediction(*age, is_class=False)
     assert "Predicted was age, in years." in found.paragraphs[1]
+    assert "The encoder stayed as it was." in prediction("task.unfreezing.first_layer_opens_at_step=60").paragraphs[1]
     assert "The head started at zero." in found.paragraphs[1]
     assert "ridge regression (Pedregosa et al., 2011)" in found.paragraphs[3]
     assert not {"Platt", "Kumar"} & authors(found)

@@ -59,3 +59,9 @@ def test_what_was_unusual_is_counted_with_its_steps() -> None:
     assert seen["collapse of the embedding"] == "nothing unusual"
     assert seen["slow rank"].startswith("12 times: step 20 (50%), ")
     assert seen["slow rank"].endswith("step 160 (50%) and 4 more, in metrics.jsonl")
+
+
+def test_a_run_shorter_than_the_window_of_spikes_does_not_claim_to_have_looked() -> None:
+    short = config()
+    short.steps = 20
+    assert sentinel_section({}, short).table[1][2:] == ["0 steps", "too few steps to tell"]

@@ -23,7 +23,8 @@ class Sentinel:
 
     name: str
     unusual: str
-    asked: str
+    num_asked: int
+    each: str  # what it was asked once in
     seen: Sequence[str]
 
 
@@ -31,7 +32,7 @@ def sentinel_section(history: History, config: TrainConfig) -> Section:
     """A line per sentinel with how often and at which steps it saw something."""
     sentinels = list(_sentinels(history, config))
     num_alarmed = sum(bool(each.seen) for each in sentinels)
-    rows = [[each.name, each.unusual, each.asked, _said(each.seen)] for each in sentinels]
+    rows = [[each.name, each.unusual, counted(each.num_asked, each.each), _said(each)] for each in sentinels]
     found = f"{num_alarmed} of {len(sentinels)} saw something" if num_alarmed else QUIET.capitalize()
     return Section(
         f"Sentinels: {found.lower()}",
@@ -45,17 +46,19 @@ def _sentinels(history: History, config: TrainConfig) -> Iterator[Sentinel]:
     yield Sentinel(
         "loss spikes",
         f"a loss more than {spikes.threshold:g} robust deviations above the last {spikes.window_steps} steps",
-        counted(compared, "step"),
+        compared,
+        "step",
         [f"step {step} ({value:.1f} deviations)" for step, value in history.get("train/loss_spike_deviations", ())],
     )
-    yield Sentinel("finite numbers", "a loss or gradient that is not finite", counted(config.steps, "step"), [])
+    yield Sentinel("finite numbers", "a loss or gradient that is not finite", config.steps, "step", [])
     for key, values in sorted(history.items()):
         if key.endswith(COLLAPSED):
             of_set = key.removesuffix(COLLAPSED).partition("/")[2].strip("/")
             yield Sentinel(
                 f"collapse of {of_set or 'the embedding'}",
                 "rank or variance far below the untrained encoder's (report.sentinels)",
-                counted(len(values), "evaluation"),
+                len(values),
+                "evaluation",
                 [f"step {step}" for step, value in values if value],
             )
     for name, key, limit, what in (
@@ -66,14 +69,16 @@ def _sentinels(history: History, config: TrainConfig) -> Iterator[Sentinel]:
         yield Sentinel(
             name,
             f"more than {limit:.0%} {what}",
-            counted(len(values), "interval"),
+            len(values),
+            "interval",
             [f"step {step} ({value:.0%})" for step, value in values if value > limit],
         )
 
 
-def _said(seen: Sequence[str]) -> str:
+def _said(sentinel: Sentinel) -> str:
     """`2 times: step 40 (31%), step 60 (25%)`."""
+    seen = sentinel.seen
     if not seen:
-        return QUIET
+        return QUIET if sentinel.num_asked else f"too few {sentinel.each}s to tell"
     more = f" and {len(seen) - NUM_SHOWN} more, in metrics.jsonl" if len(seen) > NUM_SHOWN else ""
     return f"{counted(len(seen), 'time')}: {', '.join(seen[:NUM_SHOWN])}{more}"

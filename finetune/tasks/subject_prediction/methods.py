@@ -37,9 +37,10 @@ def prediction_methods(
         f"The pretrained encoder {run.encoder}, a transformer [@transformer] of {counted(encoder.depth, 'block')} and "
         f"width {encoder.width}, read {windows}."
     )
+    opening = _opening(config.unfreezing, num_steps=run.train.steps, head_scale=config.head_learning_rate_scale)
     return [
         set_methods(shard_set, ["bold"], [shard_set.atlases[config.atlas]]),
-        " ".join([_label(config.label), model, _head(config.head), _start(config), _opening(config.unfreezing)]),
+        " ".join([_label(config.label), model, _head(config.head), _start(config), opening]),
         training_methods(run.train, batch_size=run.data.batch_size, weight_decay=config.weight_decay, step=step),
         " ".join([_baselines(config), _scores(run, config, metrics)]),
     ]
@@ -71,14 +72,21 @@ def _start(config: Config) -> str:
     )
 
 
-def _opening(config: UnfreezingConfig) -> str:
+def _opening(config: UnfreezingConfig, *, num_steps: int, head_scale: float) -> str:
+    """How far and when the encoder was trained."""
+    head = f"The head's learning rate was {head_scale:g} times that of the run."
+    first, per_layer = config.first_layer_opens_at_step, config.steps_per_layer
+    if first is not None and first >= num_steps:
+        return f"{head} The encoder stayed as it was."
+    when = f"from step {first}, a further one after every {counted(per_layer or 0, 'step')}"
     if config.plateau is not None:
-        when = f"at every plateau of {config.plateau.metric}"
-    else:
-        when = f"from step {config.first_layer_opens_at_step}, one every {counted(config.steps_per_layer or 0, 'step')}"
+        when = f"one at every plateau of {config.plateau.metric}"
+    elif not per_layer:
+        when = f"together, at step {first}"
     return (
-        f"Its layers opened from the top down {when}, with {config.learning_rate_scale:g} of the learning rate and "
-        f"{config.depth_decay:g} times less for every layer deeper."
+        f"{head} The encoder's layers opened from the top down, {when}; the top layer's learning rate was "
+        f"{config.learning_rate_scale:g} times that of the run, and every deeper one's {config.depth_decay:g} times "
+        "that of the layer above."
     )
 
 

@@ -81,7 +81,7 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     assert cells[6:9] == [f"{scan.mean_framewise_displacement_mm:.2f} mm", f"{scan.tsnr:.1f}", f"{scan.coverage:.1%}"]
     assert re.findall(r"<td>(.*?)</td>", lines["sub-01_t1"])[2:3] == ["–"]
     (refusal,) = shard_set.manifest.refused
-    reasons = [html.unescape(cell) for cell in re.findall(r"<tr><td>1</td><td>(.*?)</td></tr>", page)]
+    reasons = [html.unescape(cell) for cell in re.findall(r'<tr><td>1</td><td class="long">(.*?)</td></tr>', page)]
     assert reasons[0] == refusal.reason, "whole, with its numbers"
     assert re.search(r"<td>acceptance\.min_frames</td><td><code>\d+</code>", page)
     assert page.count("<svg") == 8
