@@ -61,7 +61,10 @@ def main(
         return
     with user_errors():
         if unknown := sorted(set(flags) - FLAGS.keys()):
-            raise ConfigError(f"unknown flag {', '.join(unknown)}; known: {', '.join(FLAGS)}")
+            keys = ", ".join(f"{flag.lstrip('-').partition('=')[0]}=..." for flag in unknown)
+            raise ConfigError(
+                f"unknown flag {', '.join(unknown)}; known: {', '.join(FLAGS)}; a key has no dashes: {keys}"
+            )
         overrides, values = _split(words, positional)
         raw = compose(name, overrides + ["run.verbose=true"] * ("--verbose" in flags)) | values
         if "command" in (raw.get("run") or {}):
@@ -98,7 +101,9 @@ def user_errors() -> Iterator[None]:
 def load(name: str, words: list[str]) -> tuple[Command, Any]:
     """Returns a command by its name and its checked configuration; ConfigError for what it refuses."""
     if name not in command_names():
-        raise ConfigError(f"{name}: unknown command; choose one of {', '.join(command_names())}")
+        close = difflib.get_close_matches(name, command_names(), n=1)
+        meant = f", did you mean {close[0]}?" if close else f"; choose one of {', '.join(command_names())}"
+        raise ConfigError(f"{name}: unknown command{meant}")
     overrides, values = _split(words, getattr(_module(name), "POSITIONAL", ()))  # as its call of main() says
     command = command_named(name)
     return command, _checked(command, compose(name, overrides) | values)

@@ -98,8 +98,10 @@ def _parse_value(raw: Any, hint: Any, *, key: str, problems: list[str]) -> Any:
         return _parse_union(raw, arguments, key=key, problems=problems)
     if origin is Literal:
         if raw not in arguments:
-            options = ", ".join(map(str, arguments))
-            problems.append(f"{key}: {raw!r} is not one of {options}{_suggestion(str(raw), list(map(str, arguments)))}")
+            options = list(map(str, arguments))
+            close = difflib.get_close_matches(str(raw).lower(), options, n=1)
+            meant = f", did you mean {close[0]}?" if close else f"; give {key}=<{'|'.join(options)}>"
+            problems.append(f"{key}: {raw!r} is not one of {', '.join(options)}{meant}")
         return raw
     if origin in (list, tuple):
         return _parse_sequence(raw, origin, arguments, key=key, problems=problems)
@@ -115,7 +117,7 @@ def _parse_value(raw: Any, hint: Any, *, key: str, problems: list[str]) -> Any:
         return float(raw)
     if hint is Any or (isinstance(raw, hint) and raw != "" and not (hint in (int, float) and isinstance(raw, bool))):
         return raw
-    advice = _as_text(key, raw) if hint is str else ""
+    advice = _as_text(key, raw) if hint is str else f"; give {key.partition('[')[0]}=<{_type_name(hint)}>"
     problems.append(f"{key}: expected {_type_name(hint)}, got {raw!r} ({type(raw).__name__}){advice}")
     return None
 
@@ -142,7 +144,9 @@ def _parse_union(raw: Any, options: tuple[Any, ...], *, key: str, problems: list
         problems.extend(min(tried)[1])  # of several groups of keys, the one that fits best
     else:
         names = " or ".join(_type_name(option) for option in options)
-        problems.append(f"{key}: expected {names}, got {raw!r}")
+        takes_list = isinstance(raw, str) and any(typing.get_origin(option) is list for option in options)
+        advice = f"; give \"{key}=['{raw}']\"" if takes_list else ""
+        problems.append(f"{key}: expected {names}, got {raw!r}{advice}")
     return None
 
 

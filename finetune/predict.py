@@ -122,6 +122,10 @@ def validate(config: PredictConfig) -> list[str]:
         scan_rows(find_scans(config.scans), COLUMN_OF_SUFFIX.values(), brain_masks=config.brain_masks)
     except FinetuneError as error:
         problems.append(str(error))
+    model = config.registered_model
+    if "@" not in model and "/" not in model.removeprefix("models:/"):
+        name = model.removeprefix("models:/")
+        problems.append(f"registered_model={model}: names no version; give models:/{name}@<alias>, or /<version>")
     if not config.out.endswith(".csv"):
         problems.append(f"out: {config.out}; give the name of a .csv file")
     if Path(config.out).is_dir():

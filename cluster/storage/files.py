@@ -113,6 +113,8 @@ def folder_problems(location: str, key: str) -> list[str]:
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not nearest.is_dir():
         return [f"{key}: {nearest} is a file; give another location"]
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return [f"{key}: {nearest} cannot be written; {ALLOW_WRITING}"]
-    return []
+    try:  # permissions alone do not tell: a system's folder refuses its administrator, too
+        with tempfile.TemporaryFile(dir=nearest):
+            return []
+    except OSError as error:
+        return [f"{key}: {nearest} cannot be written ({error.strerror}); {ALLOW_WRITING}"]

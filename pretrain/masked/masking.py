@@ -141,7 +141,7 @@ def masking_problems(
     if not 0 < budget < num_patches:
         problems.append(
             f"masking.hidden_share: {config.hidden_share} hides {budget} of {num_patches} patches, but at least one "
-            "must be hidden and one visible"
+            f"must be hidden and one visible; give a {'larger' if budget <= 0 else 'smaller'} share"
         )
     if config.kind == "future" and num_tubelets < 2:
         problems.append("masking.kind: 'future' needs windows of at least 2 tubelets; lengthen window_frames")

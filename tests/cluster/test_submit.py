@@ -163,5 +163,5 @@ def test_the_address_given_is_asked_and_not_the_one_in_the_environment(monkeypat
 def test_a_command_that_writes_no_results_and_one_that_is_unknown_are_refused() -> None:
     with pytest.raises(SubmitError, match=r"python -m training\.runs has no results of its own; run it here"):
         submit.checked_job("training.runs", ["tracking=http://a"])
-    with pytest.raises(ConfigError, match=r"pretrian: unknown command; choose one of cluster\.preflight, "):
+    with pytest.raises(ConfigError, match=r"pretrian: unknown command, did you mean pretrain\?"):
         submit.checked_job("pretrian", [])

@@ -180,7 +180,8 @@ def version_tags(model: str, *, uri: str) -> dict[str, str]:
         name, _, version = name.partition("/")
         return dict(client.get_model_version(name, version).tags)
     except MlflowException as error:
-        raise RegistryError(f"{model} is not registered at {uri} ({error})") from error
+        listing = f"'python -m training.runs {uri}' lists what is registered"
+        raise RegistryError(f"{model} is not registered at {uri} ({error}); {listing}") from error
 
 
 def source_tags() -> dict[str, str]:
