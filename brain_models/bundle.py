@@ -235,7 +235,8 @@ def _golden_output(bundle: Bundle) -> Float[Tensor, "example output"]:
     kind = MODELS[bundle.kind]
     with torch.inference_mode():
         examples = kind.examples(bundle.config, bundle.stems, GOLDEN_SEED)
-        return torch.cat([kind.compute(bundle.model, bundle.config, example) for example in examples])
+        outputs = [kind.compute(bundle.model, bundle.config, example) for example in examples]
+        return kind.together(bundle.model, torch.cat(outputs))
 
 
 def _read_golden(folder: Path) -> Float[Tensor, "example output"]:

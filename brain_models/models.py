@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from brain_models import embedding, run_predictor
+from brain_models import embedding, image_rdm, run_predictor
 from brain_models.encoder import EncoderConfig, StemName
 from brain_models.inputs import Column, Row, Stems, columns_of
 from brain_models.run_predictor import RunClassifierConfig, RunRegressorConfig
@@ -32,14 +32,19 @@ PACKAGES = (
 )
 
 
+def as_they_are(model: nn.Module, outputs: Tensor) -> Tensor:
+    """Returns the outputs of rows that are independent of one another."""
+    return outputs
+
+
 @dataclass(frozen=True)
 class ModelKind:
     """One kind of model. An input is whatever `read` returns; only `compute` looks into it.
 
     `config`: the dataclass that model.yaml holds. `build`: the module, its weights not yet loaded. `examples`: inputs
     made from a seed, for the golden output. `columns`: of the served table, for a bundle with these stems. `read`: the
-    input of a row. `compute`: the output [1, output] of one input. `answer`: the columns of the served answer from the
-    outputs of all rows, which need not be independent.
+    input of a row. `compute`: the output [1, output] of one input. `together`: what the outputs of all rows amount to,
+    where rows are not independent. `answer`: the columns of the served answer from that.
     """
 
     config: type
@@ -49,6 +54,7 @@ class ModelKind:
     read: Callable[[Row, Any, Stems], Any]
     compute: Callable[[Any, Any, Any], Tensor]
     answer: Callable[[Any, Tensor], dict[str, np.ndarray]]
+    together: Callable[[Any, Tensor], Tensor] = as_they_are
     packages: tuple[str, ...] = PACKAGES
 
 
@@ -73,4 +79,15 @@ MODELS: dict[str, ModelKind] = {
     ),
     "run_classifier": run_kind(config=RunClassifierConfig, answer=run_predictor.answer_class),
     "run_regressor": run_kind(config=RunRegressorConfig, answer=run_predictor.answer_value),
+    "image_rdm": ModelKind(
+        config=image_rdm.ImageRdmConfig,
+        build=image_rdm.build,
+        examples=image_rdm.examples,
+        columns=image_rdm.columns,
+        read=image_rdm.read,
+        compute=image_rdm.compute,
+        answer=image_rdm.answer,
+        together=image_rdm.together,
+        packages=(*PACKAGES, "pillow", "transformers"),
+    ),
 }

@@ -14,7 +14,7 @@ from mlflow.pyfunc import PythonModel
 
 from brain_models import bids
 from brain_models import bundle as bundles
-from brain_models.errors import ScanError
+from brain_models.errors import UserError
 from brain_models.inputs import COLUMN_OF_KIND, Row
 from brain_models.models import MODELS
 
@@ -29,7 +29,8 @@ class ServedModel(PythonModel):
     [time, voxel] (int8 or float16) and `t1w` float16 arrays [voxel], as shards do; or the same as lists, as a request
     to a server brings them (dataframe_records, dataframe_split).
     Answers: `subject` and `session` from the name of the file (None where it has none), then `embedding_0` ... of an
-    encoder, `prediction` and `probability_of_<class>` of a classifier, `prediction` of a regressor.
+    encoder, `prediction` and `probability_of_<class>` of a classifier, `prediction` of a regressor. A model of
+    dissimilarities reads `image` (path) and answers with `dissimilarity_0` ...: to the images of row 0, 1 ...
     """
 
     def load_context(self, context: Any) -> None:
@@ -39,6 +40,7 @@ class ServedModel(PythonModel):
         rows = [(name, given(row)) for name, row in model_input.iterrows()]
         with torch.inference_mode():
             outputs = torch.cat([self._output(name, row) for name, row in rows])
+            outputs = MODELS[self.bundle.kind].together(self.bundle.model, outputs)
         named = pandas.DataFrame([entities(row) for _, row in rows], index=model_input.index, dtype=object)
         return named.assign(**MODELS[self.bundle.kind].answer(self.bundle.config, outputs))
 
@@ -46,8 +48,8 @@ class ServedModel(PythonModel):
         kind, bundle = MODELS[self.bundle.kind], self.bundle
         try:
             return kind.compute(bundle.model, bundle.config, kind.read(row, bundle.config, bundle.stems))
-        except ScanError as error:
-            raise ScanError(f"row {name}: {error}") from error
+        except UserError as error:
+            raise type(error)(f"row {name}: {error}") from error
 
 
 def given(row: pandas.Series) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from training.collectives import this_process
 from training.registry import models as registry
 from training.registry.seen_subjects import read_seen
 
+MODEL = "model.yaml"  # of every bundle
 GOLDEN = "golden.npy"  # of a bundle: a small file that other weights give another content
 
 
@@ -38,10 +39,15 @@ class Backbone:
 def fetch_backbone(config: FinetuneConfig) -> Backbone:
     """The backbone's bundle on this node: a folder as it is, a registered model downloaded."""
     local = Path(config.encoder)
-    if (local / "model.yaml").exists():
+    if (local / MODEL).exists():
         return Backbone(local, {}, read_seen(local))
     run, uri = config.run, config.train.tracking.uri
     target = Path(run.scratch) / f"{run.name}-backbone-{this_process().rank:05d}"
     folder = registry.pull(config.encoder, target, uri=uri)
     assert uri is not None  # pull has refused a missing registry
     return Backbone(folder, registry.version_tags(config.encoder, uri=uri), read_seen(folder))
+
+
+def local_bundles(encoders: list[str]) -> dict[str, str]:
+    """The encoders that are bundle folders here, each with a file that it holds."""
+    return {encoder: MODEL for encoder in encoders if (Path(encoder) / MODEL).exists()}

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from cluster.config import Needs, validate_cluster
 from cluster.storage.files import folder_problems
 from configs.words import aligned, next_command
-from data_sharding.read.shard_set import copied_index_bytes, open_set
-from data_sharding.schema import MANIFEST
+from data_sharding.read.shard_set import copied_index_bytes
 from data_sharding.splits import validate_splits
-from finetune.backbone import GOLDEN
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.tasks import task_module
-from training.checkpoint import file_sha256
 from training.config import CheckpointConfig, validate_train
 from training.engine.engines import scratch_bytes
-
-MODEL = "model.yaml"  # of every bundle
 
 
 def validate(config: FinetuneConfig) -> list[str]:
@@ -117,21 +111,15 @@ def needs(config: FinetuneConfig) -> Needs:
         run = scratch_bytes(task, config.train.engine, num_ranks=config.cluster.num_workers)
         return run + copied_index_bytes(config.shards)
 
-    def contents() -> dict[str, str]:
-        found = {"callosum.set_fingerprint": open_set(config.shards, split=config.data.split).fingerprint}
-        if (golden := Path(config.encoder) / GOLDEN).exists():  # a registered version cannot change, a folder can
-            found["callosum.backbone_output"] = file_sha256(golden)
-        return found
-
     return Needs(
         results=config.run.folder,
         cluster=config.cluster,
-        inputs={config.shards: MANIFEST} | local_bundles([config.encoder]),
+        inputs=task_module(config.task).inputs(config),
         scratch=config.run.scratch,
         scratch_bytes=scratch,
         cache=(config.data.cache_folder, config.data.cache_bytes) if config.data.cache_folder else None,
         tracking=config.train.tracking.uri,
-        contents=contents,
+        contents=lambda: task_module(config.task).contents(config),
     )
 
 
@@ -143,8 +131,3 @@ def following(config: FinetuneConfig, numbers: Mapping[str, Any]) -> str | None:
     model, answers = f"registered_model=models:/{registered[0]}", f"out={config.run.folder.rstrip('/')}-predictions.csv"
     command = next_command("finetune.predict", model, answers, f"tracking={config.train.tracking.uri}")
     return f"{command} scans=[<files or folders>]"
-
-
-def local_bundles(encoders: list[str]) -> dict[str, str]:
-    """The encoders that are bundle folders here, each with a file that it holds."""
-    return {encoder: MODEL for encoder in encoders if (Path(encoder) / MODEL).exists()}

@@ -1,4 +1,4 @@
-r"""Ask a registered model about NIfTI files.
+r"""Ask a registered model about NIfTI files, or about images.
 
 The answers are a table on the screen and a CSV file.
 
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from brain_models import bids
 from brain_models.errors import ScanError
+from brain_models.images import SUFFIXES as PICTURES
 from cluster.storage.files import folder_problems
 from configs.entry import Command, main
 from configs.words import counted
@@ -33,15 +34,18 @@ if TYPE_CHECKING:
     from finetune.config import PredictConfig
 
 COLUMN_OF_SUFFIX = {"bold": "bold", "T1w": "t1w"}
+IMAGE = "image"
+COLUMNS = (*COLUMN_OF_SUFFIX.values(), IMAGE)
 
 
 def find_scans(patterns: list[str]) -> list[Path]:
-    """BOLD and T1w images of every pattern, sorted, each once: a file as it is, a folder searched to the bottom."""
+    """BOLD, T1w and picture files of every pattern, sorted, each once: a file as it is, a folder searched to the
+    bottom."""
     scans: set[Path] = set()
     for pattern in patterns:
         matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
         in_folders = [path for match in matches if match.is_dir() for path in match.rglob("*")]
-        images = [path for path in in_folders if bids.is_image(path, tuple(COLUMN_OF_SUFFIX))]
+        images = [path for path in in_folders if is_picture(path) or bids.is_image(path, tuple(COLUMN_OF_SUFFIX))]
         images = [path for path in (*images, *matches) if path.is_file()]
         if not images:
             raise FinetuneError(f"scans: nothing matches {pattern}; give files, folders or patterns")
@@ -49,19 +53,28 @@ def find_scans(patterns: list[str]) -> list[Path]:
     return sorted(scans)
 
 
+def is_picture(path: Path) -> bool:
+    """True for the file of an image of the eye's world."""
+    return path.suffix.lower() in PICTURES
+
+
+def column_of(scan: Path) -> str:
+    """The column of the served table that a file belongs in: BOLD where its name has no BIDS suffix."""
+    return IMAGE if is_picture(scan) else COLUMN_OF_SUFFIX.get(bids.entities_of(scan)["suffix"], "bold")
+
+
 def scan_rows(scans: list[Path], columns: Collection[str], *, brain_masks: bool) -> list[dict[str, object]]:
     """One row for each scan that a model with these columns reads, with what BIDS says belongs to it.
 
-    A file whose name has no BIDS suffix is taken for BOLD. FinetuneError when the model reads none of the scans.
+    FinetuneError when the model reads none of the scans.
     """
-    column_of = {scan: COLUMN_OF_SUFFIX.get(bids.entities_of(scan)["suffix"], "bold") for scan in scans}
     rows = [
-        {column: str(scan)} | _beside(scan, brain_masks=brain_masks)
-        for scan, column in column_of.items()
+        {column: str(scan)} | ({} if column == IMAGE else _beside(scan, brain_masks=brain_masks))
+        for scan, column in ((scan, column_of(scan)) for scan in scans)
         if column in columns
     ]
     if not rows:
-        wanted = sorted(set(columns) & set(COLUMN_OF_SUFFIX.values()))
+        wanted = sorted(set(columns) & set(COLUMNS))
         raise FinetuneError(f"scans: the model reads {' or '.join(wanted)}, none of the {len(scans)} scans is one")
     return rows
 
@@ -112,14 +125,14 @@ def predict(config: PredictConfig) -> pd.DataFrame:
 
 def scan_columns(table: pd.DataFrame) -> list[str]:
     """The columns of a table that hold the paths of scans."""
-    return [column for column in COLUMN_OF_SUFFIX.values() if column in table]
+    return [column for column in COLUMNS if column in table]
 
 
 def validate(config: PredictConfig) -> list[str]:
     """All problems that need no model."""
     problems = []
     try:
-        scan_rows(find_scans(config.scans), COLUMN_OF_SUFFIX.values(), brain_masks=config.brain_masks)
+        scan_rows(find_scans(config.scans), COLUMNS, brain_masks=config.brain_masks)
     except FinetuneError as error:
         problems.append(str(error))
     model = config.registered_model

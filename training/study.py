@@ -70,9 +70,10 @@ class Conclusion:
     verdict: str  # one sentence, first on the page and on the terminal
     metrics: Mapping[str, str]  # title by name, the most important first
     models: Mapping[str, Model]  # the trained model first, then its baselines
-    tested_subjects: Collection[str]  # whom the numbers are about
+    tested_subjects: Collection[str]  # whom (or which images) the numbers are about
     about: About  # the model, for its card
     methods: Sequence[str] = ()  # paragraphs of a paper, citing by key (reports.methods)
+    unit: str = "subject"  # what is resampled, and must not have been trained on
     notices: Sequence[Notice] = ()
     sections: Sequence[Section] = ()  # of the report, after the results
     numbers: Mapping[str, object] = field(default_factory=dict)  # further top-level entries of metrics.json
@@ -194,7 +195,7 @@ def publish(
     notices = [
         *([PHANTOM] if is_phantom else []),
         *conclusion.notices,
-        seen_notice(tested, num_tested=len(conclusion.tested_subjects)),
+        seen_notice(tested, num_tested=len(conclusion.tested_subjects), unit=conclusion.unit),
     ]
     history = history_of(store)
     sections = [results_section(conclusion), *conclusion.sections]
@@ -321,28 +322,29 @@ def results_table(conclusion: Conclusion) -> list[list[str]]:
 def results_section(conclusion: Conclusion) -> Section:
     """The table of all models."""
     return Section(
-        "Results on held-out subjects",
+        f"Results on held-out {conclusion.unit}s",
         table=results_table(conclusion),
-        text="Brackets are bootstrap intervals over subjects. Every metric is computed once over the whole split.",
+        text=f"Brackets are bootstrap intervals over {conclusion.unit}s. Every metric is computed once over the whole "
+        "split.",
     )
 
 
-def seen_notice(tested: Sequence[str] | None, *, num_tested: int) -> Notice:
-    """What the weights that the run started from had seen of the test subjects."""
+def seen_notice(tested: Sequence[str] | None, *, num_tested: int, unit: str = "subject") -> Notice:
+    """What the weights that the run started from had seen of the test split's subjects, or images."""
     if tested is None:
         return Notice(
             "warning",
-            "The pretrained weights do not say which subjects they were trained on, so an overlap with the test "
-            "subjects cannot be excluded, and this model cannot be promoted.",
+            f"The pretrained weights do not say which {unit}s they were trained on, so an overlap with the test "
+            f"{unit}s cannot be excluded, and this model cannot be promoted.",
         )
     if tested:
         named = ", ".join(tested[:8]) + (", ..." if len(tested) > 8 else "")
         return Notice(
             "alarm",
-            f"The pretrained weights have seen {len(tested)} of the {num_tested} test subjects ({named}). These are "
-            "not results on new subjects, and this model cannot be promoted.",
+            f"The pretrained weights have seen {len(tested)} of the {num_tested} test {unit}s ({named}). These are "
+            f"not results on new {unit}s, and this model cannot be promoted.",
         )
-    return Notice("remark", f"None of the {num_tested} test subjects was seen in pretraining.")
+    return Notice("remark", f"None of the {num_tested} test {unit}s was seen in pretraining.")
 
 
 def history_of(store: Store) -> History:

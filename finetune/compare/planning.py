@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.config import Needs
 from cluster.storage.stores import store_for
 from finetune import planning
-from finetune.backbone import fetch_backbone
+from finetune.backbone import fetch_backbone, local_bundles
 from finetune.compare.cells import arms_of, cell_config, cells_of, runs_of, slug
 from finetune.compare.comparison import FILES, as_markdown, compare, log_to_mlflow, metric_of, read_answer, write
 from finetune.config import CompareConfig, FinetuneConfig
@@ -110,5 +110,5 @@ def needs(config: CompareConfig) -> Needs:
     """What one cell needs, with the inputs of all and the folder of the comparison."""
     cell = planning.needs(cell_config(config, cells_of(config)[0]))
     encoders = [encoder for arm in arms_of(config).values() for encoder in arm]
-    inputs = {**cell.inputs, **planning.local_bundles(encoders)}
+    inputs = {**cell.inputs, **local_bundles(encoders)}
     return replace(cell, results=config.run.folder, inputs=inputs)

@@ -5,7 +5,9 @@ A module has the dataclass `Config`, which configs/task/*.yaml fills, and
 - `open_study(config: FinetuneConfig) -> training.study.Study`,
 - `metrics(config) -> Sequence[Metric]`, the most important first,
 - `validate(config) -> list[str]`: all problems that the configuration, its shard sets and its backbone have,
-- `plan(config) -> dict[str, str]`: what would happen, by subject;
+- `plan(config) -> dict[str, str]`: what would happen, by subject,
+- `inputs(config)`: locations that a run reads, each with an object that it holds (or None),
+- `contents(config)`: hashes of what it reads now, by their names in a result's lineage;
 for finetune.compare also
 - `read_scores(text)`: scores as the metrics take them, with their `subjects`, of every model of scores.csv, the trained
   one first,

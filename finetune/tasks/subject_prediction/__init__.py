@@ -6,6 +6,8 @@ down. Reading order: labels.py, task.py, outcomes.py, study.py.
 
 from finetune.tasks.subject_prediction.config import Config
 from finetune.tasks.subject_prediction.planning import (
+    contents,
+    inputs,
     metrics,
     open_study,
     plan,
@@ -15,4 +17,15 @@ from finetune.tasks.subject_prediction.planning import (
 )
 from finetune.tasks.subject_prediction.scores import read_scores
 
-__all__ = ["Config", "metrics", "open_study", "plan", "read_scores", "tested_subjects", "unscored_problems", "validate"]
+__all__ = [
+    "Config",
+    "contents",
+    "inputs",
+    "metrics",
+    "open_study",
+    "plan",
+    "read_scores",
+    "tested_subjects",
+    "unscored_problems",
+    "validate",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from cluster.errors import StorageError
 from configs.words import size_of
 from data_sharding.errors import ShardError
 from data_sharding.read.reader import ShardSet, Windows, open_set
-from finetune.backbone import fetch_backbone
+from data_sharding.schema import MANIFEST
+from finetune.backbone import GOLDEN, fetch_backbone, local_bundles
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.tasks import parse_task
@@ -21,6 +23,7 @@ from finetune.tasks.subject_prediction.config import Config
 from finetune.tasks.subject_prediction.labels import ClassLabel, Labels, read_labels
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS, VALUE_METRICS
 from finetune.tasks.subject_prediction.study import SubjectStudy
+from training.checkpoint import file_sha256
 from training.engine.engines import checkpoint_bytes
 from training.errors import RegistryError
 from training.statistics import Metric
@@ -218,3 +221,16 @@ def openings(task: Task, num_steps: int) -> dict[str, str]:
         rate = f"{group.name} ({size:,} parameters, {group.learning_rate_scale:.2g} of the learning rate)"
         by_moment.setdefault(moment, []).append(rate)
     return {moment: ", ".join(names) + ending[moment] for moment, names in by_moment.items()}
+
+
+def inputs(config: FinetuneConfig) -> dict[str, str | None]:
+    """What a run reads: locations, each with an object that it holds."""
+    return {config.shards: MANIFEST, **local_bundles([config.encoder])}
+
+
+def contents(config: FinetuneConfig) -> Mapping[str, str]:
+    """Hashes of what a run reads now, by their names in its lineage."""
+    found = {"callosum.set_fingerprint": open_set(config.shards, split=config.data.split).fingerprint}
+    if (golden := Path(config.encoder) / GOLDEN).exists():  # a registered version cannot change, a folder can
+        found["callosum.backbone_output"] = file_sha256(golden)
+    return found

@@ -14,12 +14,12 @@ import pytest
 from cluster.storage.stores import LocalStore
 from configs.entry import compose
 from configs.parse import parse
-from finetune import planning
 from finetune.compare.cells import Cell, arms_of, cell_config, cells_of
 from finetune.compare.comparison import Answer, Comparison, as_markdown, compare, draw, metric_of, read_answer, readings
 from finetune.compare.planning import metric_problems
 from finetune.config import CompareConfig
 from finetune.errors import FinetuneError
+from finetune.tasks.subject_prediction import planning as subject_planning
 from finetune.tasks.subject_prediction.planning import pair_problems
 from finetune.tasks.subject_prediction.scores import CLASS_METRICS, Scores, scores_table
 from finetune.tasks.subject_prediction.study import MODEL
@@ -190,7 +190,7 @@ def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_writt
     config = make_config(encoders=f"[{tmp_path},b@x]")
     run = cell_config(config, cells_of(config)[0])
     run = dataclasses.replace(run, run=dataclasses.replace(run.run, folder=str(tmp_path)))
-    monkeypatch.setattr(planning, "open_set", lambda location, split: SimpleNamespace(fingerprint="11"))
+    monkeypatch.setattr(subject_planning, "open_set", lambda location, split: SimpleNamespace(fingerprint="11"))
     made_of = {"callosum.set_fingerprint": "11", "callosum.backbone_output": file_sha256(tmp_path / "golden.npy")}
     lineage = {"config hash": config_hash(run), **made_of}
     (tmp_path / "metrics.json").write_text(json.dumps({"lineage": lineage}))
@@ -200,6 +200,6 @@ def test_a_finished_cell_is_not_taken_for_one_of_a_set_or_encoder_that_was_writt
     (tmp_path / "golden.npy").write_bytes(b"other")
     with pytest.raises(TrainingError, match=r"written anew \(callosum.backbone_output 7692c3ad3540, now d9298a10d1b0"):
         is_finished(GridRun("finetune", run))
-    monkeypatch.setattr(planning, "open_set", lambda location, split: SimpleNamespace(fingerprint="22"))
+    monkeypatch.setattr(subject_planning, "open_set", lambda location, split: SimpleNamespace(fingerprint="22"))
     with pytest.raises(TrainingError, match=r"\(callosum.set_fingerprint 11, now 22, callosum.backbone_output"):
         is_finished(GridRun("finetune", run))
