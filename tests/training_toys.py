@@ -70,19 +70,22 @@ class PairBatch:
     """Two sides of each sample, nested as batches of several kinds are."""
 
     sides: dict[str, Tensor]  # of each name [batch feature]
+    subject: Tensor
     weight: Tensor
     scan_ids: list[str]
 
     def to(self, device: torch.device) -> PairBatch:
         sides = {name: side.to(device) for name, side in self.sides.items()}
-        return PairBatch(sides, self.weight.to(device), self.scan_ids)
+        return PairBatch(sides, self.subject.to(device), self.weight.to(device), self.scan_ids)
 
 
 def pair_batch(indices: list[int], size: int) -> PairBatch:
-    """The samples' features beside a turned copy of them, padded with weight 0 to `size` rows."""
+    """The samples' features beside a turned copy of them, padded with weight 0 to `size` rows; six subjects in turn, so
+    that a step holds some twice."""
     batch = toy_batch(indices, size)
     sides = {"left": batch.features, "right": batch.features.flip(1).sin()}
-    return PairBatch(sides, batch.weight, batch.scan_ids)
+    subject = torch.tensor([index % 6 for index in indices] + [0] * (size - len(indices)))
+    return PairBatch(sides, subject, batch.weight, batch.scan_ids)
 
 
 class ToySource:
@@ -229,7 +232,8 @@ class ToyPairs(Task):
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:  # type: ignore[override]
         left, right = (gathered(rows) for rows in self.embedded(batch))
-        loss = symmetric_info_nce(left, right, gathered(batch.weight), temperature=self.temperature)
+        subjects = gathered(batch.subject)
+        loss = symmetric_info_nce(left, right, gathered(batch.weight), temperature=self.temperature, groups=subjects)
         return {"loss": share_of_rank(loss)}
 
     def predict(self, batch: PairBatch) -> dict[str, Tensor]:  # type: ignore[override]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -79,19 +79,33 @@ class _Gather(torch.autograd.Function):
         return gradient[first : first + ctx.num_rows] * process.world_size
 
 
+def offered(
+    weight: Float[Tensor, "all"], groups: Int[Tensor, "all"] | None = None
+) -> Bool[Tensor, "question candidate"]:
+    """True where a row is among the answers to another one's question: every real row, but none of the same group other
+    than the row itself."""
+    is_real = (weight > 0).expand(len(weight), -1)
+    if groups is None:
+        return is_real
+    is_own = torch.eye(len(weight), dtype=torch.bool, device=weight.device)
+    return is_real & (is_own | (groups[:, None] != groups))
+
+
 def symmetric_info_nce(
     first: Float[Tensor, "all width"],
     second: Float[Tensor, "all width"],
     weight: Float[Tensor, "all"],
     *,
     temperature: Float[Tensor, "1"],
+    groups: Int[Tensor, "all"] | None = None,
 ) -> Float[Tensor, ""]:
     """The mean over real pairs and both directions of the cross-entropy of finding a row's partner among all real rows.
 
-    Rows are scaled to unit length. A row of weight 0 is neither asked for nor offered as an answer. (van den Oord 2018;
-    symmetric as in CLIP, Radford 2021.)
+    Rows are scaled to unit length. A row of weight 0 is neither asked for nor offered as an answer, and rows of one
+    group (a subject that a step holds twice) are never each other's negatives. (van den Oord 2018; symmetric as in
+    CLIP, Radford 2021.)
     """
-    is_real = weight > 0
+    is_real, is_offered = weight > 0, offered(weight, groups)
     first, second = (
         functional.normalize(side.float().masked_fill(~is_real[:, None], 0.0), dim=-1) for side in (first, second)
     )
@@ -99,7 +113,10 @@ def symmetric_info_nce(
     partners = torch.arange(len(first), device=first.device).masked_fill(~is_real, NOBODY)
     sums = [
         functional.cross_entropy(
-            scores.masked_fill(~is_real, torch.finfo(scores.dtype).min), partners, ignore_index=NOBODY, reduction="sum"
+            scores.masked_fill(~is_offered, torch.finfo(scores.dtype).min),
+            partners,
+            ignore_index=NOBODY,
+            reduction="sum",
         )
         for scores in (similarities, similarities.T)
     ]

@@ -61,22 +61,29 @@ def test_norms_of_groups_are_those_of_plain_pytorch(launched: Path, engine: str)
         assert tracked(launched / f"{engine}-{ranks}", "train/gradient_norm/") == pytest.approx(expected, rel=1e-4)
 
 
-def info_nce_written_out(left: Tensor, right: Tensor, temperature: float) -> float:
-    """The symmetric loss of real rows, as a loop over float64."""
+def info_nce_written_out(left: Tensor, right: Tensor, temperature: float, subjects: list[int]) -> float:
+    """The symmetric loss of real rows, as a loop over float64; other rows of a subject are no candidates."""
     sides = [[row / row.norm() for row in side.double()] for side in (left, right)]
     losses_of_rows = []
     for first, second in (sides, sides[::-1]):
         for index, row in enumerate(first):
-            scores = [float(row @ other) / temperature for other in second]
-            losses_of_rows.append(math.log(sum(math.exp(score - scores[index]) for score in scores)))
+            own = float(row @ second[index]) / temperature
+            others = [
+                float(row @ each) / temperature
+                for each, of in zip(second, subjects, strict=True)
+                if of != subjects[index]
+            ]
+            losses_of_rows.append(math.log(1 + sum(math.exp(score - own) for score in others)))
     return sum(losses_of_rows) / len(losses_of_rows)
 
 
 def test_the_loss_is_that_of_a_loop_over_real_rows_in_float64() -> None:
-    task, batch = ToyPairs(), pair_batch([3, 4, 5, 6, 7], 8)
+    task, batch = ToyPairs(), pair_batch([3, 4, 5, 6, 9], 8)
+    subjects = batch.subject.tolist()[:5]
+    assert subjects == [3, 4, 5, 0, 3]
     left, right = (task.encoders[side](batch.sides[side][:5]).detach() for side in PAIR_SIDES)
     loss = task(batch)["loss"]
-    assert loss.item() == pytest.approx(info_nce_written_out(left, right, 0.5), rel=1e-6)
+    assert loss.item() == pytest.approx(info_nce_written_out(left, right, 0.5, subjects), rel=1e-6)
     loss.backward()
     weight = task.encoders["left"][0].weight
     for index in ((0, 0), (7, 3), (11, 5)):
@@ -85,7 +92,7 @@ def test_the_loss_is_that_of_a_loop_over_real_rows_in_float64() -> None:
             moved = ToyPairs().double()
             moved.encoders["left"][0].weight.data[index] += shift
             rows = (moved.encoders[side](batch.sides[side][:5].double()).detach() for side in PAIR_SIDES)
-            ends.append(info_nce_written_out(*rows, 0.5))
+            ends.append(info_nce_written_out(*rows, 0.5, subjects))
         assert float(weight.grad[index]) == pytest.approx((ends[0] - ends[1]) / 2e-6, abs=2e-6)
 
 
