@@ -260,7 +260,8 @@ class PositionEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `tokens` to `context` by scaled_dot_product_attention."""
+    """Multi-head attention of `tokens` to `context` by scaled_dot_product_attention; `is_seen` is False where the
+    context is padding."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -270,12 +271,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, tokens: Float[Tensor, "batch token width"], context: Float[Tensor, "batch other width"]
+        self,
+        tokens: Float[Tensor, "batch token width"],
+        context: Float[Tensor, "batch other width"],
+        is_seen: Bool[Tensor, "batch other"] | None = None,
     ) -> Float[Tensor, "batch token width"]:
         split = "batch token (head width) -> batch head token width"
         query = rearrange(self.query(tokens), split, head=self.num_heads)
         key, value = (rearrange(half, split, head=self.num_heads) for half in self.key_value(context).chunk(2, dim=-1))
-        attended = functional.scaled_dot_product_attention(query, key, value)
+        is_seen = None if is_seen is None else is_seen[:, None, None]
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=is_seen)
         return self.out(rearrange(attended, "batch head token width -> batch token (head width)"))
 
 
@@ -289,9 +294,11 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = _mlp(width, mlp_ratio)
 
-    def forward(self, tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], is_seen: Bool[Tensor, "batch token"] | None = None
+    ) -> Float[Tensor, "batch token width"]:
         normed = self.norm_attention(tokens)
-        tokens = tokens + self.attention(normed, normed)
+        tokens = tokens + self.attention(normed, normed, is_seen)
         return tokens + self.mlp(self.norm_mlp(tokens))
 
 

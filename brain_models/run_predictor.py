@@ -68,20 +68,7 @@ class RunPredictor(nn.Module):
         repetition_time_s: Float[Tensor, "batch"],
     ) -> Float[Tensor, "batch window patch width"]:
         """Returns all tokens in order of time; the tubelets of a window follow one another on the window axis."""
-        num_windows = values.shape[1] // self.window_frames
-        used = values[:, : num_windows * self.window_frames]
-        encoded = self.encoder.encode_windows(
-            rearrange(used, "batch (window frame) voxel -> (batch window) frame voxel", frame=self.window_frames),
-            is_measured.repeat_interleave(num_windows, dim=0),
-            repetition_time_s.repeat_interleave(num_windows, dim=0),
-            "bold",
-        )
-        return rearrange(
-            encoded,
-            "(batch window) (tubelet patch) width -> batch (window tubelet) patch width",
-            batch=len(values),
-            patch=self.encoder.stem("bold").num_patches,
-        )
+        return run_tokens(self.encoder, values, is_measured, repetition_time_s, window_frames=self.window_frames)
 
     def forward(
         self,
@@ -91,6 +78,34 @@ class RunPredictor(nn.Module):
     ) -> Float[Tensor, "batch"]:
         """Returns one number per run: a logit, or a standardised value."""
         return self.head(self.tokens(values, is_measured, repetition_time_s))
+
+
+def run_tokens(
+    encoder: BrainEncoder,
+    values: Float[Tensor, "batch time voxel"],
+    is_measured: Bool[Tensor, "batch voxel"],
+    repetition_time_s: Float[Tensor, "batch"],
+    *,
+    window_frames: int,
+) -> Float[Tensor, "batch window patch width"]:
+    """Returns all tokens of a run's whole windows in order of time, tubelets on the window axis."""
+    num_windows = values.shape[1] // window_frames
+    encoded = encoder.encode_windows(
+        rearrange(
+            values[:, : num_windows * window_frames],
+            "batch (window frame) voxel -> (batch window) frame voxel",
+            frame=window_frames,
+        ),
+        is_measured.repeat_interleave(num_windows, dim=0),
+        repetition_time_s.repeat_interleave(num_windows, dim=0),
+        "bold",
+    )
+    return rearrange(
+        encoded,
+        "(batch window) (tubelet patch) width -> batch (window tubelet) patch width",
+        batch=len(values),
+        patch=encoder.stem("bold").num_patches,
+    )
 
 
 def run_predictor(encoder: BrainEncoder, stem: StemSpec, config: HeadConfig) -> RunPredictor:
