@@ -56,6 +56,10 @@ def is_missing(where: object) -> StorageError:
     return StorageError(f"{where} does not exist; check the location, or write it first")
 
 
+def is_unreadable(where: object, error: OSError) -> StorageError:
+    return StorageError(f"{where} cannot be read: {error.strerror}; give this user the right to, or check the disk")
+
+
 def is_hidden(name: str) -> bool:
     """True for what a killed writer may have left behind, which no list shows."""
     return name.rpartition("/")[2].startswith(PARTIAL_PREFIX)

@@ -171,7 +171,8 @@ class RemoteStore:
         """Every name that starts with `prefix`, sorted, in all folders below."""
         with self.explained(self.location, doing="list"):
             driver = self.driver
-            found = driver.find(f"{self.location}/{prefix.rpartition('/')[0]}".rstrip("/"))
+            start = f"{self.location}/{prefix.rpartition('/')[0]}".rstrip("/")
+            found = driver.find(start) if driver.async_impl else _files_below(driver, start)
             root = driver._strip_protocol(self.location).rstrip("/") + "/"
         names = [each.removeprefix(root) for each in found if each.startswith(root) and not each.endswith("/")]
         return sorted(name for name in names if name.startswith(prefix) and not is_hidden(name))
@@ -316,6 +317,17 @@ def ignores_ranges(where: str) -> StorageError:
     return StorageError(
         f"{where}: its server ignores ranged reads; read whole objects (reader=stream), or use another store"
     )
+
+
+def _files_below(driver: AbstractFileSystem, start: str) -> list[str]:
+    """Every file in all folders below. fsspec's own walk through folders leaves out silently what it may not read."""
+    files: list[str] = []
+    folders = [start]
+    while folders:
+        with contextlib.suppress(FileNotFoundError):  # it was never there, or is gone by now
+            for found in driver.ls(folders.pop(), detail=True):
+                (folders if found["type"] == "directory" else files).append(found["name"])
+    return files
 
 
 def _owner_name(name: str) -> str:

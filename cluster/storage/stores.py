@@ -19,6 +19,7 @@ from cluster.storage.files import (
     ends_early,
     is_hidden,
     is_missing,
+    is_unreadable,
     partial_file,
     refusal_is_an_error,
     sync,
@@ -110,7 +111,7 @@ class LocalStore:
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         path = self._path(name)
-        with _missing_is_an_error(path), path.open("rb") as file:
+        with _failure_is_an_error(path), path.open("rb") as file:
             file.seek(offset)
             data = file.read() if size is None else file.read(size)
         if size is not None and len(data) != size:
@@ -119,13 +120,13 @@ class LocalStore:
 
     def open_ranges(self, name: str) -> LocalRangeReader:
         path = self._path(name)
-        with _missing_is_an_error(path):
+        with _failure_is_an_error(path):
             return LocalRangeReader(path)
 
     def get_file(self, name: str, local: Path) -> None:
         """Copy an object to a local file, which appears whole or not at all."""
         path = self._path(name)
-        with _missing_is_an_error(path), whole_file(local) as partial:
+        with _failure_is_an_error(path), whole_file(local) as partial:
             _fill(partial, path)
 
     def put(self, name: str, source: bytes | Path) -> None:
@@ -151,18 +152,20 @@ class LocalStore:
         return CreateGuarantee(True, "exactly one writer creates a name: a hard link fails when its target exists")
 
     def list(self, prefix: str = "") -> Names:
-        """Every name that starts with `prefix`, sorted, in all folders below."""
+        """Every name that starts with `prefix`, sorted, in all folders below; StorageError where one cannot be read."""
         start = self.root / prefix.rpartition("/")[0]
-        files = (Path(folder) / name for folder, _, names in os.walk(start) for name in names)
+        files = (Path(folder) / name for folder, _, names in os.walk(start, onerror=_not_listed) for name in names)
         relative = (file.relative_to(self.root).as_posix() for file in files)
         return sorted(name for name in relative if name.startswith(prefix) and not is_hidden(name))
 
     def exists(self, name: str) -> bool:
-        return self._path(name).exists()
+        path = self._path(name)
+        with _failure_is_an_error(path):
+            return path.exists()
 
     def size(self, name: str) -> int:
         path = self._path(name)
-        with _missing_is_an_error(path):
+        with _failure_is_an_error(path):
             return path.stat().st_size
 
     def delete(self, name: str) -> None:
@@ -173,11 +176,19 @@ class LocalStore:
 
 
 @contextlib.contextmanager
-def _missing_is_an_error(path: Path) -> Iterator[None]:
+def _failure_is_an_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise is_missing(path) from error
+    except PermissionError as error:
+        raise is_unreadable(path, error) from error
+
+
+def _not_listed(error: OSError) -> None:
+    """What cannot be listed must not count as empty; a folder that is not there, or is gone by now, is empty."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise is_unreadable(error.filename, error) from error
 
 
 def _fill(path: Path, source: bytes | Path) -> None:

@@ -4,14 +4,17 @@ What faults do to them is in test_s3_faults.py."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -286,6 +289,47 @@ def test_a_file_system_that_refuses_says_so(
             attempt("a" if attempt == store.put else "b", b"new")
     assert store.read("a") == b"old"
     assert os.listdir(tmp_path / "set") == ["a"]
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything: as a user without rights, where the tests run as root."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize("address", ["", "local://"])
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(address: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = store_for(f"{address}{folder}")
+        store.put("runs/1/a", b"a")
+        store.put("runs/2/b", b"b")
+        closed = Path(folder, "runs", "2")
+        os.chmod(folder, 0o755)
+        closed.chmod(0o300)
+        with as_nobody(), pytest.raises(StorageError, match="Permission denied"):
+            store.list("runs/")
+        closed.chmod(0o755)
+        assert store.list("runs/") == ["runs/1/a", "runs/2/b"]
+        assert store.list("other/") == []
+
+
+def test_a_file_that_may_not_be_read_is_named_with_what_to_do() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = store_for(folder)
+        store.put("a", b"a")
+        os.chmod(folder, 0o600)
+        with as_nobody():
+            for attempt in (store.read, store.exists, store.size, store.open_ranges):
+                with pytest.raises(
+                    StorageError, match=r"/a cannot be read: Permission denied; give this user the right"
+                ):
+                    attempt("a")
 
 
 def test_a_location_that_is_a_file_says_so(tmp_path: Path) -> None:
