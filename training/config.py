@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.parse import FREE
+from training.database import database_problems
 
 
 @dataclass
@@ -172,7 +173,10 @@ def validate_train(config: TrainConfig, key: str, *, num_workers: int) -> list[s
         problems.append(f"{key}.profile: start_step and num_steps must be 0 or more")
     if config.tracking.uri is not None and "://" not in config.tracking.uri:
         problems.append(f"tracking: {config.tracking.uri}; give sqlite:///<file>, http://<server>, or null")
-    if config.tracking.uri and "@" in config.tracking.uri.partition("://")[2].partition("/")[0]:
+    elif config.tracking.uri is not None:
+        problems += database_problems(config.tracking.uri)
+    # Anywhere in it: a password may hold a slash. A file's name may hold an @.
+    if config.tracking.uri and "@" in config.tracking.uri and not config.tracking.uri.startswith("sqlite:"):
         problems.append(
             "tracking: names a user or a password, and is stored with the run; leave them out and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

@@ -35,6 +35,7 @@ from training.checkpoint import (
 )
 from training.collectives import barrier, from_main, gather, this_process
 from training.config import RunConfig, TrainConfig
+from training.database import create_database
 from training.engine.base import Engine
 from training.engine.elastic import fetch_state
 from training.engine.engines import make_engine
@@ -52,7 +53,7 @@ from training.watch.spikes import FILE as SPIKES
 from training.watch.spikes import RECENT, Spikes
 from training.watch.system_metrics import Nodes
 from training.watch.tracing import Tracing
-from training.watch.tracking import FINAL, Ending, RunLabel, Sender, Spool, Tracker, last_step
+from training.watch.tracking import FINAL, Ending, RunLabel, Sender, Spool, Tracker, last_step, mlflow_environment
 
 
 @dataclass
@@ -284,6 +285,8 @@ def open_tracker(config: TrainConfig, services: Services, run_key: str, spool_pa
     spool = Spool(spool_path, start=start)
     if config.tracking.uri is None:
         return Tracker(spool, None, config.tracking)
+    mlflow_environment(config.tracking.timeout_s)
+    create_database(config.tracking.uri)
     tags = {**services.tags, **registry.origin_tags(services.run.command)}
     label = RunLabel(services.run.name, run_key, flatten(services.identity), tags)
     return Tracker(spool, Sender(config.tracking, spool.path, label), config.tracking)

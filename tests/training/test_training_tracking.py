@@ -201,7 +201,11 @@ def test_parameters_reach_a_run_whose_server_failed_just_after_making_it(
 
 def test_a_server_s_address_with_a_password_is_refused_without_saying_it(tmp_path: Path) -> None:
     config = toy_config(tmp_path)
-    for uri in ("http://rater:hunter2@mlflow:5000", "postgresql://rater:hunter2@db/mlflow"):
+    for uri in (
+        "http://rater:hunter2@mlflow:5000",
+        "postgresql://rater:hunter2@db/mlflow",
+        "http://rater:hun/hunter2@mlflow",
+    ):
         (problem,) = validate_train(dataclasses.replace(config, tracking=tracking(uri)), "train", num_workers=1)
         assert problem.startswith("tracking: ")
         assert "MLFLOW_TRACKING_PASSWORD" in problem
