@@ -32,6 +32,7 @@ class SourcePhantomConfig:
     layout: str
     out: str
     num_subjects: int
+    num_images: int  # of algonauts2023
     seed: int
 
 
@@ -48,6 +49,8 @@ def validate(config: SourcePhantomConfig) -> list[str]:
         problems.append(f"layout: {config.layout!r} is not one of {', '.join(datasets())}")
     if config.num_subjects < 2:
         problems.append(f"num_subjects: {config.num_subjects}; give at least 2")
+    if config.num_images < 12:
+        problems.append(f"num_images: {config.num_images}; give at least 12")
     return problems
 
 
@@ -57,7 +60,8 @@ def run(config: SourcePhantomConfig) -> None:
     if out.exists() and any(out.iterdir()):
         raise SourceError(f"{out} is not empty; give a new out=")
     out.mkdir(parents=True, exist_ok=True)
-    importlib.import_module(f"{phantoms.__name__}.{config.layout}").write(out, config.num_subjects, config.seed)
+    own = {"num_images": config.num_images} if config.layout == "algonauts2023" else {}
+    importlib.import_module(f"{phantoms.__name__}.{config.layout}").write(out, config.num_subjects, config.seed, **own)
     print(f"{out}: {counted(config.num_subjects, 'subject')} in the layout of {config.layout}")
     print(after_source_phantom(config.layout, config.out))
 

@@ -192,5 +192,5 @@ def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
     overrides = ["dataset=algonauts2023", f"source.root={root}", "source.options.subject=subj01", "splits.rule=none"]
     mixed = set_of(tmp_path / "set", *overrides)
     source = response_source(mixed, micro_batch_size=algonauts2023.NUM_IMAGES)
-    with pytest.raises(ShardError, match=r"holds images of 2 sizes, such as \[\(8, 8, 3\), \(8, 9, 3\)\]"):
+    with pytest.raises(ShardError, match=r"holds images of 2 sizes, such as \[\(8, 9, 3\), \(16, 16, 3\)\]"):
         list(source.evaluation("train", limit=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from data_sharding import schema
 from data_sharding.errors import SourceError
@@ -38,7 +40,7 @@ def test_every_image_has_the_response_of_its_own_row(root: Path, first: ShardSet
     assert prepare(config_of("out=unused", *algonauts(root, "subj01"))).plan.num_bytes == first.manifest.counts["bytes"]
     table = first.runs("response", ["train", "validation", "test"])
     assert len(table) == phantom.NUM_IMAGES
-    truth = np.concatenate([phantom.responses(size, (0, 1, side)) for side, size in phantom.SIDES.items()], axis=1)
+    truth = np.concatenate([phantom.responses(1, side, phantom.NUM_IMAGES, 0) for side in phantom.SIDES], axis=1)
     folder = root / "subj01" / "training_split" / "training_images"
     for row, stimulus in ((0, "00013"), (4, "00104"), (11, "00111")):
         scan_id = f"sub-subj01_acq-nsd{stimulus}_response"
@@ -135,3 +137,31 @@ def test_damaged_images_and_raw_responses_leave_a_hole_with_the_reason(tmp_path:
     assert "not a readable PNG image" in reasons["sub-subj01_acq-nsd00101_response"]
     assert "must be standardised" in reasons["sub-subj01_acq-nsd00102_response"]
     assert not set(reasons) & set(shard_set.index.scan_id)
+
+
+def test_the_phantoms_truth_is_that_responses_follow_from_the_pixels_up_to_a_ceiling(tmp_path: Path) -> None:
+    phantom.write(tmp_path, 2, 0, num_images=60)
+    truth = json.loads((tmp_path / "truth.json").read_text())
+    weights = np.array(truth["extractor"]["weights"])
+    split = tmp_path / "subj01/training_split"
+    files = sorted((split / "training_images").iterdir())
+    assert len(files) == 60
+    features = []
+    for file in files:
+        gray = np.asarray(Image.open(file)).mean(axis=2).reshape(4, 4, 4, 4).mean(axis=(1, 3)).ravel()
+        features.append(np.tanh(weights @ (gray / 255 - 0.5)))
+    measured = np.load(split / "training_fmri/lh_training_fmri.npy")
+    explained = {}
+    for region, label in (("V1", 1), ("V2", 3)):
+        of_region = measured[:, np.arange(40) % 4 == label]
+        for name, used in truth["features_of"].items():
+            predictors = np.column_stack([np.array(features)[:, used], np.ones(60)])
+            residual = of_region - predictors @ np.linalg.lstsq(predictors, of_region, rcond=None)[0]
+            explained[region, name] = 1 - residual.var() / of_region.var()
+    signal = 1 / (1 + truth["noise"] ** 2)
+    for region, other in (("V1", "V2"), ("V2", "V1")):
+        assert explained[region, region] == pytest.approx(signal + (1 - signal) * 6 / 60, abs=0.06)
+        assert explained[region, other] < explained[region, region] - 0.1
+    assert all(0.4 < value < 0.65 for of in truth["ceilings"].values() for value in of.values())
+    names = [{path.name.split("_")[1] for path in (tmp_path / f"subj0{one}").rglob("*.png")} for one in (1, 2)]
+    assert len(names[0] & names[1]) == 5
