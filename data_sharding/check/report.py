@@ -98,7 +98,7 @@ def render(shard_set: ShardSet, origin: Origin) -> str:
         *_overlays(shard_set),
         _coverage(shard_set, is_preview=is_preview),
         *(_balance(shard_set.subjects, column) for column in balance_columns(shard_set.subjects)),
-        _scans(quality),
+        _scans(shard_set, quality),
     ]
     lineage = {"fingerprint": manifest.fingerprint, "splits": manifest.splits, "versions": manifest.versions} | made
     return page(
@@ -138,9 +138,10 @@ def _refusals(refused: list[schema.Refusal]) -> Section:
     return Section(f"Refused scans: {len(refused)}", table if refused else (), more)
 
 
-def _scans(quality: pd.DataFrame) -> Section:
+def _scans(shard_set: ShardSet, quality: pd.DataFrame) -> Section:
     """A line per scan with its numbers, to which its picture links."""
     shown = quality.sort_values("scan_id")[:SCANS_SHOWN]
+    shown = shown.assign(lowest_region=[region_name(shard_set, key) for key in shown.lowest_region])
     table = [list(SCAN_COLUMNS)]
     table += [[_cell(row[column], form) for column, form in SCAN_COLUMNS.values()] for _, row in shown.iterrows()]
     more = f" The first {SCANS_SHOWN:,} of {len(quality):,} scans." if len(quality) > SCANS_SHOWN else ""
@@ -217,11 +218,16 @@ def worst_regions(shard_set: ShardSet) -> list[dict[str, Any]]:
     mean = coverage.mean().sort_values(kind="stable")[:WORST_REGIONS]
     rows = []
     for key, share in mean.items():
-        atlas, _, label = str(key).rpartition("/")
-        name = shard_set.atlases[atlas].names.get(int(label), label) if atlas in shard_set.atlases else label
+        atlas, name = str(key).rpartition("/")[0], region_name(shard_set, key)
         below = int((coverage[key] < 0.5).sum())
         rows.append({"atlas": atlas, "name": name, "mean": float(share), "below": below, "num_runs": len(coverage)})
     return rows
+
+
+def region_name(shard_set: ShardSet, key: Any) -> str:
+    """The name of the region that tables call `<atlas>/<label>`; "" for a missing one."""
+    atlas, _, label = ("" if pd.isna(key) else str(key)).rpartition("/")
+    return shard_set.atlases[atlas].names.get(int(label), label) if atlas in shard_set.atlases else label
 
 
 def mean_maps(shard_set: ShardSet) -> MeanMaps:

@@ -112,7 +112,7 @@ def test_raw_scans_are_registered_by_the_command_and_stored_transforms_write_the
     assert command("data_sharding.report", str(first)).returncode == 0
     page = (first / "report.html").read_text()
     regions = page.partition("Regions covered worst")[2].partition("Balance of the splits")[0]
-    assert "<table>" in regions
+    assert "<table" in regions
     assert ("Affine registration only: a preview" in regions) == (kind == "affine")
 
 

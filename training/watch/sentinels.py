@@ -32,11 +32,11 @@ def sentinel_section(history: History, config: TrainConfig) -> Section:
     """A line per sentinel with how often and at which steps it saw something."""
     sentinels = list(_sentinels(history, config))
     num_alarmed = sum(bool(each.seen) for each in sentinels)
-    rows = [[each.name, each.unusual, counted(each.num_asked, each.each), _said(each)] for each in sentinels]
+    rows = [[each.name, _said(each), counted(each.num_asked, each.each), each.unusual] for each in sentinels]
     found = f"{num_alarmed} of {len(sentinels)} saw something" if num_alarmed else QUIET.capitalize()
     return Section(
         f"Sentinels: {found.lower()}",
-        table=[["sentinel", "is unusual", "asked", "seen"], *rows],
+        table=[["sentinel", "saw", "asked", "what is unusual"], *rows],
         text="None of them changes the training, but a loss or gradient that is not finite ends it.",
     )
 

@@ -80,6 +80,8 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     assert cells[:6] == [scan.split, scan.site, "2 s", "19", "1", "1"]
     assert cells[6:9] == [f"{scan.mean_framewise_displacement_mm:.2f} mm", f"{scan.tsnr:.1f}", f"{scan.coverage:.1%}"]
     assert re.findall(r"<td>(.*?)</td>", lines["sub-01_t1"])[2:3] == ["–"]
+    (atlas,) = shard_set.atlases.values()
+    assert cells[9] == atlas.names[int(scan.lowest_region.removeprefix("template/"))]
     (refusal,) = shard_set.manifest.refused
     reasons = [html.unescape(cell) for cell in re.findall(r'<tr><td>1</td><td class="long">(.*?)</td></tr>', page)]
     assert reasons[0] == refusal.reason, "whole, with its numbers"
@@ -88,7 +90,7 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     captions = re.findall(r"<h2.*?>(.*? over \d.*?)</h2>", page)
     assert [caption.split(" over ")[0] for caption in captions] == ["Mean BOLD", "Temporal signal to noise", "Mean T1"]
     assert ["outlines of template" in caption for caption in captions] == [True, False, True]
-    balance = re.findall(r"Balance of the splits: (\w+)</h2>.*?<table>\s*<tr><th>(\w+)</th>", page, re.DOTALL)
+    balance = re.findall(r"Balance of the splits: (\w+)</h2>.*?<table.*?>\s*<tr><th>(\w+)</th>", page, re.DOTALL)
     assert balance == [(column, column) for column in ("site", "sex", "age", "diagnosis")]
     assert "affine registration only" not in page
     assert "Refused scans: 1" in page

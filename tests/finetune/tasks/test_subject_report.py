@@ -49,7 +49,7 @@ def page(scores: Scores) -> str:
 
 def test_page_shows_the_verdict_first_every_result_with_its_interval_and_every_lineage_entry(scores: Scores) -> None:
     text = page(scores)
-    assert text.index("No difference shown.") < text.index("<table>")
+    assert text.index("No difference shown.") < text.index('<table class="data')
     for interval in conclusion(scores).models[MODEL].intervals.values():
         assert f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]" in text
     assert "models:/callosum-bold/1" in text
