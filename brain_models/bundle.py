@@ -190,12 +190,15 @@ def _read_stem(folder: Path, name: StemName, described: Mapping[str, Any]) -> St
 
 
 def _from_plain(dataclass_type: Any, plain: Mapping[str, Any]) -> Any:
-    """Returns the dataclass whose `dataclasses.asdict` is `plain`."""
+    """Returns the dataclass whose `dataclasses.asdict` is `plain`; of a field's options, at most one is a dataclass."""
     types = typing.get_type_hints(dataclass_type)
-    nested = {name for name in plain if dataclasses.is_dataclass(types[name])}
-    return dataclass_type(
-        **{name: _from_plain(types[name], value) if name in nested else value for name, value in plain.items()}
-    )
+    values = dict(plain)
+    for name in plain:
+        options = typing.get_args(types[name]) or (types[name],)
+        nested = [option for option in options if dataclasses.is_dataclass(option)]
+        if nested and plain[name] is not None:
+            values[name] = _from_plain(nested[0], plain[name])
+    return dataclass_type(**values)
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:

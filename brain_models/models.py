@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from brain_models import embedding, image_rdm, run_predictor
+from brain_models import embedding, image_rdm, run_predictor, t1_embedder
 from brain_models.encoder import EncoderConfig, StemName
 from brain_models.inputs import Column, Row, Stems, columns_of
 from brain_models.run_predictor import RunClassifierConfig, RunRegressorConfig
@@ -79,6 +79,15 @@ MODELS: dict[str, ModelKind] = {
     ),
     "run_classifier": run_kind(config=RunClassifierConfig, answer=run_predictor.answer_class),
     "run_regressor": run_kind(config=RunRegressorConfig, answer=run_predictor.answer_value),
+    "t1_embedder": ModelKind(
+        config=t1_embedder.T1EmbedderConfig,
+        build=t1_embedder.build,
+        examples=t1_embedder.examples,
+        columns=t1_embedder.columns,
+        read=t1_embedder.read,
+        compute=t1_embedder.compute,
+        answer=t1_embedder.answer,
+    ),
     "image_rdm": ModelKind(
         config=image_rdm.ImageRdmConfig,
         build=image_rdm.build,

@@ -47,6 +47,10 @@ class T1TokenNetwork(nn.Module):
     ) -> Float[Tensor, "batch feature"]:
         return self.encoder.encode_windows(values, is_measured, values.new_zeros(len(values)), "t1").mean(dim=1)
 
+    def num_tokens(self, num_frames: int) -> int:
+        """Returns how often every matrix is used for a row."""
+        return self.encoder.stem("t1").num_patches
+
     def layers(self) -> Layers:
         """Returns the encoder's layers, top first."""
         return self.encoder.layers()
@@ -76,6 +80,11 @@ class RunTokenNetwork(nn.Module):
     ) -> Float[Tensor, "batch feature"]:
         tokens = run_tokens(self.encoder, values, is_measured, repetition_time_s, window_frames=self.window_frames)
         return tokens.mean(dim=(1, 2)) if self.pool is None else self.pool(tokens)
+
+    def num_tokens(self, num_frames: int) -> int:
+        """Returns how often every matrix is used for a row."""
+        stem = self.encoder.stem("bold")
+        return num_frames // self.window_frames * (self.window_frames // stem.tubelet_frames) * stem.num_patches
 
     def layers(self) -> Layers:
         """Returns the encoder's layers, top first; the pool's channels belong to the top one."""
@@ -114,6 +123,10 @@ class VolumeCnn(nn.Module):
         for block in self.blocks:
             grid = block(grid)
         return nn.functional.adaptive_avg_pool3d(grid, POOLED).flatten(1)
+
+    def num_tokens(self, num_frames: int) -> int:
+        """Returns how often the kernels of the last convolution, which hold most parameters, are used for a row."""
+        return math.prod(-(-size // 2 ** len(self.blocks)) for size in self.box)
 
     def layers(self) -> Layers:
         """Returns the convolutions with their norms, top first."""

@@ -66,6 +66,10 @@ class SeriesTransformer(nn.Module):
             tokens = block(tokens, is_frame)
         return mean_of_frames(self.norm(tokens), is_frame)
 
+    def num_tokens(self, num_frames: int) -> int:
+        """Returns how often every matrix is used for a row."""
+        return num_frames
+
     def layers(self) -> Layers:
         """Returns what is unfrozen together, top first: the norm with the top block, blocks, the projection."""
         blocks: Layers = [(str(number), [block]) for number, block in enumerate(self.blocks)][::-1]
@@ -100,6 +104,10 @@ class SeriesCnn(nn.Module):
             is_frame = is_frame if number == 0 else is_frame[:, ::2]
         return mean_of_frames(values, is_frame)
 
+    def num_tokens(self, num_frames: int) -> int:
+        """Returns how often the kernels of the first convolution are used for a row."""
+        return num_frames
+
     def layers(self) -> Layers:
         """Returns the convolutions with their norms, top first."""
         pairs = zip(self.convolutions, self.norms, strict=True)
@@ -126,6 +134,10 @@ class ConnectivityNetwork(nn.Module):
     ) -> Float[Tensor, "batch feature"]:
         z = connectivity(values, is_frame | self.averages_padding)
         return self.layer(z[:, self.pairs[0], self.pairs[1]])
+
+    def num_tokens(self, num_frames: int) -> int:
+        """Returns how often every matrix is used for a row."""
+        return 1
 
     def layers(self) -> Layers:
         """Returns the one layer."""

@@ -28,7 +28,11 @@ class Backbone:
 
     def load(self, space: BrainSpace) -> Bundle:
         """The bundle; of several BOLD stems, the one for `space` is named bold."""
-        return bundle.load(self.folder).in_space("bold", space)
+        return self.bundle_in("bold", space)
+
+    def bundle_in(self, kind: str, space: BrainSpace) -> Bundle:
+        """The bundle; of several stems of a kind, the one for `space` is named as the kind."""
+        return bundle.load(self.folder).in_space(kind, space)
 
     @property
     def golden_hash(self) -> str:

@@ -13,6 +13,8 @@ from configs.entry import combinations, compose
 from configs.parse import parse
 from finetune.compare.cells import arms_of
 from finetune.config import CompareConfig, FinetuneConfig
+from finetune.tasks import parse_task
+from finetune.tasks.contrastive_alignment.config import Config
 from pretrain.masked.config import PretrainConfig
 
 FAULT_SECTION = "Launch scripts"
@@ -101,6 +103,15 @@ def test_a_stage_passes_its_variables_and_arguments_on() -> None:
     assert classifier.register.name == "mine"
     for found in (backbone, classifier):
         assert (found.run.folder, found.run.name, found.shards) == ("/runs/one", "mine", "/somewhere")
+
+
+def test_an_alignment_names_both_sets_and_drops_the_network_of_a_registered_encoder() -> None:
+    variables = {"LAUNCH": "echo", "SHARDS": "/t1", "FUNCTION": "/rest", "FUNCTION_ENCODER": "models:/bold@candidate"}
+    part, *overrides = passed("bash finetune/launch/alignment.sh train.steps=7", **variables).split()
+    config = parse(compose(part, overrides), FinetuneConfig)
+    assert (config.shards, config.encoder, config.train.steps) == ("/t1", "scratch", 7)
+    function = parse_task(config.task, Config).function
+    assert (function.shards, function.encoder, function.network) == ("/rest", "models:/bold@candidate", None)
 
 
 @pytest.mark.faults  # minutes: every stage is a process of its own

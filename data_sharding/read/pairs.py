@@ -27,17 +27,20 @@ class Pairs:
     """The subjects that all sides have, as a source draws them: a sample is a subject.
 
     Of a subject's runs on a side, one is drawn for every epoch, and a window of it; an evaluation draws the same
-    every time.
+    every time. The side named `shuffled` is a control: in the train split every subject has another one's runs there,
+    always the same one's.
     """
 
     has_substitutes = False  # a damaged pair stays that subject's, with weight 0
 
-    def __init__(self, sides: Mapping[str, Windows]) -> None:
+    def __init__(self, sides: Mapping[str, Windows], *, shuffled: str | None = None) -> None:
         self.sides = dict(sides)
+        self.shuffled = shuffled
         conflicts = split_conflicts({name: side.shard_set.subjects for name, side in self.sides.items()})
         if conflicts:
             raise ShardError("; ".join(conflicts))
         described = [f"{name} {side.fingerprint} {side.kind}" for name, side in self.sides.items()]
+        described += [f"shuffled {shuffled}"] if shuffled else []
         self.fingerprint = f"{hash_name('pairs', *described):016x}"
         self._subjects: dict[str, list[str]] = {}
         self._runs_of: dict[tuple[str, str], dict[str, np.ndarray]] = {}
@@ -47,7 +50,11 @@ class Pairs:
         if split not in self._subjects:
             self._subjects[split] = sorted(set.intersection(*(set(self.runs_of(split, name)) for name in self.sides)))
             if not self._subjects[split]:
-                raise ShardError(f"split {split!r} has no subject with a window on all of {', '.join(self.sides)}")
+                raise ShardError(
+                    f"split {split!r} has no subject with a window on all of {', '.join(self.sides)}: "
+                    f"{self._examples()}; give sets of the same people under the same names, or choose other splits "
+                    "(data.split)"
+                )
         return self._subjects[split]
 
     def incomplete(self, split: str) -> dict[str, list[str]]:
@@ -58,6 +65,13 @@ class Pairs:
             for subject in sorted(set().union(*subjects.values()))
         }
         return {subject: names for subject, names in lacks.items() if names}
+
+    def _examples(self) -> str:
+        """The first subjects of every side's set."""
+        named = {name: sorted(side.shard_set.scans(side.kind).subject.unique()) for name, side in self.sides.items()}
+        return ", ".join(
+            f"{name} has {len(subjects)} ({', '.join(subjects[:2])} ...)" for name, subjects in named.items()
+        )
 
     def summary(self, split: str) -> str:
         """How many subjects of a split are paired, and which ones are left out for want of a side."""
@@ -88,8 +102,17 @@ class Pairs:
             usable = np.flatnonzero(side.runs(split).num_slots)
             subjects = side.shard_set.runs(side.kind, [split]).subject
             by_subject = subjects.iloc[usable].groupby(subjects.iloc[usable]).indices
-            self._runs_of[split, name] = {str(subject): usable[rows] for subject, rows in by_subject.items()}
+            runs_of = {str(subject): usable[rows] for subject, rows in by_subject.items()}
+            is_shuffled = name == self.shuffled and split == "train"
+            self._runs_of[split, name] = self._dealt_out(runs_of) if is_shuffled else runs_of
         return self._runs_of[split, name]
+
+    @staticmethod
+    def _dealt_out(runs_of: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The same subjects, each with the runs of the next one in the order of their hashes."""
+        subjects = sorted(runs_of)
+        order = [subjects[number] for number in np.argsort(hash_names(subjects), kind="stable")]
+        return dict(zip(order, (runs_of[subject] for subject in [*order[1:], order[0]]), strict=True))
 
     def fetcher(self, config: DataConfig) -> PairFetcher:
         """A fetcher of all sides."""
@@ -106,7 +129,7 @@ class Pairs:
             for name, side in self.sides.items()
         }
         subjects = [self.names(split)[number] for number in samples.run]
-        assert all(side.subjects == subjects for side in sides.values())
+        assert all(side.subjects == subjects for name, side in sides.items() if name != self.shuffled)
         return PairedBatch(
             sides=dict(sides),
             weight=torch.from_numpy(weight),
