@@ -24,6 +24,7 @@ from reports.page import render as page
 
 REPORT = "report.html"
 PREVIEW = "affine registration only: a preview, regions are off by several millimetres."
+PHANTOM = Notice("warning", "Phantom data: a program made these scans, and no person was scanned.")
 SCANS_IN_MEAN = 40
 REFUSED_SHOWN = 500
 OVERLAYS_SHOWN = 200
@@ -105,13 +106,21 @@ def render(shard_set: ShardSet, origin: Origin) -> str:
         Page(
             title=f"{manifest.name}: shard set",
             verdict=shard_set.location,
-            notices=[Notice("warning", f"These scans were aligned by an {PREVIEW}")] if is_preview else [],
+            notices=notices(shard_set),
             sections=sections,
             lineage={key: str(value) for key, value in flatten(lineage).items()},
             origin=origin,
             methods=methods([set_methods(shard_set, kinds_of(shard_set), shard_set.atlases.values())]),
         )
     )
+
+
+def notices(shard_set: ShardSet) -> list[Notice]:
+    """What a reader must know before the numbers."""
+    found = [PHANTOM] if shard_set.is_phantom else []
+    if shard_set.manifest.preprocessing["alignment"] == "affine":
+        found.append(Notice("warning", f"These scans were aligned by an {PREVIEW}"))
+    return found
 
 
 def split_rows(shard_set: ShardSet) -> list[list[str]]:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from brain_models.bundle import code_commit
-from data_sharding.check.report import balance_columns, mean_maps, render, split_balance, worst_regions
+from data_sharding.check.report import balance_columns, mean_maps, notices, render, split_balance, worst_regions
 from data_sharding.read.shard_set import ShardSet, open_set
 from data_sharding.report import SetReportConfig, run
 from data_sharding.schema import MEAN
@@ -104,6 +104,16 @@ def test_the_page_holds_counts_refusals_images_and_balance(
     assert "8-bit integers in steps of 1/21" in page
     assert "Evans AC, Janke AL" in page
     assert page == render(shard_set, Origin(date, command, commit)), "the same set gives the same page"
+
+
+def test_a_phantom_and_a_preview_are_called_so_before_the_numbers(shard_set: ShardSet) -> None:
+    assert notices(shard_set) == []
+    made = shard_set.manifest.preprocessing | {"alignment": "affine"}
+    other = ShardSet(shard_set.store, replace(shard_set.manifest, name="phantom_small", preprocessing=made))
+    assert [notice.text.partition(":")[0] for notice in notices(other)] == [
+        "Phantom data",
+        "These scans were aligned by an affine registration only",
+    ]
 
 
 def test_outlines_are_drawn_along_the_borders_of_regions_only(shard_set: ShardSet) -> None:
