@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 PAIRS_AT_ONCE = 1 << 14
 TINY = 1e-6  # under a root, whose slope at 0 is infinite
@@ -26,6 +27,7 @@ class PairHeadConfig:
     width: int  # of the projection, or of hidden layers
     num_hidden: int  # layers of mlp and concatenation, 0 to 3
     dropout: float
+    distance: Literal["pearson", "euclidean"]  # of projections
     output: Literal["linear", "sigmoid"]  # sigmoid: 2 x sigmoid, the range of 1 - Pearson
 
 
@@ -97,29 +99,66 @@ class PairHead(nn.Module):
 class _Distance(PairHead):
     """A distance, scaled by a positive slope; it starts about 0 for features that differ as unrelated ones do."""
 
+    usual = TWICE_UNIT_VARIANCE**0.5
+
     def __init__(self, num_features: int, config: PairHeadConfig) -> None:
         super().__init__(num_features, config)
         self.slope = nn.Parameter(torch.zeros(1))
-        self.offset = nn.Parameter(torch.full((1,), -(TWICE_UNIT_VARIANCE**0.5)))
+        self.offset = nn.Parameter(torch.zeros(1))
 
     def raw(self, first: Float[Tensor, "pair width"], second: Float[Tensor, "pair width"]) -> Float[Tensor, "pair"]:
-        squares = self.weighted((first - second).square()).mean(dim=1)
-        return self.slope.exp() * ((squares + TINY).sqrt() + self.offset)
+        return self.slope.exp() * (self.distance(first, second) - self.usual) + self.offset
+
+    def distance(
+        self, first: Float[Tensor, "pair width"], second: Float[Tensor, "pair width"]
+    ) -> Float[Tensor, "pair"]:
+        return (self.weighted((first - second).square()).mean(dim=1) + TINY).sqrt()
 
     def weighted(self, squares: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
         return squares
 
+    def fit_line(self, features: Float[Tensor, "image feature"], true: Float[Tensor, "image image"]) -> None:
+        """Sets slope and offset to the line through the dissimilarities of these images that fits best, rising."""
+        embedded = self.embed(features)
+        row, column = torch.triu_indices(len(features), len(features), offset=1)
+        with torch.no_grad():
+            found = self.distance(embedded[row], embedded[column]) - self.usual
+            wanted = (true[row, column] - self.centre) / self.spread
+            slope = torch.cov(torch.stack([found, wanted]))[0, 1] / found.var()
+            self.slope.copy_(slope.clamp(min=TINY).log())
+            self.offset.copy_(wanted.mean() - slope.clamp(min=TINY) * found.mean())
+
 
 class ProjectionHead(_Distance):
-    """The distance of learned projections, which start as random ones: distances are then those of the features."""
+    """The distance of learned projections, which start as random ones: distances are then those of the features. With
+    `distance` pearson it is 1 - their cosine."""
 
     def __init__(self, num_features: int, config: PairHeadConfig) -> None:
         super().__init__(num_features, config)
         self.project = nn.Linear(num_features, config.width, bias=False)
+        self.is_cosine = config.distance == "pearson"
+        self.usual = 1.0 if self.is_cosine else self.usual
         nn.init.normal_(self.project.weight, std=num_features**-0.5)
 
     def embed(self, features: Float[Tensor, "image feature"]) -> Float[Tensor, "image width"]:
         return self.project(super().embed(features))
+
+    def distance(
+        self, first: Float[Tensor, "pair width"], second: Float[Tensor, "pair width"]
+    ) -> Float[Tensor, "pair"]:
+        return 1 - functional.cosine_similarity(first, second) if self.is_cosine else super().distance(first, second)
+
+    def start_from(self, weights: Float[Tensor, "feature vertex"]) -> None:
+        """Sets the projection so that distances of projections are those of the patterns that these weights predict
+        from standardised features, exactly if the width is no less than the features."""
+        about = weights - weights.mean(dim=1, keepdim=True) if self.is_cosine else weights / weights.shape[1] ** 0.5
+        left, sizes, _ = torch.linalg.svd(about, full_matrices=False)
+        kept = min(len(self.project.weight), len(sizes))
+        with torch.no_grad():
+            self.project.weight.zero_()
+            self.project.weight[:kept] = (left * sizes).T[:kept]
+            if not self.is_cosine:  # whose distance is a mean over the width
+                self.project.weight.mul_(len(self.project.weight) ** 0.5)
 
 
 class WeightedHead(_Distance):

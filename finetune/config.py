@@ -41,6 +41,17 @@ class PredictConfig:
 
 
 @dataclass
+class PairsConfig:
+    """One run of `python -m finetune.rdm_pairs`."""
+
+    shards: str
+    region: str
+    measure: str
+    out: str
+    data: DataConfig
+
+
+@dataclass
 class ModeConfig:
     """How far an encoder is adapted: task.unfreezing's keys of the same names, which it replaces."""
 

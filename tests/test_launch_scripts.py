@@ -101,7 +101,15 @@ def test_a_stage_passes_its_variables_and_arguments_on() -> None:
     assert classifier.train.steps == 7
     assert classifier.encoder == "models:/callosum-bold@candidate"
     assert classifier.register.name == "mine"
-    for found in (backbone, classifier):
+    part, *overrides = shown("finetune/launch/rdm.sh", "task.measure=euclidean")
+    rdm = parse(compose(part, overrides), FinetuneConfig)
+    assert (rdm.encoder, rdm.task["region"], rdm.task["measure"]) == (
+        "openai/clip-vit-base-patch32",
+        "all",
+        "euclidean",
+    )
+    assert rdm.register.name == "mine"
+    for found in (backbone, classifier, rdm):
         assert (found.run.folder, found.run.name, found.shards) == ("/runs/one", "mine", "/somewhere")
 
 

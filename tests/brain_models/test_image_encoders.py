@@ -151,7 +151,7 @@ def test_an_image_that_cannot_be_decoded_is_told_by_its_path(tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["projection", "mlp"])
 def test_the_served_model_answers_with_the_matrix_of_its_images(clip: Path, tmp_path: Path, kind: str) -> None:
     encoder = open_encoder(str(clip), PROJECTED)
-    config = PairHeadConfig(kind, 4, 1, 0.0, "linear")  # type: ignore[arg-type]
+    config = PairHeadConfig(kind, 4, 1, 0.0, "euclidean", "linear")  # type: ignore[arg-type]
     torch.manual_seed(1)
     head = make_head(8, config)
     with torch.no_grad():

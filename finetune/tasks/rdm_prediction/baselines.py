@@ -187,27 +187,44 @@ def _svr(pairs: Pairs, features: Float[np.ndarray, "image feature"], config: Bas
     return Learned(linear_predictions(features, weights), f"trained on {len(drawn):,} of {int(is_pair.sum()):,} pairs")
 
 
-def _encoding(pairs: Pairs, features: Float[np.ndarray, "image feature"], config: BaselineConfig) -> Learned:
-    """Ridge from features to every vertex, then the RDM of what it predicts (on a line that fits validation pairs,
-    because predicted patterns vary less than measured ones)."""
+def encoding_weights(
+    pairs: Pairs, features: Float[np.ndarray, "image feature"], penalty: float
+) -> Float[np.ndarray, "joined vertex"]:
+    """The exact ridge from standardised features and a constant, which is not penalised, to every vertex."""
     assert pairs.stimuli.patterns is not None
     training = pairs.images("train")
-    joined = np.concatenate([features, np.ones((len(features), 1), features.dtype)], axis=1).astype(np.float64)
-    normal = joined[training].T @ joined[training]
-    moments = joined[training].T @ pairs.stimuli.patterns[training]
+    joined = with_constant(features[training])
+    normal, moments = joined.T @ joined, joined.T @ pairs.stimuli.patterns[training]
     ridge = np.full(len(normal), np.trace(normal) / len(normal))
     ridge[-1] = 0
+    return np.linalg.solve(normal + np.diag(penalty * ridge), moments)
+
+
+def with_constant(features: Float[np.ndarray, "image feature"]) -> Float[np.ndarray, "image joined"]:
+    """The features in float64, and a last one that is 1."""
+    return np.concatenate([features, np.ones((len(features), 1))], axis=1)
+
+
+def chosen_encoding(
+    pairs: Pairs, features: Float[np.ndarray, "image feature"], config: BaselineConfig
+) -> tuple[float, Predict]:
+    """The penalty of the ridge from features to vertices that is best on validation, and the RDM of what it predicts
+    (on a line that fits validation pairs, because predicted patterns vary less than measured ones)."""
     candidates = []
     for penalty in config.penalties:
-        weights = np.linalg.solve(normal + np.diag(penalty * ridge), moments)
+        weights = encoding_weights(pairs, features, penalty)
 
         def distances(rows: np.ndarray, weights: np.ndarray = weights) -> np.ndarray:
-            return rdm(torch.from_numpy(joined[rows] @ weights), pairs.measure).numpy()
+            return rdm(torch.from_numpy(with_constant(features[rows]) @ weights), pairs.measure).numpy()
 
         rows = pairs.images("validation")
         found, true = pairs.scores(rows, "validation", distances(rows)).pairs()
         candidates.append((penalty, _on_a_line(distances, found, true)))
-    penalty, predict = _chosen(pairs, candidates)
+    return _chosen(pairs, candidates)
+
+
+def _encoding(pairs: Pairs, features: Float[np.ndarray, "image feature"], config: BaselineConfig) -> Learned:
+    penalty, predict = chosen_encoding(pairs, features, config)
     return Learned(predict, f"ridge from features to vertices, then the RDM of its predictions; penalty {penalty:g}")
 
 

@@ -16,11 +16,19 @@ from brain_models.bundle import Bundle
 from brain_models.image_encoders import ImageEncoder, ImageEncoderConfig
 from brain_models.image_rdm import ImageRdm, ImageRdmConfig
 from brain_models.images import ImageInput
-from brain_models.pair_heads import PairHeadConfig, make_head
+from brain_models.pair_heads import PairHeadConfig, ProjectionHead, make_head
 from data_sharding.read.reader import BatchSource
 from data_sharding.splits import SPLITS
 from finetune.config import FinetuneConfig
-from finetune.tasks.rdm_prediction.baselines import BaselineConfig, Learned, baselines, learning_curve
+from finetune.tasks.rdm_prediction.baselines import (
+    BaselineConfig,
+    Learned,
+    baselines,
+    chosen_encoding,
+    encoding_weights,
+    learning_curve,
+    standardised,
+)
 from finetune.tasks.rdm_prediction.dissimilarity import Measure
 from finetune.tasks.rdm_prediction.encoders import (
     ImageConfig,
@@ -70,6 +78,7 @@ class Config:
     split_by: SplitBy  # leaky_pairs: a demonstration, whose model is never registered
     image: ImageConfig
     head: PairHeadConfig
+    starts_from_encoding: bool  # a projection starts as the encoding model, where there are responses
     both_orders: bool  # train on (b, a) too: for a concatenation
     loss: LossConfig
     weight_decay: float
@@ -145,11 +154,20 @@ class RdmStudy:
         return BatchSource(InMemory(self.pairs, inputs), in_a_thread, rank=process.rank, world_size=process.world_size)
 
     def prepare(self, task: Task, is_resuming: bool) -> None:
-        """Standardise the head's inputs and outputs by training images and their pairs."""
+        """Standardise the head's inputs and outputs by training images and their pairs; a projection starts where the
+        encoding model ends."""
         assert isinstance(task, RdmPrediction)
-        if not is_resuming:
-            features = torch.from_numpy(self.features[self.pairs.images("train")])
-            task.head.standardise(features, training_dissimilarities(self.pairs))
+        if is_resuming:
+            return
+        training, head = self.pairs.images("train"), task.head
+        head.standardise(torch.from_numpy(self.features[training]), training_dissimilarities(self.pairs))
+        has_responses = self.pairs.stimuli.patterns is not None and self.pairs.dealt is None
+        if self.config.starts_from_encoding and has_responses and isinstance(head, ProjectionHead):
+            features = standardised(self.features, training)
+            penalty, _ = chosen_encoding(self.pairs, features, self.config.baselines)
+            head.start_from(torch.from_numpy(encoding_weights(self.pairs, features, penalty)[:-1]).float())
+            rows = self.pairs.images("validation")  # training patterns are fitted too well to say how far to trust them
+            head.fit_line(torch.from_numpy(self.features[rows]), self.pairs.true(rows))
 
     def write_bundle(self, task: Task, evaluations: Mapping[str, Evaluation], folder: Path) -> None:
         """Encoder and head: images in, the matrix of their dissimilarities out."""

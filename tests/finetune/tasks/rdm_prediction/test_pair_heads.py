@@ -7,16 +7,17 @@ import math
 import pytest
 import torch
 
-from brain_models.pair_heads import PairHead, PairHeadConfig, make_head
+from brain_models.pair_heads import PairHead, PairHeadConfig, ProjectionHead, make_head
+from finetune.tasks.rdm_prediction.dissimilarity import rdm
 from finetune.tasks.rdm_prediction.losses import LossConfig, pair_losses
 
 SYMMETRIC = [("projection", 0), ("weighted", 0), ("mlp", 0), ("mlp", 2)]
 
 
-def head(kind: str, num_hidden: int = 0, *, output: str = "linear") -> PairHead:
+def head(kind: str, num_hidden: int = 0, *, output: str = "linear", distance: str = "euclidean") -> PairHead:
     """A head whose every parameter has been moved away from its start."""
     torch.manual_seed(0)
-    made = make_head(6, PairHeadConfig(kind, 5, num_hidden, 0.0, output)).eval()  # type: ignore[arg-type]
+    made = make_head(6, PairHeadConfig(kind, 5, num_hidden, 0.0, distance, output)).eval()  # type: ignore[arg-type]
     made.standardise(features() * 3 + 1, torch.tensor([0.8, 1.0, 1.3]))
     with torch.no_grad():
         for parameter in made.parameters():
@@ -48,9 +49,11 @@ def test_the_concatenation_is_marked_and_depends_on_the_order() -> None:
     torch.testing.assert_close(matrix[7, 2], pairs(embedded[7:8], embedded[2:3])[0])
 
 
-@pytest.mark.parametrize("kind", ["projection", "weighted"])
-def test_a_distance_head_is_least_where_both_images_are_the_same(kind: str) -> None:
-    pairs = head(kind)
+@pytest.mark.parametrize(
+    ("kind", "distance"), [("projection", "euclidean"), ("projection", "pearson"), ("weighted", "euclidean")]
+)
+def test_a_distance_head_is_least_where_both_images_are_the_same(kind: str, distance: str) -> None:
+    pairs = head(kind, distance=distance)
     embedded = pairs.embed(features())
     same = pairs(embedded, embedded)
     torch.testing.assert_close(same, same[:1].expand(9))
@@ -73,16 +76,32 @@ def test_the_matrix_holds_every_pair(kind: str, num_hidden: int, monkeypatch: py
 def test_a_fresh_mlp_says_the_mean_and_a_fresh_projection_ranks_as_the_features_do() -> None:
     torch.manual_seed(0)
     of_many = torch.randn(40, 300) @ torch.diag(torch.linspace(2, 0.1, 300))
-    mlp = make_head(300, PairHeadConfig("mlp", 5, 1, 0.0, "linear"))
+    mlp = make_head(300, PairHeadConfig("mlp", 5, 1, 0.0, "euclidean", "linear"))
     mlp.standardise(of_many, torch.tensor([0.8, 1.0, 1.2]))
     row, column = torch.triu_indices(40, 40, offset=1)
     torch.testing.assert_close(mlp.matrix(mlp.embed(of_many))[row, column], torch.ones(780))
-    projection = make_head(300, PairHeadConfig("projection", 256, 0, 0.0, "linear"))
+    projection = make_head(300, PairHeadConfig("projection", 256, 0, 0.0, "euclidean", "linear"))
     projection.standardise(of_many, torch.tensor([0.8, 1.0, 1.2]))
     found = projection.matrix(projection.embed(of_many))[row, column]
     distances = torch.pdist(of_many / of_many.std(dim=0))
     assert torch.corrcoef(torch.stack([found, distances]))[0, 1] > 0.5
     assert found.mean() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("distance", ["pearson", "euclidean"])
+def test_a_projection_that_starts_from_an_encoding_says_the_distances_of_its_predicted_patterns(distance: str) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    given, weights = torch.randn(30, 6, generator=numbers), torch.randn(6, 50, generator=numbers)
+    made = make_head(6, PairHeadConfig("projection", 8, 0, 0.0, distance, "linear"))  # type: ignore[arg-type]
+    made.standardise(given, torch.tensor([0.7, 1.0, 1.3]))
+    patterns = (given - given.mean(dim=0)) / given.std(dim=0) @ weights
+    row, column = torch.triu_indices(30, 30, offset=1)
+    true = rdm(patterns, distance)  # type: ignore[arg-type]
+    assert isinstance(made, ProjectionHead)
+    made.start_from(weights)
+    made.fit_line(given, 2 + 3 * true)
+    found = made.matrix(made.embed(given))
+    torch.testing.assert_close(found[row, column], 2 + 3 * true[row, column], rtol=1e-4, atol=1e-4)
 
 
 def test_losses_have_the_values_worked_out_by_hand() -> None:

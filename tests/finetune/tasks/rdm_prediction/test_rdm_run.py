@@ -12,9 +12,11 @@ from PIL import Image
 
 from configs.entry import compose
 from configs.parse import parse
-from finetune.config import FinetuneConfig, PredictConfig
+from finetune.config import FinetuneConfig, PairsConfig, PredictConfig
 from finetune.planning import needs, plan, validate
 from finetune.predict import predict
+from finetune.rdm_pairs import run as write_pairs
+from finetune.rdm_pairs import validate as pair_problems
 from finetune.train import train
 from training.grid import GridRun, is_finished
 
@@ -141,3 +143,19 @@ def test_values_that_do_not_go_together_are_all_told(place: Place) -> None:
         "names no regions; set task.region=all",
     ):
         assert said in told
+
+
+def test_the_table_of_pairs_holds_every_pair_inside_a_split_with_its_value(place: Place) -> None:
+    words = [f"shards={place.folder}/set", f"out={place.folder}/pairs.csv", "measure=euclidean"]
+    folds = ["data.split.rule=fold", "data.split.num_folds=3"]
+    config = parse(compose("finetune.rdm_pairs", [*words, *folds]), PairsConfig)
+    assert pair_problems(config) == []
+    write_pairs(config)
+    rows = (place.folder / "pairs.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * 66
+    matrix = np.load(place.folder / "set/rdm.npy")
+    for row in rows[1:]:
+        _, image, other, value = row.split(",")
+        assert float(value) == pytest.approx(matrix[int(image[-2:]), int(other[-2:])], rel=1e-5)
+    told = pair_problems(parse(compose("finetune.rdm_pairs", words), PairsConfig))
+    assert "data.split.rule=set:" in told[0]

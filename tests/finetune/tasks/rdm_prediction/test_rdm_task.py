@@ -76,7 +76,7 @@ def batch(rows: list[int], weight: list[float]) -> ImageBatch:
 
 def task(*, loss: str = "mse", both_orders: bool = False, kind: str = "projection") -> RdmPrediction:
     torch.manual_seed(0)
-    head = make_head(NUM_FEATURES, PairHeadConfig(kind, 4, 1, 0.0, "linear"))  # type: ignore[arg-type]
+    head = make_head(NUM_FEATURES, PairHeadConfig(kind, 4, 1, 0.0, "euclidean", "linear"))  # type: ignore[arg-type]
     head.standardise(torch.from_numpy(features()), torch.tensor([0.7, 1.0, 1.3]))
     with torch.no_grad():
         for parameter in head.parameters():
@@ -199,7 +199,7 @@ def test_baselines_never_see_the_test_split() -> None:
 def test_a_memorising_head_gains_from_leaky_pairs_what_it_cannot_from_honest_ones() -> None:
     pairs = pairs_of(noise=2.0, splits=(80, 10, 30))
     unrelated = np.random.default_rng(3).normal(size=(NUM_IMAGES, 40)).astype(np.float32)
-    config = LeakConfig(PairHeadConfig("concatenation", 64, 1, 0.0, "linear"), 150, 60, 3e-3, 0.0, 0)
+    config = LeakConfig(PairHeadConfig("concatenation", 64, 1, 0.0, "euclidean", "linear"), 150, 60, 3e-3, 0.0, 0)
     found = leaky_and_honest(pairs, unrelated, config)
     assert found[HONEST].is_pair.sum() == found[LEAKY].is_pair.sum() == 30 * 29 / 2
     assert abs(SPEARMAN.value(found[HONEST])) < 0.12
