@@ -28,9 +28,11 @@ class Tower(nn.Module):
     def __init__(self, network: nn.Module, projection: ProjectionConfig) -> None:
         super().__init__()
         self.network: Any = network
+        num_features = network.num_features
+        assert isinstance(num_features, int)
         self.projection = nn.Sequential(
-            nn.LayerNorm(self.network.num_features),
-            nn.Linear(self.network.num_features, projection.hidden),
+            nn.LayerNorm(num_features),
+            nn.Linear(num_features, projection.hidden),
             nn.GELU(),
             nn.Dropout(projection.dropout),
             nn.Linear(projection.hidden, projection.embedding),

@@ -52,6 +52,22 @@ class PairsConfig:
 
 
 @dataclass
+class OneBatchConfig:
+    """How one batch is learned by heart, and whose curves are read beside it."""
+
+    num_steps: int
+    learning_rate: float  # constant
+    curves: str | None  # a run folder, or a CSV file with columns train and validation
+
+
+@dataclass
+class DiagnoseConfig(FinetuneConfig):
+    """One run of `python -m finetune.diagnose`: its own keys, and fine-tuning's."""
+
+    diagnose: OneBatchConfig
+
+
+@dataclass
 class ModeConfig:
     """How far an encoder is adapted: task.unfreezing's keys of the same names, which it replaces."""
 

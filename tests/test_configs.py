@@ -22,7 +22,7 @@ from data_sharding.phantoms.study.config import PhantomConfig
 from data_sharding.report import SetReportConfig
 from data_sharding.source_phantoms import SourcePhantomConfig
 from data_sharding.verify import VerifyConfig
-from finetune.config import CompareConfig, FinetuneConfig, PairsConfig, PredictConfig
+from finetune.config import CompareConfig, DiagnoseConfig, FinetuneConfig, PairsConfig, PredictConfig
 from pretrain.masked.config import PretrainConfig
 from training.grid import GridConfig
 from training.pull import PullConfig
@@ -96,6 +96,7 @@ PARTS = {
     "finetune": (FinetuneConfig, ["shards=a", "encoder=models:/a@candidate", "run.folder=b"]),
     "finetune.compare": (CompareConfig, ["shards=a", "encoders=[a@x,b@x]", "run.folder=b"]),
     "finetune.rdm_pairs": (PairsConfig, ["shards=a", "out=b.csv"]),
+    "finetune.diagnose": (DiagnoseConfig, ["shards=a", "encoder=scratch", "run.folder=b"]),
     "finetune.predict": (PredictConfig, ["registered_model=models:/a@candidate", "scans=[a]", "out=b.csv"]),
 }
 # Which commands a group's files belong to; an experiment says it itself, by the command in its header.

@@ -12,7 +12,9 @@ for finetune.compare also
 - `read_scores(text)`: scores as the metrics take them, with their `subjects`, of every model of scores.csv, the trained
   one first,
 - `tested_subjects(config) -> list[str]`: the subjects of the test split that can be scored,
-- `unscored_problems(config, metric) -> list[str]`: why the metric of this name has no value on them.
+- `unscored_problems(config, metric) -> list[str]`: why the metric of this name has no value on them;
+for finetune.diagnose also
+- `diagnose(config: DiagnoseConfig) -> str`: whether it can learn at all, in a sentence with its numbers.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ from data_sharding.read.shard_set import open_set
 from data_sharding.schema import MANIFEST
 from data_sharding.splits import SPLITS
 from finetune.backbone import GOLDEN, local_bundles
-from finetune.config import FinetuneConfig
+from finetune.config import DiagnoseConfig, FinetuneConfig
 from finetune.errors import FinetuneError
 from finetune.tasks import parse_task
+from finetune.tasks.contrastive_alignment import diagnosis
 from finetune.tasks.contrastive_alignment.config import FUNCTION, SCRATCH, Config
 from finetune.tasks.contrastive_alignment.losses import temperature_problems
 from finetune.tasks.contrastive_alignment.retrieval import METRICS, chance
@@ -37,6 +38,11 @@ def open_study(config: FinetuneConfig) -> AlignmentStudy:
     if problems := split_problems(pairs):
         raise FinetuneError("; ".join(problems))
     return AlignmentStudy(config, task, pairs, open_backbones(config, task))
+
+
+def diagnose(config: DiagnoseConfig) -> str:
+    """Whether the pipeline can learn one batch by heart, and what a run's curves say."""
+    return diagnosis.diagnose(config.diagnose, open_study(config))
 
 
 def validate(config: FinetuneConfig) -> list[str]:
