@@ -7,7 +7,7 @@ slope that is not negative, fitted on them too, so order is kept and R² means s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from sklearn.svm import LinearSVR
 from finetune.tasks.rdm_prediction.dissimilarity import Measure, rdm
 from finetune.tasks.rdm_prediction.metrics import RdmScores, r_squared
 from finetune.tasks.rdm_prediction.pairs import Pairs
+from finetune.tasks.rdm_prediction.stimuli import with_fewer_training_images
 
 PAIRS_AT_ONCE = 1 << 14
 TINY = 1e-9
@@ -237,15 +238,10 @@ def learning_curve(
     """The score of the ridge on the test split by the number of training images, which are halved three times."""
     points = []
     training, tested = pairs.images("train"), pairs.images("test")
-    order = np.random.default_rng(config.seed).permutation(training)
-    splits = list(pairs.stimuli.splits)
-    for parts in (8, 4, 2, 1):
-        kept = order[: len(order) // parts]
-        if len(kept) < 5:
+    for number in sorted({len(training) // parts for parts in (8, 4, 2, 1)}):
+        if number < 5:
             continue
-        left_out = set(order[len(kept) :].tolist())
-        fewer = [("unused" if row in left_out else split) for row, split in enumerate(splits)]
-        smaller = Pairs(replace(pairs.stimuli, splits=fewer), pairs.measure, None)
-        learned = _ridge(smaller, standardised(features, kept), config)
-        points.append((len(kept), score(pairs.scores(tested, "test", learned.predict(tested)))))
+        fewer = Pairs(with_fewer_training_images(pairs.stimuli, number, seed=config.seed), pairs.measure, None)
+        learned = _ridge(fewer, standardised(features, fewer.images("train")), config)
+        points.append((number, score(pairs.scores(tested, "test", learned.predict(tested)))))
     return points

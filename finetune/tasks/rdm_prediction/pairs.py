@@ -39,7 +39,7 @@ class Pairs:
 
     def images(self, split: str) -> np.ndarray:
         """The numbers of the images that have pairs in a split."""
-        return self.stimuli.rows(split) if self.dealt is None else np.arange(len(self.stimuli.names))
+        return self.stimuli.rows(*([split] if self.dealt is None else SPLITS))
 
     def are_in(self, rows: Int64[np.ndarray, "image"], split: str) -> Bool[np.ndarray, "image image"]:
         """True above the diagonal where both images are in the split, or the pair was dealt to it."""
@@ -68,14 +68,15 @@ def make_pairs(stimuli: Stimuli, measure: Measure, split_by: SplitBy, *, seed: i
     """The pairs of a set. Leaky splits have as many pairs as honest ones, drawn from those of all images."""
     if split_by == "images":
         return Pairs(stimuli, measure, None)
-    num_images = len(stimuli.names)
-    dealt = np.full((num_images, num_images), UNUSED, dtype=np.int8)
-    order = np.random.default_rng(seed).permutation(num_pairs(num_images))
+    used, num_images = stimuli.rows(*SPLITS), len(stimuli.names)
+    order = np.random.default_rng(seed).permutation(num_pairs(len(used)))
     of_pairs = np.full(len(order), UNUSED, dtype=np.int8)
     start = 0
     for number, split in enumerate(SPLITS):
         stop = start + num_pairs(len(stimuli.rows(split)))
         of_pairs[order[start:stop]] = number
         start = stop
-    dealt[upper_triangle(num_images)] = of_pairs
-    return Pairs(stimuli, measure, np.maximum(dealt, dealt.T))
+    first, second = (used[each] for each in np.triu_indices(len(used), k=1))
+    dealt = np.full((num_images, num_images), UNUSED, dtype=np.int8)
+    dealt[first, second] = dealt[second, first] = of_pairs
+    return Pairs(stimuli, measure, dealt)

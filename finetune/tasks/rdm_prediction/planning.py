@@ -16,7 +16,7 @@ from finetune.tasks import parse_task
 from finetune.tasks.rdm_prediction.encoders import CNN, PIXELS, VGG, open_encoder
 from finetune.tasks.rdm_prediction.metrics import METRICS
 from finetune.tasks.rdm_prediction.pairs import make_pairs, num_pairs
-from finetune.tasks.rdm_prediction.stimuli import open_stimuli, split_warnings
+from finetune.tasks.rdm_prediction.stimuli import open_stimuli, split_warnings, with_fewer_training_images
 from finetune.tasks.rdm_prediction.study import Config, RdmStudy
 from training.statistics import Metric
 from training.unfreezing import unfreezing_problems
@@ -33,6 +33,7 @@ def open_study(config: FinetuneConfig) -> RdmStudy:
     stimuli = open_stimuli(config.shards, config.data, region=task.region)
     if problems := split_warnings(stimuli)[0]:
         raise FinetuneError("; ".join(problems))
+    stimuli = with_fewer_training_images(stimuli, task.num_training_images, seed=config.data.seed)
     pairs = make_pairs(stimuli, task.measure, task.split_by, seed=config.data.seed)
     return RdmStudy(config, task, pairs, open_encoder(config.encoder, task.image))
 
@@ -70,6 +71,8 @@ def number_problems(task: Config) -> list[str]:
         "task.loss.temperature": task.loss.temperature,
     }
     problems = [f"{key}: {value}; must be above 0" for key, value in positive.items() if value <= 0]
+    if task.num_training_images is not None and task.num_training_images < 5:
+        problems.append(f"task.num_training_images: {task.num_training_images}; give at least 5, or null for all")
     if not 0 <= task.head.num_hidden <= 3:
         problems.append(f"task.head.num_hidden: {task.head.num_hidden}; must lie in 0..3")
     if not 0 <= task.loss.alpha <= 1:

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from finetune.errors import FinetuneError
 from finetune.tasks.rdm_prediction.dissimilarity import Measure, rdm
 
 ALL = "all"
+UNUSED = "unused"  # of an image in no split
 ROWS_AT_ONCE = 256
 RESPONSES, RDM, CATEGORIES = "responses.npy", "rdm.npy", "categories.csv"
 SYMMETRY_TOLERANCE = 1e-5
@@ -262,6 +263,17 @@ def _categories(path: Path, names: Sequence[str]) -> list[str] | None:
     if missing := [name for name in names if name not in table]:
         raise FinetuneError(f"{path}: lacks {len(missing)} images, first {missing[0]}; add a row for each")
     return [table[name] for name in names]
+
+
+def with_fewer_training_images(stimuli: Stimuli, number: int | None, *, seed: int) -> Stimuli:
+    """The stimuli with so many training images, drawn at random; the others are in no split. None: all of them."""
+    training = stimuli.rows("train")
+    if number is None or number >= len(training):
+        return stimuli
+    left_out = np.random.default_rng(seed).permutation(training)[number:]
+    splits = np.array(stimuli.splits, dtype=object)
+    splits[left_out] = UNUSED
+    return replace(stimuli, splits=splits.tolist())
 
 
 def split_warnings(stimuli: Stimuli) -> tuple[list[str], list[str]]:

@@ -75,6 +75,7 @@ class Config:
     module: Literal["rdm_prediction"]
     region: str  # all, an atlas of the set, a region, or what names of regions begin with
     measure: Measure
+    num_training_images: int | None  # drawn at random from the training split; null: all
     split_by: SplitBy  # leaky_pairs: a demonstration, whose model is never registered
     image: ImageConfig
     head: PairHeadConfig

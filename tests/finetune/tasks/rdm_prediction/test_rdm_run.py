@@ -38,7 +38,7 @@ class Place:
             *("data.split.rule=fold", "data.split.num_folds=3", "data.batch_size=12", "data.micro_batch_size=12"),
             *("train.steps=6", "train.schedule.warmup_steps=1", "train.checkpoint.every_steps=2"),
             *("train.evaluation.every_steps=2", "bootstrap.num_resamples=50", "task.num_permutations=20"),
-            *("task.leak.steps=5", "task.baselines.svr_pairs=50", "task.baselines.penalties=[0.01,1.0]"),
+            *("task.baselines.svr_pairs=50", "task.baselines.penalties=[0.01,1.0]"),
         ]
         return parse(compose("finetune", [*fixed, *overrides]), FinetuneConfig)
 
@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def test_a_matrix_is_learned_registered_and_asked_about_new_images(place: Place) -> None:
-    config = place.config()
+    config = place.config("task.leak.steps=5")
     assert validate(config) == []
     assert "train 66, validation 66, test 66" in plan(config)
     numbers = train(config)
@@ -159,3 +159,14 @@ def test_the_table_of_pairs_holds_every_pair_inside_a_split_with_its_value(place
         assert float(value) == pytest.approx(matrix[int(image[-2:]), int(other[-2:])], rel=1e-5)
     told = pair_problems(parse(compose("finetune.rdm_pairs", words), PairsConfig))
     assert "data.split.rule=set:" in told[0]
+
+
+@pytest.mark.parametrize("experiment", ["rdm_siamese", "rdm_grid", "rdm_best", "rdm_rois", "rdm_subjects"])
+def test_every_experiment_is_valid_on_a_small_set(place: Place, experiment: str) -> None:
+    small = ["task.region=all", "task.image.size=16", "data.split.rule=fold", "data.split.num_folds=3"]
+    config = place.config(f"experiment={experiment}", *small, "train.steps=200", "encoder=pixels")
+    if experiment == "rdm_siamese":
+        config.encoder = "cnn"
+    config.train.checkpoint.every_steps = config.train.evaluation.every_steps
+    assert validate(config) == []
+    assert "200 of 12 images, 66 pairs each" in plan(config)

@@ -13,8 +13,13 @@ from data_sharding.read.shard_set import ShardSet
 from data_sharding.splits import SPLITS, ReadingSplit
 from finetune.errors import FinetuneError
 from finetune.tasks.rdm_prediction.metrics import upper_triangle
-from finetune.tasks.rdm_prediction.pairs import make_pairs, num_pairs
-from finetune.tasks.rdm_prediction.stimuli import Stimuli, open_stimuli, split_warnings
+from finetune.tasks.rdm_prediction.pairs import SplitBy, make_pairs, num_pairs
+from finetune.tasks.rdm_prediction.stimuli import (
+    Stimuli,
+    open_stimuli,
+    split_warnings,
+    with_fewer_training_images,
+)
 from tests.data_sharding.read.test_reader import DATA
 from tests.helpers_sources import set_of, write_phantom
 
@@ -88,6 +93,20 @@ def test_leaky_pairs_are_as_many_share_images_and_no_pair(tmp_path: Path) -> Non
     assert sum(found.astype(int) for found in of_split.values()).max() == 1
     trained, tested = (set(np.concatenate(np.nonzero(of_split[split]))) for split in ("train", "test"))
     assert len(tested & trained) > 55
+
+
+@pytest.mark.parametrize("split_by", ["images", "leaky_pairs"])
+def test_fewer_training_images_leave_no_pair_of_the_others(tmp_path: Path, split_by: SplitBy) -> None:
+    whole = opened(folder_of(tmp_path / "set", num_images=60, responses=responses(60)))
+    fewer = with_fewer_training_images(whole, 8, seed=0)
+    left_out = sorted(set(whole.rows("train")) - set(fewer.rows("train")))
+    assert len(left_out) == 12
+    assert set(fewer.rows("train")) < set(with_fewer_training_images(whole, 12, seed=0).rows("train"))
+    pairs = make_pairs(fewer, "pearson", split_by, seed=0)
+    assert not set(pairs.images("train")) & set(left_out)
+    sizes = [int(pairs.are_in(np.arange(60), split).sum()) for split in SPLITS]
+    assert sizes == [num_pairs(8), num_pairs(20), num_pairs(20)]
+    assert not pairs.are_in(np.arange(60), "train")[left_out].any()
 
 
 def test_a_ready_matrix_is_taken_as_it_is(tmp_path: Path) -> None:
