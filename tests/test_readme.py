@@ -129,7 +129,6 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@pytest.mark.demo
 def test_the_readmes_ray_job_runs_on_a_started_ray_and_ends_in_a_bundle(folder: Path, ray_head: dict[str, str]) -> None:
     """Uses the shards of the commands above; the working directory holds only what a job needs."""
     start, submit = readme_commands("The same on a cluster")
