@@ -178,7 +178,8 @@ def compose(name: str, overrides: list[str]) -> dict[str, Any]:
             return OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         hint = f"'python -m {name} --show' prints every key, --help an example"
-        raise ConfigError(f"{_explain(error, name)}; {hint}") from error
+        explained = _explain(error, name)
+        raise ConfigError(f"{explained}{' ' if explained.endswith('?') else '; '}{hint}") from error
 
 
 def _explain(error: Exception, name: str) -> str:

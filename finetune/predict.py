@@ -25,7 +25,7 @@ from brain_models.errors import ScanError
 from brain_models.images import SUFFIXES as PICTURES
 from cluster.storage.files import folder_problems
 from configs.entry import Command, main
-from configs.words import counted
+from configs.words import aligned, counted
 from finetune.errors import FinetuneError
 
 if TYPE_CHECKING:
@@ -156,10 +156,20 @@ def plan(config: PredictConfig) -> str:
 
 def run(config: PredictConfig) -> None:
     answers = predict(config)
-    columns = scan_columns(answers)
-    names = answers[columns].map(lambda path: Path(path).name, na_action="ignore")
-    print(answers.assign(**names).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(shown(answers))
     print(f"{counted(len(answers), 'scan')} -> {config.out}")
+
+
+def shown(answers: pd.DataFrame) -> str:
+    """The answers as a table without the columns that nobody has, scans by their file names."""
+    known = answers.dropna(axis="columns", how="all")
+    columns = scan_columns(known)
+    known = known.assign(**known[columns].map(lambda path: Path(path).name, na_action="ignore"))
+
+    def cell(value: object) -> str:
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    return aligned([list(known), *([cell(value) for value in row] for row in known.itertuples(index=False))])
 
 
 def command() -> Command:

@@ -159,12 +159,12 @@ def test_help_lists_the_keys_that_people_change_with_their_values(name: str, lea
 def test_a_misspelt_override_is_refused_and_the_known_choices_are_named() -> None:
     for override, told in {
         "engine=zero9": "engine=zero9: unknown choice; choose one of plain, zero0, zero1, zero2, zero3;",
-        "train.stepz=3": "train.stepz: unknown key, did you mean train.steps?;",
-        "learning_rate=1": "learning_rate: unknown key, did you mean train.optimizer.learning_rate?;",
-        "lr=1": "lr: unknown key, did you mean train.optimizer.learning_rate?;",
-        "train.lr=1": "train.lr: unknown key, did you mean train.optimizer.learning_rate?;",
-        "train.run.folder=a": "train.run.folder: unknown key, did you mean run.folder?;",
-        "engin=zero2": "engin: unknown key, did you mean engine?;",
+        "train.stepz=3": "train.stepz: unknown key, did you mean train.steps?",
+        "learning_rate=1": "learning_rate: unknown key, did you mean train.optimizer.learning_rate?",
+        "lr=1": "lr: unknown key, did you mean train.optimizer.learning_rate?",
+        "train.lr=1": "train.lr: unknown key, did you mean train.optimizer.learning_rate?",
+        "train.run.folder=a": "train.run.folder: unknown key, did you mean run.folder?",
+        "engin=zero2": "engin: unknown key, did you mean engine?",
         "shards=~/brains": "shards=~/brains cannot be read as key=value; put a value with spaces",
     }.items():
         with pytest.raises(ConfigError) as caught:

@@ -16,7 +16,7 @@ from configs.parse import parse
 from data_sharding.config import ShardingConfig
 from data_sharding.sources import bids
 from finetune.errors import FinetuneError
-from finetune.predict import find_scans, scan_rows
+from finetune.predict import find_scans, scan_rows, shown
 
 NAMES = {
     "plain": "sub-01_task-rest_space-MNI152NLin6Asym_desc-preproc_bold",
@@ -102,3 +102,15 @@ def test_a_sidecar_that_says_nonsense_is_refused(tree: Path) -> None:
     (tree / "sub-01" / "func" / "sub-01_bold.json").write_text("[]")
     with pytest.raises(FinetuneError, match=r"sub-01_bold\.json holds a list, not an object of fields"):
         scan_table(find_scans([str(tree)]), ["bold"], brain_masks=False)
+
+
+def test_answers_are_shown_without_the_columns_that_nobody_has_and_scans_by_their_names() -> None:
+    answers = pd.DataFrame(
+        {
+            "subject": ["01", "02"],
+            "session": [None, None],
+            "risk": [0.25, np.float32(0.5)],
+            "bold": ["/a/x.nii", "/b/long.nii"],
+        }
+    )
+    assert shown(answers) == "subject  risk   bold\n01       0.250  x.nii\n02       0.500  long.nii"
