@@ -205,16 +205,23 @@ def rank_share(samples: Samples, *, rank: int, world_size: int) -> Samples:
 
 
 def micro_batches(
-    samples: Samples, *, rank: int, world_size: int, micro_batch_size: int, is_dealt_out: bool = False
+    samples: Samples,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    is_dealt_out: bool = False,
+    num_batches: int | None = None,
 ) -> list[tuple[Samples, np.ndarray]]:
-    """This rank's (samples, weight float32 [batch]) of each micro-batch: the same number on every rank, each full.
+    """This rank's (samples, weight float32 [batch]) of each micro-batch: `num_batches`, or as many as needed, the same
+    number on every rank, each full.
 
     Its share is consecutive, or dealt out: every `world_size`-th sample. Weight 0 marks padding, which repeats the
     first sample of the share (or of all samples where the share is empty).
     """
     share = samples[rank::world_size] if is_dealt_out else rank_share(samples, rank=rank, world_size=world_size)
     largest_share = -(-len(samples) // world_size)
-    num_padded = -(-largest_share // micro_batch_size) * micro_batch_size
+    num_padded = (num_batches or -(-largest_share // micro_batch_size)) * micro_batch_size
     weight = (np.arange(num_padded) < len(share)).astype(np.float32)
     source = share if len(share) else samples
     padded = source[np.where(weight > 0, np.arange(num_padded), 0)]

@@ -58,13 +58,20 @@ class Drawn(Protocol):
 
 
 class BatchSource:
-    """One rank's view of a set, or of paired ones: endless training steps, and evaluation of any split."""
+    """One rank's view of a set, or of paired ones: endless training steps, and evaluation of any split.
 
-    def __init__(self, drawn: Drawn, config: DataConfig, *, rank: int, world_size: int) -> None:
+    Epochs run on, so that all steps are equally large and one may hold a sample twice; with `cuts_epochs` a step ends
+    with its epoch and holds what is left of it.
+    """
+
+    def __init__(
+        self, drawn: Drawn, config: DataConfig, *, rank: int, world_size: int, cuts_epochs: bool = False
+    ) -> None:
         self.drawn = drawn
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self.cuts_epochs = cuts_epochs
         self.fingerprint = drawn.fingerprint
         self.quarantine: dict[str, str] = {}  # sample -> reason
         self._fetcher = drawn.fetcher(config)  # of substitutes
@@ -94,7 +101,7 @@ class BatchSource:
         while True:
             step = [next(batches) for _ in range(self.num_micro_batches)]
             digest = sum_of_digests([digest, digest_of(step, position=consumed)])
-            consumed += self.config.batch_size
+            consumed = self._end_of_step(consumed, order.runs.num_samples)
             after = DataState(self.fingerprint, self.config.seed, consumed, digest, sorted(self.quarantine))
             yield step, dataclasses.asdict(after)
 
@@ -150,11 +157,19 @@ class BatchSource:
 
     def _training_batches(self, order: SampleOrder, position: int) -> Iterator[tuple[Samples, np.ndarray]]:
         while True:
-            samples = order.stretch(position, position + self.config.batch_size)
+            end = self._end_of_step(position, order.runs.num_samples)
             yield from micro_batches(
-                samples, rank=self.rank, world_size=self.world_size, micro_batch_size=self.config.micro_batch_size
+                order.stretch(position, end),
+                rank=self.rank,
+                world_size=self.world_size,
+                micro_batch_size=self.config.micro_batch_size,
+                num_batches=self.num_micro_batches,
             )
-            position += self.config.batch_size
+            position = end
+
+    def _end_of_step(self, position: int, epoch_samples: int) -> int:
+        end = position + self.config.batch_size
+        return min(end, (position // epoch_samples + 1) * epoch_samples) if self.cuts_epochs else end
 
     def _batches(self, split: str, chosen: Iterator[tuple[Samples, np.ndarray]], *, num_workers: int) -> Iterator[Any]:
         requested: deque[tuple[Samples, np.ndarray]] = deque()

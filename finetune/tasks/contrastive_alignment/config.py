@@ -49,6 +49,7 @@ class Config:
     projection: ProjectionConfig
     loss: LossConfig
     pairing: Literal["own", "shuffled"]  # shuffled: a control, trained on wrong partners
+    order: Literal["endless", "epoch_batches"]  # endless: all steps equally large; epoch_batches: a step ends its epoch
     rows_per_chunk: int  # encoded at once: what bounds memory, not the batch
     weight_decay: float
     num_permutations: int  # of partners, for p

@@ -35,7 +35,7 @@ def open_study(config: FinetuneConfig) -> AlignmentStudy:
     """The study; an error when sets, splits and encoders do not fit."""
     task = parse_task(config.task, Config)
     pairs = open_pairs(config, task)
-    if problems := split_problems(pairs):
+    if problems := split_problems(pairs) + order_problems(config, task, pairs):
         raise FinetuneError("; ".join(problems))
     return AlignmentStudy(config, task, pairs, open_backbones(config, task))
 
@@ -118,6 +118,17 @@ def split_problems(pairs: Pairs) -> list[str]:
         f"split {split!r} has one subject with both sides; retrieval needs two: choose other splits (data.split)"
         for split in SPLITS
         if len(pairs.names(split)) < 2
+    ]
+
+
+def order_problems(config: FinetuneConfig, task: Config, pairs: Pairs) -> list[str]:
+    """A step of one subject, which has nothing to be told from."""
+    num_trained = len(pairs.names("train"))
+    if task.order == "endless" or num_trained % config.data.batch_size != 1:
+        return []
+    return [
+        f"data.batch_size: {config.data.batch_size} cuts {num_trained} training subjects so that an epoch's last step "
+        "holds one; choose another batch size, or task.order=endless"
     ]
 
 

@@ -12,6 +12,7 @@ from brain_models.towers import Tower, series_network, t1_network
 from data_sharding.errors import ShardError
 from data_sharding.read.pairs import Pairs
 from data_sharding.read.reader import ShardSet, Windows, open_set
+from data_sharding.read.shard_set import Kind
 from finetune.backbone import Backbone, fetch_backbone
 from finetune.config import FinetuneConfig
 from finetune.errors import FinetuneError
@@ -24,7 +25,7 @@ def open_pairs(config: FinetuneConfig, task: Config) -> Pairs:
     function = structure
     if task.function.shards != config.shards:
         function = open_set(task.function.shards, scratch=config.run.scratch, split=config.data.split)
-    kind = "bold" if task.function.network is None else "parcels"
+    kind: Kind = "bold" if task.function.network is None else "parcels"
     for shard_set, needed in ((structure, "t1"), (function, kind)):
         if shard_set.scans(needed).empty:
             raise ShardError(

@@ -75,7 +75,13 @@ class AlignmentStudy:
     def make_source(self, task: Task) -> BatchSource:
         """This rank's view of the pairs; a sample is a subject."""
         process = this_process()
-        return BatchSource(self.pairs, self.run.data, rank=process.rank, world_size=process.world_size)
+        return BatchSource(
+            self.pairs,
+            self.run.data,
+            rank=process.rank,
+            world_size=process.world_size,
+            cuts_epochs=self.config.order == "epoch_batches",
+        )
 
     def prepare(self, task: Task, is_resuming: bool) -> None:
         """Nothing is fitted before the first step."""

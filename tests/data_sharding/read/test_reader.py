@@ -285,6 +285,26 @@ def test_an_index_in_many_groups_gives_the_same_samples(
     assert [rows_of(batches) for batches in steps_of(source_of(str(copied)), 5)] == expected
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_that_ends_with_its_epoch_holds_what_is_left_of_it(location: str, world_size: int) -> None:
+    windows = Windows(open_set(location), **WINDOWS)
+    num_samples = windows.runs("train").num_samples
+    batch_size = num_samples - 5
+    data = replace(DATA, batch_size=batch_size, micro_batch_size=4)
+    sources = [
+        BatchSource(windows, data, rank=rank, world_size=world_size, cuts_epochs=True) for rank in range(world_size)
+    ]
+    found, consumed = [], []
+    for steps in zip(*(steps_of(source, 4) for source in sources), strict=True):
+        found.append([row for batches in steps for row in rows_of(batches)])
+    for _, state in itertools.islice(sources[0].steps(sources[0].initial_state()), 4):
+        consumed.append(state["samples_consumed"])
+    assert [len(rows) for rows in found] == [batch_size, 5, batch_size, 5]
+    assert consumed == [batch_size, num_samples, num_samples + batch_size, 2 * num_samples]
+    epochs = [sorted(row[:2] for row in found[at] + found[at + 1]) for at in (0, 2)]
+    assert len(set(epochs[0])) == num_samples
+
+
 def test_reading_needs_no_nifti_library(location: str) -> None:
     program = f"""
 import sys

@@ -179,6 +179,10 @@ def test_chunks_give_the_loss_and_gradient_of_the_plain_batch(place: Place) -> N
     [
         (["data.batch_size=1", "data.micro_batch_size=1"], "data.batch_size: 1; a subject is told from the others"),
         (["data.micro_batch_size=4"], "in one batch, a few rows at a time (task.rows_per_chunk): set it to 8"),
+        (
+            ["task.order=epoch_batches", "data.batch_size=5", "data.micro_batch_size=5"],
+            "data.batch_size: 5 cuts 6 training subjects so that an epoch's last step holds one; choose another batch",
+        ),
         (["task.function.shards={folder}/t1"], "t1 holds no parcels scan; write it with source.kinds=[parcels], or na"),
         (
             ["shards={folder}/rest"],
