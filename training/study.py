@@ -330,21 +330,21 @@ def results_section(conclusion: Conclusion) -> Section:
 
 
 def seen_notice(tested: Sequence[str] | None, *, num_tested: int, unit: str = "subject") -> Notice:
-    """What the weights that the run started from had seen of the test split's subjects, or images."""
+    """What the weights that the run started from had seen of the held-out subjects, or images."""
     if tested is None:
         return Notice(
             "warning",
-            f"The pretrained weights do not say which {unit}s they were trained on, so an overlap with the test "
+            f"The pretrained weights do not say which {unit}s they were trained on, so an overlap with the held-out "
             f"{unit}s cannot be excluded, and this model cannot be promoted.",
         )
     if tested:
         named = ", ".join(tested[:8]) + (", ..." if len(tested) > 8 else "")
         return Notice(
             "alarm",
-            f"The pretrained weights have seen {len(tested)} of the {num_tested} test {unit}s ({named}). These are "
+            f"The pretrained weights have seen {len(tested)} of the {num_tested} held-out {unit}s ({named}). These are "
             f"not results on new {unit}s, and this model cannot be promoted.",
         )
-    return Notice("remark", f"None of the {num_tested} test {unit}s was seen in pretraining.")
+    return Notice("remark", f"None of the {num_tested} held-out {unit}s was seen in pretraining.")
 
 
 def history_of(store: Store) -> History:

@@ -134,7 +134,7 @@ def test_every_number_of_the_report_is_there_beside_its_baselines(place: Place, 
         assert 0 <= row["within_site_auroc"]["low"] <= row["within_site_auroc"]["high"] <= 1
     page = (place.folder / "run" / "report.html").read_text(encoding="utf-8")
     assert "Phantom data" in page
-    assert "None of the 10 test subjects was seen" in page
+    assert "None of the 10 held-out subjects was seen" in page
     assert open_set(str(place.shards)).fingerprint in page
     assert f"by <code>Python</code> with code commit <code>{code_commit()}</code>" in page
     assert "4 steps of 4 samples with AdamW" in page

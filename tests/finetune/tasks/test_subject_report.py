@@ -89,9 +89,9 @@ def test_scores_are_read_back_as_they_were_also_where_a_sites_name_has_a_comma(s
 
 
 def test_an_overlap_with_pretraining_is_an_alarm_and_ignorance_of_it_a_warning() -> None:
-    assert seen_notice([], num_tested=30).text == "None of the 30 test subjects was seen in pretraining."
+    assert seen_notice([], num_tested=30).text == "None of the 30 held-out subjects was seen in pretraining."
     alarm = seen_notice(["s1", "s2"], num_tested=30)
-    assert (alarm.kind, "have seen 2 of the 30 test subjects (s1, s2)" in alarm.text) == ("alarm", True)
+    assert (alarm.kind, "have seen 2 of the 30 held-out subjects (s1, s2)" in alarm.text) == ("alarm", True)
     assert seen_notice(None, num_tested=30).kind == "warning"
 
 
