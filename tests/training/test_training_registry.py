@@ -142,8 +142,16 @@ def test_a_server_that_takes_no_model_is_named_with_what_to_do(tmp_path: Path) -
 def test_an_artifact_store_that_fails_behind_the_server_is_an_error_of_ours_too(error: Exception, words: str) -> None:
     """Of the server's own kind it is not: MLflow passes on what its HTTP library, the disk or boto3 raises."""
     refused = pytest.raises(RegistryError, match=rf"did not accept the model toy \(.*{words}")
-    with refused, registry.refusals_named("toy", "http://mlflow"):
+    with refused, registry.server_errors_named("the server did not accept the model toy", "run again"):
         raise error
+
+
+def test_an_error_in_our_own_code_stays_as_it_is() -> None:
+    with (
+        pytest.raises(KeyError, match="missing"),
+        registry.server_errors_named("the server did not answer", "run again"),
+    ):
+        raise KeyError("missing")
 
 
 def test_a_server_that_does_not_answer_is_an_error_for_the_user() -> None:

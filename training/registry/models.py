@@ -45,7 +45,9 @@ def register(
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     faces = interface(bundle)
-    with refusals_named(name, uri):
+    # The run is saved, and restarting its workers would not help.
+    then = "everything else is saved: run the same command again to register it"
+    with server_errors_named(f"{uri} did not accept the model {name}", then):
         tags = {**tags, **source_tags()}
         client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
         same = (CHECKPOINT_HASH_TAG, CODE_HASH_TAG)
@@ -117,25 +119,18 @@ def example(faces: Interface) -> pandas.DataFrame:
 
 
 @contextlib.contextmanager
-def refusals_named(name: str, uri: str) -> Iterator[None]:
-    """Turns the server's errors into a RegistryError: the run is saved, and restarting its workers would not help."""
-    try:
-        yield
-    except server_errors() as error:
-        raise RegistryError(
-            f"{uri} did not accept the model {name} ({error}); everything else is saved: run the same command again to "
-            "register it"
-        ) from error
-
-
-def server_errors() -> tuple[type[Exception], ...]:
-    """Returns the errors MLflow raises: its own, and those of the artifact store: a folder's or a proxy's (both
-    OSError), a bucket's."""
-    from boto3.exceptions import Boto3Error  # MLflow's own S3 client
-    from botocore.exceptions import BotoCoreError, ClientError
+def server_errors_named(what: str, then: str) -> Iterator[None]:
+    """Turns what MLflow raises into a RegistryError that says what failed, and what to do then. It raises errors of its
+    own, of its HTTP library and the disk (both OSError), and of its S3 client."""
     from mlflow.exceptions import MlflowException
 
-    return (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError)
+    try:
+        yield
+    except Exception as error:
+        is_of_bucket = type(error).__module__.partition(".")[0] in ("boto3", "botocore")
+        if is_of_bucket or isinstance(error, MlflowException | OSError):
+            raise RegistryError(f"{what} ({error}); {then}") from error
+        raise
 
 
 def pull(model: str, folder: Path, *, uri: str | None) -> Path:
@@ -150,12 +145,9 @@ def pull(model: str, folder: Path, *, uri: str | None) -> Path:
     location = model if model.startswith("models:/") else f"models:/{model}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    try:
+    then = f"'python -m training.runs {uri}' lists what is registered"
+    with server_errors_named(f"{location} cannot be read from {uri}", then):
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
-    except server_errors() as error:
-        raise RegistryError(
-            f"{location} cannot be read from {uri} ({error}); 'python -m training.runs {uri}' lists what is registered"
-        ) from error
     bundle = next((path.parent for path in (local / "artifacts").glob("*/model.yaml")), None)
     if bundle is None:
         raise RegistryError(

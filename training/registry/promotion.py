@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.errors import RegistryError
-from training.registry.models import CHECKPOINT_HASH_TAG, server_errors
+from training.registry.models import CHECKPOINT_HASH_TAG, server_errors_named
 from training.statistics import Interval
 from training.watch.tracking import mlflow_environment
 
@@ -59,7 +58,8 @@ def champion_scores(name: str, *, uri: str, checkpoint_hash: str) -> str | None:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-    try:
+    then = "run the same command again to compare"
+    with server_errors_named(f"the scores of {name}@{ALIAS} cannot be read from {uri}", then):
         found = client.search_registered_models(f"name='{name}'")
         number = found[0].aliases.get(ALIAS) if found else None
         if number is None or client.get_model_version(name, number).tags.get(CHECKPOINT_HASH_TAG) == checkpoint_hash:
@@ -67,10 +67,6 @@ def champion_scores(name: str, *, uri: str, checkpoint_hash: str) -> str | None:
         address = f"models:/{name}/{number}/artifacts/bundle/{SCORES}"
         with tempfile.TemporaryDirectory() as folder:
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=folder)).read_text("utf-8")
-    except server_errors() as error:
-        raise RegistryError(
-            f"the scores of {name}@{ALIAS} cannot be read from {uri} ({error}); run the same command again to compare"
-        ) from error
 
 
 def promote(registered: str, *, uri: str) -> str:
