@@ -9,6 +9,7 @@ from brain_models.encoder import EncoderConfig
 from brain_models.scan_networks import VolumeCnnConfig
 from brain_models.series_networks import SeriesConfig
 from brain_models.towers import ProjectionConfig
+from finetune.tasks.contrastive_alignment.augmentation import FunctionAugmentation, StructureAugmentation
 from finetune.tasks.contrastive_alignment.losses import LossConfig
 from training.registry.promotion import ChampionConfig
 from training.unfreezing import UnfreezingConfig
@@ -24,6 +25,7 @@ class StructureConfig:
     network: EncoderConfig | VolumeCnnConfig | None  # of encoder=scratch: a 3D ViT, or a light 3D CNN
     patch_voxels: int  # edge of a ViT's patch
     unfreezing: UnfreezingConfig
+    augmentation: StructureAugmentation | None  # null: none
 
 
 @dataclass
@@ -36,6 +38,7 @@ class FunctionConfig:
     num_frames: int  # that a step sees of a run; shorter region series are padded
     num_channels: int | None  # of a registered encoder: channels whose coupling is pooled; null: the mean token
     unfreezing: UnfreezingConfig
+    augmentation: FunctionAugmentation | None  # of region series; null: none
 
 
 @dataclass

@@ -75,6 +75,11 @@ def number_problems(config: FinetuneConfig, task: Config) -> list[str]:
         "task.num_permutations": task.num_permutations,
     }
     problems = [f"{key}: {value}; must be above 0" for key, value in positive.items() if value <= 0]
+    augmentation = task.function.augmentation
+    if augmentation is not None and not 0 < augmentation.shortest_share <= 1:
+        problems.append(
+            f"task.function.augmentation.shortest_share: {augmentation.shortest_share}; must lie above 0, at most 1"
+        )
     if not 0 <= task.projection.dropout < 1:
         problems.append(f"task.projection.dropout: {task.projection.dropout}; must be at least 0 and below 1")
     if config.data.batch_size < 2:
@@ -104,6 +109,8 @@ def side_problems(config: FinetuneConfig, task: Config) -> list[str]:
             problems.append(
                 f"{of}: given with {key}={encoder}, which brings its own; set it to null, or {key}={SCRATCH}"
             )
+    if task.function.network is None and task.function.augmentation is not None:
+        problems.append("task.function.augmentation: is of region series, this side reads voxels; set it to null")
     if task.function.encoder == SCRATCH and task.function.num_channels is not None:
         problems.append("task.function.num_channels: is of a registered encoder; set it to null")
     width = getattr(task.structure.network, "width", 8)

@@ -68,9 +68,13 @@ class AlignmentStudy:
         """Both towers, registered weights under fresh projection heads."""
         torch.manual_seed(self.run.train.seed)
         structure, _ = structure_tower(self.config, self.pairs, self.backbones.get(STRUCTURE))
-        function = function_tower(self.config, self.pairs, self.backbones.get(FUNCTION))
-        subjects = sorted(subject for split in SPLITS for subject in self.pairs.names(split))
-        return ContrastiveAlignment(structure, function, self.config, subjects)
+        return ContrastiveAlignment(
+            structure,
+            function_tower(self.config, self.pairs, self.backbones.get(FUNCTION)),
+            self.config,
+            subjects=sorted(subject for split in SPLITS for subject in self.pairs.names(split)),
+            positions_mm=torch.from_numpy(set_of(self.pairs, STRUCTURE).space.positions_mm),
+        )
 
     def make_source(self, task: Task) -> BatchSource:
         """This rank's view of the pairs; a sample is a subject."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from brain_models.series_networks import SeriesConfig
 from brain_models.towers import Tower
-from data_sharding.read.batch import PairedBatch
+from data_sharding.read.batch import PairedBatch, WindowBatch
+from finetune.tasks.contrastive_alignment.augmentation import augment_series, augment_t1, generators_of
 from finetune.tasks.contrastive_alignment.config import FUNCTION, STRUCTURE, Config
 from finetune.tasks.contrastive_alignment.losses import Temperature, alignment_losses
 from finetune.tasks.contrastive_alignment.retrieval import METRICS, Similarities, geometry, similarities
@@ -26,8 +27,19 @@ class ContrastiveAlignment(Task):
 
     needs_whole_step = True
 
-    def __init__(self, structure: Tower, function: Tower, config: Config, subjects: list[str]) -> None:
+    positions_mm: Float[Tensor, "voxel 3"]
+
+    def __init__(
+        self,
+        structure: Tower,
+        function: Tower,
+        config: Config,
+        *,
+        subjects: list[str],
+        positions_mm: Float[Tensor, "voxel 3"],
+    ) -> None:
         super().__init__()
+        self.register_buffer("positions_mm", positions_mm, persistent=False)  # of the T1s' voxels
         self.towers = nn.ModuleDict({STRUCTURE: structure, FUNCTION: function})
         self.temperature = Temperature(config.loss)
         self.config = config
@@ -57,13 +69,29 @@ class ContrastiveAlignment(Task):
         return first, second
 
     def columns(self, batch: PairedBatch, side: str) -> tuple[Tensor, ...]:
-        """What the tower of a side reads of its windows."""
+        """What the tower of a side reads of its windows, augmented in training."""
         windows = batch.sides[side]
         if side == STRUCTURE:
-            return windows.values, windows.is_measured
+            return self.augmented_t1(windows), windows.is_measured
         if isinstance(self.config.function.network, SeriesConfig):
-            return windows.values, windows.is_frame, windows.repetition_time_s
+            return *self.augmented_series(windows), windows.repetition_time_s
         return windows.values, windows.is_measured, windows.repetition_time_s
+
+    def augmented_t1(self, windows: WindowBatch) -> Float[Tensor, "batch 1 voxel"]:
+        """The T1s of a batch; in training, changed as their samples' seeds say."""
+        config = self.config.structure.augmentation
+        if config is None or not self.training:
+            return windows.values
+        generators = generators_of(windows.sample_seed, windows.values.device)
+        return augment_t1(windows.values, windows.is_measured, self.positions_mm, generators=generators, config=config)
+
+    def augmented_series(self, windows: WindowBatch) -> tuple[Tensor, Tensor]:
+        """The series of a batch and which frames are real; in training, changed as their samples' seeds say."""
+        config = self.config.function.augmentation
+        if config is None or not self.training:
+            return windows.values, windows.is_frame
+        generators = generators_of(windows.sample_seed, windows.values.device)
+        return augment_series(windows.values, windows.is_frame, generators=generators, config=config)
 
     @torch.compiler.disable  # names looked up in a dict: compiled, it would be compiled anew for every batch
     def numbers(self, batch: PairedBatch) -> Int[Tensor, "batch"]:

@@ -25,6 +25,8 @@ from training.unfreezing import checked_groups
 
 SPLITS = ["splits.num_validation=3", "splits.num_test=3"]
 NUM_TRAINED = 6
+AUGMENTED_T1 = "task.structure.augmentation={scale:0.1,shift:0.1,noise:0.05,bias:0.1,bias_wavelength_mm:150}"
+AUGMENTED_SERIES = "task.function.augmentation={shortest_share:0.5,dropped_regions:0.1,noise:0.1}"
 SMALL = [
     "task.structure.network.width=8",
     "task.structure.network.depth=2",
@@ -133,7 +135,7 @@ def levels_of_steps(place: Place) -> list[float]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["task.function.network.kind=cnn"],
+        ["task.function.network.kind=cnn", AUGMENTED_T1, AUGMENTED_SERIES],
         ["task.function.network.kind=connectivity", "task.loss.learns_temperature=true"],
         [
             "~task.structure.network",
@@ -172,6 +174,19 @@ def test_chunks_give_the_loss_and_gradient_of_the_plain_batch(place: Place) -> N
         found.append([loss.detach(), *(parameter.grad for parameter in task.parameters())])
     for chunked, plain in zip(*found, strict=True):
         torch.testing.assert_close(chunked, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_training_is_augmented_and_evaluation_is_not(place: Place) -> None:
+    study = open_study(place.config(AUGMENTED_T1, AUGMENTED_SERIES))
+    task = study.make_task()
+    source = study.make_source(task)
+    (batch,), _ = next(source.steps(source.initial_state()))
+    source.close()
+    for side in ("structure", "function"):
+        seen = {is_training: task.train(is_training).columns(batch.to("cpu"), side)[0] for is_training in (True, False)}
+        assert torch.equal(seen[False], batch.sides[side].values)
+        assert not torch.equal(seen[True], seen[False])
+        assert torch.equal(seen[True], task.train().columns(batch.to("cpu"), side)[0])
 
 
 @pytest.mark.parametrize(

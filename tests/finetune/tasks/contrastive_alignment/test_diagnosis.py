@@ -59,7 +59,8 @@ def task_of(*, is_detached: bool = False) -> ContrastiveAlignment:
     names += ["task.rows_per_chunk=8"]
     config = parse_task(compose("finetune", names)["task"], Config)
     towers = TinyTower(NUM_VOXELS, is_detached=is_detached), TinyTower(NUM_REGIONS, is_detached=False)
-    return ContrastiveAlignment(*towers, config, [f"s{number}" for number in range(NUM_SUBJECTS)])  # type: ignore[arg-type]
+    subjects = [f"s{number}" for number in range(NUM_SUBJECTS)]
+    return ContrastiveAlignment(*towers, config, subjects=subjects, positions_mm=torch.zeros(NUM_VOXELS, 3))  # type: ignore[arg-type]
 
 
 def windows(width: int, num_frames: int, *, is_constant: bool = False) -> WindowBatch:
