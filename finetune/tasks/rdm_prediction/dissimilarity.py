@@ -20,21 +20,23 @@ Measure = Literal["pearson", "euclidean"]
 BLOCK_ROWS = 1024
 
 
-def comparable(patterns: Float[Tensor, "image feature"], measure: Measure) -> Float[Tensor, "image feature"]:
-    """The patterns so that `block` compares them: each with mean 0 and length 1, or all about their common mean.
-
-    FinetuneError for a constant pattern, which correlates with nothing.
+def comparable(
+    patterns: Float[Tensor, "image feature"], measure: Measure, *, overwrites: bool = False
+) -> Float[Tensor, "image feature"]:
+    """The patterns so that `block` compares them: each with mean 0 and length 1, or all about their common mean; in
+    their own memory where that may be overwritten. FinetuneError for a constant pattern, which correlates with nothing.
     """
+    patterns = patterns if overwrites else patterns.clone()
     if measure == "euclidean":
-        return patterns - patterns.mean(dim=0)
-    centred = patterns - patterns.mean(dim=1, keepdim=True)
-    lengths = centred.norm(dim=1, keepdim=True)
-    if constant := torch.nonzero(lengths[:, 0] <= 1e-6 * patterns.norm(dim=1)).flatten().tolist():
+        return patterns.sub_(patterns.mean(dim=0))
+    sizes = patterns.norm(dim=1)
+    lengths = patterns.sub_(patterns.mean(dim=1, keepdim=True)).norm(dim=1)
+    if constant := torch.nonzero(lengths <= 1e-6 * sizes).flatten().tolist():
         raise FinetuneError(
             f"pattern {constant[0]} of {len(patterns)} is the same number {patterns.shape[1]} times, so 1 - Pearson is "
             "undefined; use task.measure=euclidean, or a larger region"
         )
-    return centred.div_(lengths)
+    return patterns.div_(lengths[:, None])
 
 
 def block(
@@ -49,10 +51,14 @@ def block(
 
 
 def rdm(
-    patterns: Float[Tensor, "image feature"], measure: Measure, *, block_rows: int = BLOCK_ROWS
+    patterns: Float[Tensor, "image feature"],
+    measure: Measure,
+    *,
+    block_rows: int = BLOCK_ROWS,
+    overwrites: bool = False,
 ) -> Float[Tensor, "image image"]:
     """The symmetric matrix of all dissimilarities, zero on its diagonal; FinetuneError for a constant pattern."""
-    rows = comparable(patterns, measure)
+    rows = comparable(patterns, measure, overwrites=overwrites)
     matrix = torch.zeros(len(rows), len(rows), dtype=rows.dtype)
     for start in range(0, len(rows), block_rows):
         stop = start + block_rows

@@ -65,7 +65,7 @@ class Stimuli:
         if self.patterns is None:
             assert self.matrix is not None
             return self.matrix[np.ix_(rows, rows)]
-        return rdm(torch.from_numpy(self.patterns[rows]), measure).numpy()
+        return rdm(torch.from_numpy(self.patterns[rows]), measure, overwrites=True).numpy()
 
 
 def open_stimuli(location: str, data: DataConfig, *, region: str) -> Stimuli:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from configs.entry import compose
 from configs.parse import parse
@@ -17,6 +18,8 @@ from finetune.planning import needs, plan, validate
 from finetune.predict import predict
 from finetune.rdm_pairs import run as write_pairs
 from finetune.rdm_pairs import validate as pair_problems
+from finetune.tasks.rdm_prediction.source import ImageBatch
+from finetune.tasks.rdm_prediction.task import RdmPrediction
 from finetune.train import train
 from training.grid import GridRun, is_finished
 
@@ -170,3 +173,27 @@ def test_every_experiment_is_valid_on_a_small_set(place: Place, experiment: str)
     config.train.checkpoint.every_steps = config.train.evaluation.every_steps
     assert validate(config) == []
     assert "200 of 12 images, 66 pairs each" in plan(config)
+
+
+def test_a_run_that_dies_and_is_run_again_ends_as_one_that_was_left_alone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["register=null", "tracking=null", "task.leak=null", "task.baselines.svr_pairs=0"]
+    undisturbed = train(place.config(*short, f"run.folder={place.folder}/undisturbed"))
+    killed = place.config(*short, f"run.folder={place.folder}/killed")
+    learn, steps = RdmPrediction.forward, []
+
+    def until_the_fifth_step(self: RdmPrediction, batch: ImageBatch) -> dict[str, Tensor]:
+        steps.append(batch)
+        if len(steps) == 5:
+            raise RuntimeError("pulled the plug")
+        return learn(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RdmPrediction, "forward", until_the_fifth_step)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            train(killed)
+    resumed = train(killed)
+    assert resumed["models"] == undisturbed["models"]
+    pairs = [(place.folder / name / "rdm_test.csv").read_text() for name in ("undisturbed", "killed")]
+    assert pairs[0] == pairs[1]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from scipy.stats import spearmanr
 from sklearn.linear_model import Ridge
 
@@ -204,3 +207,29 @@ def test_a_memorising_head_gains_from_leaky_pairs_what_it_cannot_from_honest_one
     assert found[HONEST].is_pair.sum() == found[LEAKY].is_pair.sum() == 30 * 29 / 2
     assert abs(SPEARMAN.value(found[HONEST])) < 0.12
     assert SPEARMAN.value(found[LEAKY]) > SPEARMAN.value(found[HONEST]) + 0.05
+
+
+def one_rank(rank: int, folder: str) -> None:
+    """Saves the gradients of one of two ranks, each of which holds half of a step's images and a padded row."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    made = task(loss="correlation")
+    share = batch([*STEP[rank::2], 0], [1] * (len(STEP) // 2) + [0])
+    loss = made(share)["loss"]
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in made.named_parameters()}
+    torch.save({"loss": loss.detach(), **gradients}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+STEP = [3, 40, 7, 22, 51, 18, 9, 33]
+
+
+def test_the_shares_of_two_ranks_add_up_to_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    made = task(loss="correlation")
+    loss = made(batch(STEP, [1] * len(STEP)))["loss"]
+    loss.backward()
+    torch.testing.assert_close(shares[0]["loss"] + shares[1]["loss"], loss.detach())
+    for name, parameter in made.named_parameters():
+        torch.testing.assert_close(shares[0][name] + shares[1][name], parameter.grad, rtol=1e-4, atol=1e-6)
