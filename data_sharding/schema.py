@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,8 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from isal import isal_zlib
 
+from cluster.errors import StorageError
+from cluster.storage.files import checked_name
 from data_sharding.errors import ShardError
 
+SHA256 = re.compile("[0-9a-f]{64}")
 SCHEMA_VERSION = 2
 
 Alignment = Literal["fmriprep", "given", "nonlinear", "affine"]  # of a set; affine is a preview
@@ -166,9 +170,18 @@ class Manifest:
                 f"{location} has schema {version}, this code reads {SCHEMA_VERSION}; "
                 f"write it again with 'python -m data_sharding', or use the code that wrote it"
             )
-        raw["shards"] = [ShardEntry(**entry) for entry in raw["shards"]]
-        raw["refused"] = [Refusal(**refusal) for refusal in raw["refused"]]
-        return cls(**raw)
+        try:
+            raw["shards"] = [ShardEntry(**entry) for entry in raw["shards"]]
+            raw["refused"] = [Refusal(**refusal) for refusal in raw["refused"]]
+            manifest = cls(**raw)
+            hash_of = {**manifest.tables, **{shard.name: shard.sha256 for shard in manifest.shards}}
+            for name, sha256 in hash_of.items():  # files are opened, kept and deleted under both
+                checked_name(name, location)
+                if SHA256.fullmatch(sha256) is None:
+                    raise ShardError(f"{location}/{MANIFEST}: {sha256!r} of {name} is no SHA-256; write the set again")
+        except (KeyError, TypeError, AttributeError, StorageError) as error:
+            raise ShardError(f"{location}/{MANIFEST} is damaged ({error}); write the set again") from error
+        return manifest
 
 
 def set_fingerprint(space_fingerprint: str, shards: list[ShardEntry], split_of_unit: dict[str, str]) -> str:

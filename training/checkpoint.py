@@ -22,6 +22,7 @@ from typing import cast
 
 from cluster.errors import StorageError, StoreUnavailableError
 from cluster.hanging import HEARTBEAT
+from cluster.storage.files import checked_name
 from cluster.storage.stores import Store, store_for
 from training.collectives import barrier, from_main, this_process
 from training.config import CheckpointConfig, StartConfig, TrainConfig
@@ -119,9 +120,15 @@ def read_commit(store: Store, folder: str) -> Commit:
                 f"{where} has schema {raw['schema']}, this code reads {SCHEMA}; finish the run with the code that "
                 "began it, or start another run.folder"
             )
-        return Commit(**{**raw, "files": [StoredFile(**file) for file in raw["files"]]})
+        commit = Commit(**{**raw, "files": [StoredFile(**file) for file in raw["files"]]})
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{where} cannot be read ({error!r}); {_older(store, folder)}") from error
+    try:
+        for file in commit.files:  # each is written below a folder of this node
+            checked_name(file.name, where)
+    except StorageError as error:
+        raise CheckpointError(f"{where} was not written by a run: {error}; {_older(store, folder)}") from error
+    return commit
 
 
 def commit_hash(store: Store, folder: str) -> str:

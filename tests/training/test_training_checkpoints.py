@@ -226,6 +226,18 @@ def test_an_unreadable_commit_is_named_and_never_skipped(trained: ToyConfig) -> 
         run(trained)
 
 
+@pytest.mark.parametrize("name", ["/tmp/written.pt", "../../written.pt"])
+def test_a_commit_that_names_a_file_outside_its_folder_is_refused_and_nothing_is_written(
+    trained: ToyConfig, name: str
+) -> None:
+    path = newest(trained) / "COMMIT.json"
+    raw = json.loads(path.read_text())
+    raw["files"][0]["name"] = name
+    path.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=rf"COMMIT\.json was not written by a run: '{name}' is not a name inside"):
+        run(trained)
+
+
 def test_a_commit_of_another_schema_is_refused(trained: ToyConfig) -> None:
     path = newest(trained) / "COMMIT.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
