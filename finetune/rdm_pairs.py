@@ -1,6 +1,6 @@
-r"""Write the table of all pairs of images with their dissimilarities, split by split, without training.
+r"""Write all pairs of images with their dissimilarities as a table.
 
-A pair is in the table when both its images are in one split.
+A pair is in the table when both its images are in one split. Nothing is trained.
 
 Example:
 
