@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cluster.storage.stores import store_for
+from configs.words import aligned
 from data_sharding.read.batch import PairedBatch
 from finetune.config import OneBatchConfig
 from finetune.errors import FinetuneError
@@ -165,6 +166,16 @@ def sentence(memorised: Sequence[Memorised], constant: Sequence[str], curves: Fi
     return f"{said} The curves: {curves}"
 
 
+def norm_lines(memorised: Sequence[Memorised]) -> str:
+    """Gradient norms of every module under each loss: first, median, last."""
+    lines = {}
+    for each in memorised:
+        for name, norms in each.gradient_norms.items():
+            shown = ", ".join(f"{norm:.2g}" for norm in (norms[0], float(np.median(norms)), norms[-1]))
+            lines[f"{each.kind} {name}"] = shown
+    return aligned([("gradient norm of", "first, median, last"), *lines.items()])
+
+
 def read_curves(location: str, *, width: int, temperature: float) -> Curves:
     """The curves of a run folder, with its levels and ranks, or of a CSV file with the columns train and validation."""
     if location.endswith(".csv"):
@@ -196,7 +207,8 @@ def _levels(history: Mapping[str, Sequence[float]], split: str) -> Levels:
 
 
 def diagnose(config: OneBatchConfig, study: AlignmentStudy) -> str:
-    """The verdict on a configuration: one batch learned by heart under both losses, and the curves of a run, if any."""
+    """The verdict on a configuration: one batch learned by heart under both losses, and the curves of a run, if any.
+    Gradient norms follow."""
     source = study.make_source(study.make_task())
     (batch,), _ = next(source.steps(source.initial_state()))
     source.close()
@@ -222,4 +234,4 @@ def diagnose(config: OneBatchConfig, study: AlignmentStudy) -> str:
         curves = read_curves(config.curves, **known)
         num_subjects = len(study.pairs.names("train"))
         finding = analyse(curves, **known, num_subjects=num_subjects)
-    return sentence(memorised, constant_inputs(batch), finding)
+    return f"{sentence(memorised, constant_inputs(batch), finding)}\n\n{norm_lines(memorised)}"

@@ -112,6 +112,7 @@ def _metrics(direction: Direction) -> list[Metric]:
 
 
 METRICS = tuple(metric for direction in TITLES for metric in _metrics(direction))
+OF_BOTH_DIRECTIONS = METRICS[:4]
 
 
 def chance(metric: str, num_subjects: int) -> float:

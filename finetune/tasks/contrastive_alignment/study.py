@@ -19,11 +19,18 @@ from data_sharding.splits import SPLITS
 from finetune.backbone import Backbone
 from finetune.config import FinetuneConfig
 from finetune.tasks.contrastive_alignment.config import FUNCTION, STRUCTURE, Config
+from finetune.tasks.contrastive_alignment.connectivity import People, connectivity_section
 from finetune.tasks.contrastive_alignment.report import conclusion_sections, verdict
-from finetune.tasks.contrastive_alignment.retrieval import METRICS, Similarities, chance, shuffled_recall
+from finetune.tasks.contrastive_alignment.retrieval import (
+    METRICS,
+    OF_BOTH_DIRECTIONS,
+    Similarities,
+    chance,
+    shuffled_recall,
+)
 from finetune.tasks.contrastive_alignment.sides import function_tower, set_of, structure_tower
 from finetune.tasks.contrastive_alignment.task import ContrastiveAlignment
-from reports.page import Notice
+from reports.page import Notice, Section
 from training.collectives import this_process
 from training.evaluation import Evaluation
 from training.loop import FitResult
@@ -67,13 +74,13 @@ class AlignmentStudy:
     def make_task(self) -> ContrastiveAlignment:
         """Both towers, registered weights under fresh projection heads."""
         torch.manual_seed(self.run.train.seed)
-        structure, _ = structure_tower(self.config, self.pairs, self.backbones.get(STRUCTURE))
+        structure, stem = structure_tower(self.config, self.pairs, self.backbones.get(STRUCTURE))
         return ContrastiveAlignment(
             structure,
             function_tower(self.config, self.pairs, self.backbones.get(FUNCTION)),
             self.config,
             subjects=sorted(subject for split in SPLITS for subject in self.pairs.names(split)),
-            positions_mm=torch.from_numpy(set_of(self.pairs, STRUCTURE).space.positions_mm),
+            stem=stem,
         )
 
     def make_source(self, task: Task) -> BatchSource:
@@ -117,9 +124,10 @@ class AlignmentStudy:
         details = {"permutation_p": p, "shuffled_recall_1": float(shuffled.mean())} | {
             name: value for name, value in numbers.items() if name not in intervals
         }
+        edges, predicted = self.connectivity(result.evaluations)
         return Conclusion(
             verdict=verdict(intervals["recall_1"], numbers, num_subjects=len(tested.subjects), p=p),
-            metrics={metric.name: metric.title for metric in METRICS},
+            metrics={metric.name: metric.title for metric in OF_BOTH_DIRECTIONS},
             models={
                 MODEL: Model(intervals, details, f"commit of step {result.step}; p {p:.3g} over partners"),
                 CHANCE: Model(chances(len(tested.subjects)), {}, "knows nothing"),
@@ -127,8 +135,14 @@ class AlignmentStudy:
             tested_subjects=tested.subjects,
             about=about(self),
             notices=self.notices(),
-            sections=conclusion_sections(found, {name: each.metrics for name, each in result.evaluations.items()}),
-            numbers={"left_out": {split: self.pairs.incomplete(split) for split in SPLITS}},
+            sections=[
+                *conclusion_sections(found, {name: each.metrics for name, each in result.evaluations.items()}),
+                *edges,
+            ],
+            numbers={
+                "left_out": {split: self.pairs.incomplete(split) for split in SPLITS},
+                "connectivity": predicted,
+            },
             files={"similarities_test.csv": similarities_table(tested)},
             marks={"chosen": result.step},
             curves={
@@ -139,6 +153,17 @@ class AlignmentStudy:
             lineage={split: self.pairs.summary(split) for split in SPLITS},
         )
 
+    def connectivity(
+        self, evaluations: Mapping[str, Evaluation]
+    ) -> tuple[list[Section], dict[str, Mapping[str, float]]]:
+        """How well the test subjects' matrices are predicted; nothing where the training split was not evaluated, or
+        the runs are no region series."""
+        if "train" not in evaluations or "edges" not in evaluations["test"].predictions:
+            return [], {}
+        train, test = (people(evaluations[split].predictions) for split in ("train", "test"))
+        section, numbers = connectivity_section(train, test, self.run.bootstrap)
+        return [section], numbers
+
     def notices(self) -> list[Notice]:
         """What a reader must know beside the numbers."""
         if self.config.pairing == "own":
@@ -146,6 +171,12 @@ class AlignmentStudy:
         return [
             Notice("alarm", "A control: trained on the fMRI of other subjects. Retrieval above chance would be a leak.")
         ]
+
+
+def people(predictions: Mapping[str, torch.Tensor]) -> People:
+    """What is known of the subjects of a split."""
+    names = (STRUCTURE, FUNCTION, "patches", "edges")
+    return People(*(predictions[name].double().numpy() for name in names))
 
 
 def chances(num_subjects: int) -> dict[str, Interval]:

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from brain_models.series_networks import SeriesConfig
+from brain_models.inputs import StemSpec
+from brain_models.series_networks import SeriesConfig, connectivity
 from brain_models.towers import Tower
 from data_sharding.read.batch import PairedBatch, WindowBatch
 from finetune.tasks.contrastive_alignment.augmentation import augment_series, augment_t1, generators_of
@@ -27,7 +28,9 @@ class ContrastiveAlignment(Task):
 
     needs_whole_step = True
 
-    positions_mm: Float[Tensor, "voxel 3"]
+    positions_mm: Float[Tensor, "voxel 3"]  # of the T1s
+    patch_of_voxel: Int[Tensor, "voxel"]
+    voxels_per_patch: Int[Tensor, "patch"]
 
     def __init__(
         self,
@@ -36,10 +39,12 @@ class ContrastiveAlignment(Task):
         config: Config,
         *,
         subjects: list[str],
-        positions_mm: Float[Tensor, "voxel 3"],
+        stem: StemSpec,
     ) -> None:
         super().__init__()
-        self.register_buffer("positions_mm", positions_mm, persistent=False)  # of the T1s' voxels
+        self.register_buffer("positions_mm", torch.from_numpy(stem.space.positions_mm), persistent=False)
+        self.register_buffer("patch_of_voxel", torch.from_numpy(stem.layout.patch_of_voxel).long(), persistent=False)
+        self.register_buffer("voxels_per_patch", torch.from_numpy(stem.layout.voxels_per_patch), persistent=False)
         self.towers = nn.ModuleDict({STRUCTURE: structure, FUNCTION: function})
         self.temperature = Temperature(config.loss)
         self.config = config
@@ -101,8 +106,16 @@ class ContrastiveAlignment(Task):
         return (numbers.pin_memory() if is_cuda else numbers).to(batch.weight.device, non_blocking=True)
 
     def predict(self, batch: PairedBatch) -> dict[str, Tensor]:
-        """The embeddings of both sides, and `subject`, its number."""
-        return {**dict(zip(SIDES, self.embedded(batch), strict=True)), "subject": self.numbers(batch)}
+        """The embeddings of both sides, `subject`, its number, and what connectivity is predicted from and scored by:
+        `patches`, the T1's mean in each patch, and of region series `edges`, Fisher's z of all pairs of regions."""
+        found = {**dict(zip(SIDES, self.embedded(batch), strict=True)), "subject": self.numbers(batch)}
+        t1, run = batch.sides[STRUCTURE], batch.sides[FUNCTION]
+        sums = t1.values.new_zeros(len(t1.values), len(self.voxels_per_patch))
+        found["patches"] = sums.index_add(1, self.patch_of_voxel, t1.values[:, 0]) / self.voxels_per_patch
+        if self.config.function.network is not None:
+            pairs = torch.triu_indices(run.values.shape[2], run.values.shape[2], offset=1, device=run.values.device)
+            found["edges"] = connectivity(run.values, run.is_frame)[:, pairs[0], pairs[1]]
+        return found
 
     def similarities(self, predictions: dict[str, Tensor]) -> Similarities:
         """The cosines of all subjects of a split."""

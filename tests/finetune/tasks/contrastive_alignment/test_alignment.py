@@ -99,7 +99,13 @@ def test_an_alignment_runs_from_command_line_to_served_embeddings(place: Place) 
     expected = np.mean([row.argmax() == own for side in (cosines, cosines.T) for own, row in enumerate(side)])
     assert model["recall_1"]["value"] == pytest.approx(expected)
     page = (place.folder / "run/report.html").read_text(encoding="utf-8")
-    for text in ("Phantom data", "How the embeddings lie", "that of a constant similarity"):
+    assert numbers["connectivity"]["group mean"]["identified"] == pytest.approx(1 / 3)
+    for text in (
+        "Phantom data",
+        "Connectivity from a T1 alone",
+        "How the embeddings lie",
+        "that of a constant similarity",
+    ):
         assert text in page
     tracked = [json.loads(line) for line in (place.folder / "run/metrics.jsonl").read_text().splitlines()]
     levels = [row["value"] for row in tracked if row["key"] == "train/constant_level"]

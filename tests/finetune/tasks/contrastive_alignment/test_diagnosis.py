@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from brain_models.space import space_from_mask
 from configs.entry import compose
 from data_sharding.read.batch import PairedBatch, WindowBatch
 from finetune.errors import FinetuneError
@@ -20,13 +21,16 @@ from finetune.tasks.contrastive_alignment.diagnosis import (
     constant_inputs,
     first_of_each_subject,
     memorise,
+    norm_lines,
     read_curves,
     sentence,
 )
 from finetune.tasks.contrastive_alignment.plateau import analyse
 from finetune.tasks.contrastive_alignment.task import ContrastiveAlignment
+from tests.bundles import cubes
 
 NUM_SUBJECTS, NUM_VOXELS, NUM_REGIONS, NUM_FRAMES = 8, 20, 6, 10
+SPACE = space_from_mask(np.ones((4, 5, 1), dtype=bool), np.eye(4), name="slice", template="none")
 KNOWN = {"width": 16, "temperature": 0.05}
 
 
@@ -60,7 +64,7 @@ def task_of(*, is_detached: bool = False) -> ContrastiveAlignment:
     config = parse_task(compose("finetune", names)["task"], Config)
     towers = TinyTower(NUM_VOXELS, is_detached=is_detached), TinyTower(NUM_REGIONS, is_detached=False)
     subjects = [f"s{number}" for number in range(NUM_SUBJECTS)]
-    return ContrastiveAlignment(*towers, config, subjects=subjects, positions_mm=torch.zeros(NUM_VOXELS, 3))  # type: ignore[arg-type]
+    return ContrastiveAlignment(*towers, config, subjects=subjects, stem=cubes(SPACE, 2))  # type: ignore[arg-type]
 
 
 def windows(width: int, num_frames: int, *, is_constant: bool = False) -> WindowBatch:
@@ -112,6 +116,11 @@ def test_a_healthy_pipeline_learns_one_batch_by_heart() -> None:
     said = sentence([by_mse, by_info_nce], [], None)
     assert said.startswith("The pipeline memorises one batch of 8 subjects: by MSE the cosine of pairs is 1.000")
     assert "R@1 is 1.000" in said
+    lines = norm_lines([by_mse, by_info_nce]).splitlines()
+    assert len(lines) == 1 + 2 * 4
+    norms = by_info_nce.gradient_norms["function.network"]
+    assert lines[-2].split("  ")[0] == "info_nce function.network"
+    assert lines[-2].endswith(f"{norms[0]:.2g}, {np.median(norms):.2g}, {norms[-1]:.2g}")
 
 
 def test_a_detached_encoder_is_named() -> None:
