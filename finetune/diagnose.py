@@ -1,4 +1,4 @@
-r"""Say whether a pipeline can learn, and what a run's curves amount to.
+r"""Say whether a pipeline can learn, and what its curves amount to.
 
 One batch is learned by heart: what cannot do that is broken, what can underfits for another reason. Ends in one
 sentence with its numbers.
