@@ -1,4 +1,4 @@
-r"""Adapt a registered backbone to a question about subjects.
+r"""Adapt a registered backbone to a question about subjects, or an image encoder to one about images.
 
 It ends with an evaluated, registered model and a report.
 
@@ -8,7 +8,8 @@ Example (two workers on this machine, the shards of `python -m data_sharding`, t
       run.folder=out/runs/adhd
 
 Required: shards=<shard set>  encoder=<models:/name@alias, or a bundle folder>  run.folder=<where the run lives>
-Groups:   task=adhd_classification  engine=plain|zero0..zero3  cluster=inline|local|ray  experiment=quick_adhd|demo_adhd
+Groups:   task=adhd_classification|contrastive_alignment|rdm_prediction  engine=plain|zero0..zero3
+          cluster=inline|local|ray  experiment=quick_adhd|demo_adhd|rdm_best|...
 
 Often changed:
   train.steps=60                       optimizer steps

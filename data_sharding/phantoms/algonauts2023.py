@@ -121,7 +121,7 @@ def responses(subject: int, side: str, num_images: int, seed: int, *, noise: flo
     num_vertices = SIDES[side] + subject - 1
     mixing = generator("mixing", seed, subject, side).normal(size=(NUM_FEATURES, num_vertices))
     for region, used in FEATURES_OF.items():
-        unused = [feature for feature in range(NUM_FEATURES) if feature not in used]
+        unused = np.setdiff1d(np.arange(NUM_FEATURES), used)
         mixing[np.ix_(unused, np.flatnonzero(_is_in(region, subject, side)))] = 0
     signal = (features - features.mean(axis=0)) @ mixing
     signal /= signal.std(axis=0)

@@ -69,7 +69,7 @@ def test_features_are_those_of_the_model_with_its_own_image_processor(clip: Path
         ("projected", model(pixels).image_embeds),
         ("2", model(pixels, output_hidden_states=True).hidden_states[2].flatten(1)),
     ):
-        encoder = open_encoder(str(clip), ImageConfig(layer, 4096, 16))
+        encoder = open_encoder(str(clip), ImageConfig(layer, 4096, 16), seed=0)
         square = prepared(read_image(image), encoder.config.input)
         with torch.no_grad():
             found = encoder(torch.from_numpy(square.copy())[None])
@@ -78,31 +78,36 @@ def test_features_are_those_of_the_model_with_its_own_image_processor(clip: Path
 
 
 def test_layers_of_an_encoder_hold_every_parameter_once_from_the_top_down(clip: Path) -> None:
-    layers = open_encoder(str(clip), PROJECTED).layers()
+    layers = open_encoder(str(clip), PROJECTED, seed=0).layers()
     assert [name for name, _ in layers] == ["output", "block2", "block1", "block0", "input"]
     held = [id(parameter) for _, each in layers for parameter in each]
-    encoder = open_encoder(str(clip), PROJECTED)
+    encoder = open_encoder(str(clip), PROJECTED, seed=0)
     assert len(held) == len(set(held)) == len(list(encoder.parameters()))
 
 
 def test_the_hash_of_an_encoder_changes_with_a_weight_and_with_the_layer(clip: Path) -> None:
-    encoder = open_encoder(str(clip), PROJECTED)
+    encoder = open_encoder(str(clip), PROJECTED, seed=0)
     before = model_hash(encoder)
-    assert before == model_hash(open_encoder(str(clip), PROJECTED))
-    assert before != model_hash(open_encoder(str(clip), ImageConfig("1", 4096, 16)))
+    assert before == model_hash(open_encoder(str(clip), PROJECTED, seed=0))
+    assert before != model_hash(open_encoder(str(clip), ImageConfig("1", 4096, 16), seed=0))
     with torch.no_grad():
         next(encoder.parameters()).view(-1)[0] += 1e-3
     assert before != model_hash(encoder)
 
 
+def test_a_network_to_be_trained_starts_alike_on_every_rank_and_in_every_attempt() -> None:
+    first, second, other = (model_hash(open_encoder("cnn", PROJECTED, seed=seed)) for seed in (3, 3, 4))
+    assert first == second != other
+
+
 def test_missing_weights_are_told_with_the_command_that_fetches_them(tmp_path: Path, clip: Path) -> None:
     with pytest.raises(FinetuneError, match=r"encoder=openai/none: .*hf download openai/none --include '\*\.json'"):
-        open_encoder("openai/none", PROJECTED)
+        open_encoder("openai/none", PROJECTED, seed=0)
     with pytest.raises(FinetuneError, match=r"holds no weights of VGG16.*load_state_dict_from_url.*vgg16-397923af"):
-        open_encoder(f"vgg16:{tmp_path}/vgg16.safetensors", PROJECTED)
+        open_encoder(f"vgg16:{tmp_path}/vgg16.safetensors", PROJECTED, seed=0)
     (tmp_path / "config.json").write_text((clip / "config.json").read_text())
     with pytest.raises(FinetuneError, match=r"preprocessor_config.json.*fetch the whole model by: hf download"):
-        open_encoder(str(tmp_path), PROJECTED)
+        open_encoder(str(tmp_path), PROJECTED, seed=0)
 
 
 def test_vgg16_loads_torchvisions_names_and_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +123,8 @@ def test_vgg16_loads_torchvisions_names_and_shapes(tmp_path: Path, monkeypatch: 
     assert set(weights) == expected
     assert weights["classifier.0.weight"].shape == (8, 3 * 49)
     save_file(weights, tmp_path / "vgg.safetensors")
-    opened = open_encoder(f"vgg16:{tmp_path}/vgg.safetensors", PROJECTED)
-    assert model_hash(opened) != model_hash(open_encoder("pixels", PROJECTED))
+    opened = open_encoder(f"vgg16:{tmp_path}/vgg.safetensors", PROJECTED, seed=0)
+    assert model_hash(opened) != model_hash(open_encoder("pixels", PROJECTED, seed=0))
     assert opened.num_features() == 8
 
 
@@ -150,7 +155,7 @@ def test_an_image_that_cannot_be_decoded_is_told_by_its_path(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["projection", "mlp"])
 def test_the_served_model_answers_with_the_matrix_of_its_images(clip: Path, tmp_path: Path, kind: str) -> None:
-    encoder = open_encoder(str(clip), PROJECTED)
+    encoder = open_encoder(str(clip), PROJECTED, seed=0)
     config = PairHeadConfig(kind, 4, 1, 0.0, "euclidean", "linear")  # type: ignore[arg-type]
     torch.manual_seed(1)
     head = make_head(8, config)

@@ -46,7 +46,8 @@ def block(
     products = first @ second.T
     if measure == "pearson":
         return products.neg_().add_(1)
-    squares = first.square().sum(dim=1)[:, None] + second.square().sum(dim=1) - 2 * products
+    of_first, of_second = (torch.linalg.vector_norm(side, dim=1).square() for side in (first, second))
+    squares = products.mul_(-2).add_(of_first[:, None]).add_(of_second)
     return squares.clamp_(min=0).sqrt_()
 
 

@@ -47,12 +47,15 @@ def is_local_weights(encoder: str) -> bool:
     return Path(encoder.removeprefix(VGG)).exists()
 
 
-def open_encoder(encoder: str, config: ImageConfig) -> ImageEncoder:
-    """The encoder in evaluation mode; FinetuneError, with the command that fetches them, when weights are missing."""
+def open_encoder(encoder: str, config: ImageConfig, *, seed: int) -> ImageEncoder:
+    """The encoder in evaluation mode, weights of a cnn drawn from the seed; FinetuneError, with the command that
+    fetches them, when weights are missing."""
     if encoder in (CNN, PIXELS):
         seen = ImageInput(config.size, None, True, [0.0], [1.0], uses_min_max=encoder == CNN)
         kind = ImageEncoderConfig(encoder, seen, "projected", config.max_features)  # type: ignore[arg-type]
-        return ImageEncoder(kind).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return ImageEncoder(kind).eval()
     if encoder.startswith(VGG):
         return _open_vgg(Path(encoder.removeprefix(VGG)), config)
     return _open_transformers(_folder_of(encoder), encoder, config)

@@ -35,7 +35,7 @@ def open_study(config: FinetuneConfig) -> RdmStudy:
         raise FinetuneError("; ".join(problems))
     stimuli = with_fewer_training_images(stimuli, task.num_training_images, seed=config.data.seed)
     pairs = make_pairs(stimuli, task.measure, task.split_by, seed=config.data.seed)
-    return RdmStudy(config, task, pairs, open_encoder(config.encoder, task.image))
+    return RdmStudy(config, task, pairs, open_encoder(config.encoder, task.image, seed=config.train.seed))
 
 
 def validate(config: FinetuneConfig) -> list[str]:
@@ -54,7 +54,7 @@ def validate(config: FinetuneConfig) -> list[str]:
     except UserError as error:
         problems.append(str(error))
     try:
-        open_encoder(config.encoder, task.image)
+        open_encoder(config.encoder, task.image, seed=config.train.seed)
     except FinetuneError as error:
         problems.append(str(error))
     return problems

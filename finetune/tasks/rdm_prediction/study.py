@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -138,7 +139,7 @@ class RdmStudy:
         head = make_head(self.encoder.num_features(), self.config.head)
         return RdmPrediction(
             head,
-            self.encoder if self.opens else None,
+            copy.deepcopy(self.encoder) if self.opens else None,
             self.pairs,
             loss=self.config.loss,
             both_orders=self.config.both_orders,
@@ -158,10 +159,11 @@ class RdmStudy:
         """Standardise the head's inputs and outputs by training images and their pairs; a projection starts where the
         encoding model ends."""
         assert isinstance(task, RdmPrediction)
+        training, head = self.pairs.images("train"), task.head
+        given = torch.from_numpy(self.features[training])  # also where resuming: rank 0 concludes from them alone
         if is_resuming:
             return
-        training, head = self.pairs.images("train"), task.head
-        head.standardise(torch.from_numpy(self.features[training]), training_dissimilarities(self.pairs))
+        head.standardise(given, training_dissimilarities(self.pairs))
         has_responses = self.pairs.stimuli.patterns is not None and self.pairs.dealt is None
         if self.config.starts_from_encoding and has_responses and isinstance(head, ProjectionHead):
             features = standardised(self.features, training)
