@@ -69,6 +69,7 @@ class Browser:
 
     def look(self, page: Path, width: int) -> Seen:
         """The page in a window of this width."""
+        assert page.exists(), page  # Chromium shows a page of its own, without a complaint
         self.events.clear()
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.send("Page.navigate", url=page.absolute().as_uri())
