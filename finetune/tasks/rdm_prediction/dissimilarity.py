@@ -47,7 +47,7 @@ def block(
     if measure == "pearson":
         return products.neg_().add_(1)
     of_first, of_second = (torch.linalg.vector_norm(side, dim=1).square() for side in (first, second))
-    squares = products.mul_(-2).add_(of_first[:, None]).add_(of_second)
+    squares = (of_first[:, None] + of_second).sub_(products.mul_(2))  # in this order (b, a) comes out as (a, b)
     return squares.clamp_(min=0).sqrt_()
 
 
