@@ -58,6 +58,8 @@ class OneBatchConfig:
     num_steps: int
     learning_rate: float  # constant
     curves: str | None  # a run folder, or a CSV file with columns train and validation
+    num_train: int | None  # subjects whose losses a CSV file holds; null: as many as the sets here have
+    num_validation: int | None
 
 
 @dataclass

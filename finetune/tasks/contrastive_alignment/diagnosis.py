@@ -176,7 +176,7 @@ def norm_lines(memorised: Sequence[Memorised]) -> str:
     return aligned([("gradient norm of", "first, median, last"), *lines.items()])
 
 
-def read_curves(location: str, *, width: int, temperature: float) -> Curves:
+def read_curves(location: str) -> Curves:
     """The curves of a run folder, with its levels and ranks, or of a CSV file with the columns train and validation."""
     if location.endswith(".csv"):
         folder, _, name = location.rpartition("/")
@@ -206,6 +206,19 @@ def _levels(history: Mapping[str, Sequence[float]], split: str) -> Levels:
     return Levels(float(np.mean(constant)), float(np.mean(random)))
 
 
+def finding_of(config: OneBatchConfig, study: AlignmentStudy) -> Finding:
+    """What the configured curves say. A CSV file knows no batches: its validation split is taken for one batch."""
+    assert config.curves is not None
+    width, temperature = study.config.projection.embedding, study.config.loss.temperature
+    num_train = config.num_train or len(study.pairs.names("train"))
+    curves = read_curves(config.curves)
+    if curves.validation_levels is None:
+        num_validation = config.num_validation or len(study.pairs.names("validation"))
+        levels = Levels.of([num_validation], width=width, temperature=temperature)
+        curves = dataclasses.replace(curves, validation_levels=levels)
+    return analyse(curves, width=width, temperature=temperature, num_subjects=num_train)
+
+
 def diagnose(config: OneBatchConfig, study: AlignmentStudy) -> str:
     """The verdict on a configuration: one batch learned by heart under both losses, and the curves of a run, if any.
     Gradient norms follow."""
@@ -228,10 +241,5 @@ def diagnose(config: OneBatchConfig, study: AlignmentStudy) -> str:
                 learning_rate=config.learning_rate,
             )
         )
-    known = {"width": study.config.projection.embedding, "temperature": study.config.loss.temperature}
-    finding = None
-    if config.curves is not None:
-        curves = read_curves(config.curves, **known)
-        num_subjects = len(study.pairs.names("train"))
-        finding = analyse(curves, **known, num_subjects=num_subjects)
+    finding = None if config.curves is None else finding_of(config, study)
     return f"{sentence(memorised, constant_inputs(batch), finding)}\n\n{norm_lines(memorised)}"

@@ -15,10 +15,11 @@ import torch
 from configs.entry import compose
 from configs.parse import parse
 from data_sharding.read.reader import open_set
-from finetune.config import FinetuneConfig, PredictConfig
+from finetune.config import FinetuneConfig, OneBatchConfig, PredictConfig
 from finetune.planning import plan, validate
 from finetune.predict import predict
 from finetune.tasks.contrastive_alignment import open_study
+from finetune.tasks.contrastive_alignment.diagnosis import finding_of
 from finetune.train import train
 from tests.helpers_sources import AS_IT_IS, set_of, write_phantom
 from training.unfreezing import checked_groups
@@ -180,6 +181,15 @@ def test_chunks_give_the_loss_and_gradient_of_the_plain_batch(place: Place) -> N
         found.append([loss.detach(), *(parameter.grad for parameter in task.parameters())])
     for chunked, plain in zip(*found, strict=True):
         torch.testing.assert_close(chunked, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_published_table_is_read_with_the_numbers_of_its_own_study(place: Place) -> None:
+    table = place.folder / "study.csv"
+    table.write_text("train,validation\n2.9,1.7\n2.773,1.609\n")
+    asked = OneBatchConfig(1, 1e-3, str(table), num_train=40, num_validation=5)
+    finding = finding_of(asked, open_study(place.config("task.projection.embedding=512")))
+    assert finding.name == "collapse"
+    assert finding.evidence[1] == "the validation loss ends at 1.609, at 1.609 of batches of 1 x 5"
 
 
 def test_training_is_augmented_and_evaluation_is_not(place: Place) -> None:

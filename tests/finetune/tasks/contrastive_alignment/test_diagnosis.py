@@ -145,7 +145,7 @@ def test_rows_of_a_subject_after_its_first_do_not_count() -> None:
 
 def test_curves_are_read_from_a_table_and_from_a_run(tmp_path: Path) -> None:
     (tmp_path / "study.csv").write_text("epoch,train,validation\n1,2.9,1.7\n2,2.773,1.609\n3,2.773,\n")
-    curves = read_curves(f"{tmp_path}/study.csv", **KNOWN)
+    curves = read_curves(f"{tmp_path}/study.csv")
     assert (curves.train, curves.validation) == ([2.9, 2.773, 2.773], [1.7, 1.609])
     assert analyse(curves, width=512, temperature=0.05, num_subjects=40).name == "collapse"
     rows = {"train/loss": 2.08, "train/constant_level": 2.079, "train/random_level": 2.4}
@@ -153,8 +153,8 @@ def test_curves_are_read_from_a_table_and_from_a_run(tmp_path: Path) -> None:
     rows |= {f"validation/{name}_{side}": 0.0 for name in ("rank", "variance") for side in (STRUCTURE, FUNCTION)}
     lines = [json.dumps({"key": key, "step": 1, "value": value}) for key, value in rows.items()]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    finding = analyse(read_curves(str(tmp_path), **KNOWN), **KNOWN, num_subjects=8)
+    finding = analyse(read_curves(str(tmp_path)), **KNOWN, num_subjects=8)
     assert (finding.name, len(finding.evidence)) == ("collapse", 4)
     (tmp_path / "empty.csv").write_text("loss\n1\n")
     with pytest.raises(FinetuneError, match=r"empty\.csv: no numbers in a column train; give columns train and valid"):
-        read_curves(f"{tmp_path}/empty.csv", **KNOWN)
+        read_curves(f"{tmp_path}/empty.csv")
