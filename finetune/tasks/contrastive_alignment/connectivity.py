@@ -90,7 +90,8 @@ def connectivity_section(
         (mean_over_subjects("beyond_mean", "r beyond the group mean", 0.0), beyond_the_mean),
         (mean_over_subjects("identified", "identified", 1 / num_subjects), identified),
     ]
-    rows, numbers = [], {}
+    rows: list[list[str]] = []
+    numbers: dict[str, Mapping[str, float]] = {}
     for name, predicted in predicted_edges(train, test).items():
         of_subjects = {metric.name: function(predicted, test.edges, mean) for metric, function in metrics}
         rows.append([name, *(str(metric.interval(of_subjects[metric.name], bootstrap)) for metric, _ in metrics)])
