@@ -142,9 +142,10 @@ def _at_constant_level(curves: Curves, last: float, levels: Levels) -> Finding:
         ranks = ", ".join(f"{side} {rank:.1f}" for side, rank in curves.ranks.items())
         return Finding("chance", (*evidence, f"yet no side is constant: effective ranks {ranks}"))
     unknown = (
-        "rank and variance of each side were not recorded, but a loss at just this level needs one constant vector"
+        "rank and variance of each side (a loss at just this level needs one constant vector a side)",
+        "whether they collapsed, or never left a start at which fresh networks map everybody to nearly one vector",
     )
-    return Finding("collapse", tuple(evidence), (f"{unknown} a side",))
+    return Finding("collapse", tuple(evidence), unknown)
 
 
 def _at_random_level(curves: Curves, last: float, levels: Levels) -> Finding:

@@ -30,7 +30,8 @@ def test_the_studys_plateau_with_everything_trainable_is_a_collapse_of_batches_o
     assert finding.name == "collapse"
     assert "a constant similarity in batches of 1 x 32 and 1 x 8 (2.773)" in finding.evidence[0]
     assert finding.evidence[1] == "the validation loss ends at 1.609, at 1.609 of batches of 1 x 5"
-    assert "rank and variance of each side were not recorded" in finding.unknown[0]
+    assert "needs one constant vector a side" in finding.unknown[0]
+    assert "never left a start" in finding.unknown[1]
     assert found(Curves([2.773] * 50, [1.609] * 50), num_subjects=None).name == "collapse"
 
 
