@@ -74,7 +74,7 @@ def test_a_matrix_is_learned_registered_and_asked_about_new_images(place: Place)
     page = (place.folder / "run/report.html").read_text()
     for said in ("Results on held-out images", "Matrices", "Multidimensional scaling", "Learning curve", "bright"):
         assert said in page
-    assert "None of the 12 test images was seen in pretraining." in numbers["notices"]
+    assert "None of the 12 held-out images was seen in pretraining." in numbers["notices"]
     table = (place.folder / "run/rdm_test.csv").read_text().splitlines()
     assert len(table) == 1 + 66
     is_done = GridRun("finetune", config)
