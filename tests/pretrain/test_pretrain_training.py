@@ -295,7 +295,7 @@ def test_a_backbone_has_seen_whom_the_weights_it_started_from_have_seen(
     again = config_of(shards, tmp_path / "second", *overrides, "train.start.registered=any@one")
     numbers = train(again)
     assert numbers["overlap"] == [held_out]
-    assert "The pretrained weights have seen 1 of the 5 test subjects" in " ".join(numbers["notices"])  # type: ignore
+    assert "The pretrained weights have seen 1 of the 5 held-out subjects" in " ".join(numbers["notices"])  # type: ignore
     shutil.rmtree(tmp_path / "second" / "run" / "bundle")
     train(again)  # resumes from its own commit
     (commit,) = (tmp_path / "second" / "run" / "checkpoints").iterdir()
