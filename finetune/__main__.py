@@ -1,4 +1,4 @@
-r"""Adapt a registered backbone to a question about subjects, or an image encoder to one about images.
+r"""Adapt a pretrained model to a question about people or images.
 
 It ends with an evaluated, registered model and a report.
 

@@ -77,7 +77,7 @@ def test_every_command_of_the_readme_runs_in_order_from_an_empty_folder(folder: 
         "finetune.predict",
     ]
     assert "connectivity + logistic" in printed["finetune"]
-    assert re.search(r"\b0001\s+\S+\s+(ADHD|control)\s+0\.\d+\s+0\.\d+\s+sub-0001\S*", printed["finetune.predict"])
+    assert re.search(r"\b0001\s+(ADHD|control)\s+0\.\d+\s+0\.\d+\s+sub-0001\S*", printed["finetune.predict"])
     assert (folder / "out/readme/adhd/report.html").stat().st_size > 20_000
 
 

@@ -85,13 +85,16 @@ def _limits(config: PretrainConfig) -> str:
 def _scores(config: PretrainConfig, baselines: list[str]) -> str:
     numbers = {"neighbour": config.baselines.num_neighbours, "global_drift": config.baselines.drift_degree}
     beside = listed([BASELINES[name].format(numbers.get(name)) for name in baselines] or ["the training mean"])
-    said = [
-        "Reconstruction was scored once, on all hidden, measured voxels of the "
-        f"{listed(config.train.evaluation.final_splits)} split, as R² about the training split's voxel mean, beside "
-        f"{beside}, fitted on {config.baselines.fit_samples:,} training samples and scored on the same voxels.",
-        interval_methods(config.report.intervals, strata=""),
-        "The embedding's effective rank [@rankme] and variance were watched for collapse.",
-    ]
+    splits = config.train.evaluation.final_splits
+    said = ["The embedding's effective rank [@rankme] and variance were watched for collapse."]
+    if splits:
+        said = [
+            "Reconstruction was scored once, on all hidden, measured voxels of the "
+            f"{listed(splits)} split, as R² about the training split's voxel mean, beside "
+            f"{beside}, fitted on {config.baselines.fit_samples:,} training samples and scored on the same voxels.",
+            interval_methods(config.report.intervals, strata=""),
+            *said,
+        ]
     contribution, probes = config.report.contribution, config.report.probes
     if contribution.num_samples:
         said.append(

@@ -40,7 +40,7 @@ def nested() -> Nested:
 def test_every_tensor_of_a_nested_batch_is_found_once() -> None:
     sizes = [tensor.numel() for tensor in tensors_in(nested())]
     assert sizes == [12, 2, 2, 1, 2, 3, 4]  # features, targets and weight of the inner batch first
-    assert len(tensors_in(pair_batch([1, 2], 3))) == 3
+    assert len(tensors_in(pair_batch([1, 2], 3))) == 4  # two sides, subjects and weights
 
 
 def test_changed_tensors_keep_their_containers_and_the_original_stays_as_it_was() -> None:
